@@ -1,0 +1,23 @@
+"""flexgen_triton: text generation with language models larger than the GPU, at the throughput its links allow."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+__all__ = ["LLM", "CompressionConfig", "Policy", "RequestOutput", "SamplingParams"]
+
+if TYPE_CHECKING:
+    from .llm import LLM, RequestOutput
+    from .models.sampling import SamplingParams
+    from .plan.policy import CompressionConfig, Policy
+
+
+def __getattr__(name: str) -> object:
+    """Import the public names on first use, so that planning needs no torch."""
+    from importlib import import_module
+
+    homes = {"LLM": ".llm", "RequestOutput": ".llm", "SamplingParams": ".models.sampling"}
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(homes.get(name, ".plan.policy"), __name__), name)

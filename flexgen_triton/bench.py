@@ -1,0 +1,282 @@
+"""`python -m flexgen_triton.bench`: FlexGen's benchmark, with FlexGen's flags. Without flags: the demo."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from . import demo, figures
+from .llm import DEFAULT_OFFLOAD_DIR, DEMO, LLM, Prompt, RequestOutput, choose_dtype, find_model
+from .memory.arena import peak_rss, reset_peak_rss, rss
+from .models.opt import model_spec
+from .models.sampling import SamplingParams
+from .plan.plan import Plan, make_plan
+from .plan.policy import CompressionConfig, Policy
+from .plan.spec import Workload
+from .run.trace import write_chrome_trace
+
+Report = Callable[[str, int, int], None]
+
+STRATEGIES = {
+    "sequential": {"gpu_batch_size": 4, "num_gpu_batches": 4, "overlap": False},
+    "overlap, single batch": {"gpu_batch_size": 4, "num_gpu_batches": 1, "overlap": True},
+    "overlap, multi-batch": {"gpu_batch_size": 4, "num_gpu_batches": 4, "overlap": True},
+}
+
+
+@contextmanager
+def progress_bar() -> Iterator[Report]:
+    """A bar with an ETA on stderr for each phase of a run; nothing where stderr is no terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        tasks: dict[str, Any] = {}
+
+        def report(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = bar.add_task(phase, total=total)
+            bar.update(tasks[phase], completed=done, total=total)
+
+        yield report
+
+
+def random_prompts(count: int, length: int, vocab: int, seed: int) -> list[list[int]]:
+    """Uniform random token ids: FlexGen's benchmark needs prompts of one length, not of any meaning."""
+    generator = torch.Generator().manual_seed(seed)
+    low = min(4, vocab - 1)
+    ids: list[list[int]] = torch.randint(low, vocab, (count, length), generator=generator).tolist()
+    return ids
+
+
+def measure(llm: LLM, prompts: Sequence[Prompt], *, gen_len: int, steps: int, base: int) -> dict[str, Any]:
+    """Generate and return the figures, with the answers under "outputs"."""
+    reset_peak_rss()
+    on_gpu = llm.engine.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    outputs = llm.generate(prompts, SamplingParams(max_tokens=steps, ignore_eos=True))
+    report = llm.last_report
+    assert report is not None
+    timeline, plans = report.timeline, report.plans
+    lens = [len(o.prompt_token_ids) for o in outputs]
+    placement = figures.placed(plans)
+    largest = max(plans, key=lambda p: p.device_bytes + p.host_bytes)
+    return {
+        "model": llm.spec.name,
+        "dtype": llm.spec.dtype,
+        "device": str(llm.engine.device),
+        "policy": {f: getattr(llm.policy, f) for f in Policy.__slots__ if not f.startswith("comp_")},
+        "prompt_len": max(lens),
+        "gen_len": gen_len,
+        "num_prompts": len(prompts),
+        **figures.timing(report, prompt_tokens=sum(lens), num_prompts=len(prompts), gen_len=gen_len),
+        "peak_gpu_bytes": torch.cuda.max_memory_allocated() if on_gpu else 0,
+        "peak_host_bytes": peak_rss(),
+        "planned_host_bytes": base + largest.host_bytes + (0 if on_gpu else largest.device_bytes),
+        "pinned_bytes": largest.host_bytes if on_gpu else 0,
+        "model_bytes": llm.spec.weight_bytes,
+        "cache_bytes": sum(placement["cache"].values()),
+        "hidden_bytes": sum(placement["activations"].values()),
+        "placement": placement,
+        "lanes": figures.lanes_json(timeline),
+        "makespan_s": timeline.makespan_s,
+        "bound_s": timeline.bound_s,
+        "bytes_loaded": llm.engine.weights.bytes_loaded,
+        "outputs": outputs,
+    }
+
+
+def run_demo(console: Console, offload_dir: Path) -> dict[str, Any]:
+    """The shipped model on the shipped prompts, weights on disk, cache on the host, under the three strategies."""
+    prompts, gen_len = demo.prompts(), 32
+    results: dict[str, dict[str, Any]] = {}
+    for name, settings in STRATEGIES.items():
+        policy = Policy(w_gpu_percent=0, cache_gpu_percent=0, cache_cpu_percent=100, **settings)  # type: ignore[arg-type]
+        base = rss()
+        with progress_bar() as report, LLM(DEMO, policy=policy, offload_dir=offload_dir, progress=report) as llm:
+            results[name] = measure(llm, prompts, gen_len=gen_len, steps=gen_len, base=base)
+    answers = {name: [o.outputs[0].token_ids for o in r["outputs"]] for name, r in results.items()}
+    first = next(iter(results.values()))
+    for output in first["outputs"][:6]:
+        console.print(f"[bold]{output.prompt}[/]{output.outputs[0].text}", highlight=False)
+    agree = all(a == answers["sequential"] for a in answers.values())
+    if not agree:
+        raise RuntimeError("the three strategies disagree; this is a bug, please report it")
+    console.print(f"\nThe three strategies agree on all {len(prompts) * gen_len} tokens.")
+    table = Table(title="demo model: weights on disk, cache on the host")
+    for heading in ("strategy", "prefill tok/s", "decode tok/s", "total tok/s", "makespan s", "makespan / bound"):
+        table.add_column(heading, justify="left" if heading == "strategy" else "right")
+    for name, r in results.items():
+        rates = (f"{r[key]:.1f}" for key in ("prefill_tok_s", "decode_tok_s", "total_tok_s"))
+        table.add_row(name, *rates, f"{r['makespan_s']:.2f}", f"{r['makespan_s'] / r['bound_s']:.2f}")
+    console.print(table)
+    return {name: {k: v for k, v in r.items() if k != "outputs"} for name, r in results.items()}
+
+
+def dry_plan(model: str, path: str | None, dtype: str, policy: Policy, prompt_len: int, gen_len: int) -> Plan:
+    """The plan as it would be run with one GPU and weights in a store of our own; touches nothing."""
+    source = find_model(model, path)
+    spec = model_spec(source.config, source.name, choose_dtype(dtype, source))
+    workload = Workload.uniform(prompt_len, gen_len, policy.gpu_batch_size, policy.num_gpu_batches)
+    return make_plan(spec, policy, workload, copies=torch.cuda.is_available())
+
+
+def show(console: Console, llm: LLM, result: dict[str, Any], *, verbose: int) -> None:
+    report = llm.last_report
+    assert report is not None
+    outputs: list[RequestOutput] = result["outputs"]
+    for output in outputs if verbose > 1 else outputs[:1] + outputs[1:][-1:]:
+        if output.outputs[0].text:
+            console.print(f"{output.request_id}: [bold]{output.prompt or '...'}[/]{output.outputs[0].text}")
+    figures.print_plan(console, report.plans[0])
+    figures.print_lanes(console, report.timeline)
+    console.print(figures.summary(result), highlight=False)
+
+
+def log_name(result: dict[str, Any]) -> Path:
+    """FlexGen's automatic name of a log file."""
+    p = result["policy"]
+    percent = "-".join(f"{p[f]:g}" for f in list(p)[2:8])
+    size = f"gbs{p['gpu_batch_size']}-ngbs{p['num_gpu_batches']}"
+    name = f"fg-{result['model']}-{size}-prompt{result['prompt_len']}-gen{result['gen_len']}-percent-{percent}"
+    return Path(f"{name}{'-ov' if p['overlap'] else ''}.log")
+
+
+FLAG: dict[str, Any] = {"is_flag": False, "flag_value": True, "type": bool, "show_default": True}
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--model", help="A checkpoint's directory, a hub id, an OPT size with --path _DUMMY_, or 'demo'.")
+@click.option("--path", help="The checkpoint's directory, or _DUMMY_ for random weights.")
+@click.option("--offload-dir", type=click.Path(path_type=Path), default=DEFAULT_OFFLOAD_DIR, show_default=True)
+@click.option("--prompt-len", type=click.IntRange(1), default=512, show_default=True)
+@click.option("--gen-len", type=click.IntRange(1), default=32, show_default=True)
+@click.option("--cut-gen-len", type=click.IntRange(2), help="Run this many token steps and project the rest.")
+@click.option("--gpu-batch-size", type=int, default=4, show_default=True)
+@click.option("--num-gpu-batches", type=int, default=1, show_default=True)
+@click.option(
+    "--percent",
+    nargs=6,
+    type=int,
+    default=(100, 0, 100, 0, 100, 0),
+    show_default=True,
+    help="Six numbers: weights on GPU and CPU, cache on GPU and CPU, activations on GPU and CPU; the rest is disk.",
+)
+@click.option("--sep-layer", default=True, help="Attention and MLP are layers of their own.", **FLAG)
+@click.option("--pin-weight", default=True, help="Keep the host's weights in pinned memory.", **FLAG)
+@click.option("--cpu-cache-compute", is_flag=True)
+@click.option("--attn-sparsity", type=float, default=1.0, show_default=True)
+@click.option("--compress-weight", is_flag=True)
+@click.option("--compress-cache", is_flag=True)
+@click.option("--overlap", default=True, help="Load ahead while computing.", **FLAG)
+@click.option("--log-file", default="auto", show_default=True)
+@click.option("--no-log", is_flag=True)
+@click.option("--verbose", type=int, default=2, show_default=True)
+@click.option("--prompts", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="A prompt a line.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the figures here.")
+@click.option("--trace", type=click.Path(path_type=Path), help="Write a Chrome/Perfetto trace here.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and touch nothing.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
+@click.option("--device", help="cuda or cpu; by default a GPU where there is one.")
+@click.option("--copies/--in-place", default=None, help="On a CPU: really copy host bytes, as a GPU run does.")
+def command(**options: Any) -> None:
+    """Measure generation under one policy, with FlexGen's flags; without any, run the shipped demo."""
+    console = Console(highlight=False)
+    if len(sys.argv) == 1:
+        run_demo(console, options["offload_dir"].expanduser())
+        return
+    run(console, **options)
+
+
+def run(console: Console, **o: Any) -> None:
+    """One benchmark run, as the flags say."""
+    w_gpu, w_cpu, cache_gpu, cache_cpu, act_gpu, act_cpu = o["percent"]
+    policy = Policy(
+        o["gpu_batch_size"],
+        o["num_gpu_batches"],
+        w_gpu,
+        w_cpu,
+        cache_gpu,
+        cache_cpu,
+        act_gpu,
+        act_cpu,
+        overlap=o["overlap"],
+        sep_layer=o["sep_layer"],
+        pin_weight=o["pin_weight"],
+        cpu_cache_compute=o["cpu_cache_compute"],
+        attn_sparsity=o["attn_sparsity"],
+        compress_weight=o["compress_weight"],
+        comp_weight_config=CompressionConfig(),
+        compress_cache=o["compress_cache"],
+        comp_cache_config=CompressionConfig(),
+    )
+    model = o["model"] or DEMO
+    plan = dry_plan(model, o["path"], o["dtype"], policy, o["prompt_len"], o["gen_len"]) if o["dry_run"] else None
+    if plan is not None:
+        figures.print_plan(console, plan)
+        return
+    base = rss()
+    steps = min(o["cut_gen_len"] or o["gen_len"], o["gen_len"])
+    with (
+        progress_bar() as report,
+        LLM(
+            model,
+            path=o["path"],
+            policy=policy,
+            dtype=o["dtype"],
+            offload_dir=o["offload_dir"],
+            device=o["device"],
+            copies=o["copies"],
+            seed=o["seed"],
+            progress=report,
+        ) as llm,
+    ):
+        prompts: Sequence[Prompt] = (
+            [line for line in o["prompts"].read_text(encoding="utf-8").splitlines() if line.strip()]
+            if o["prompts"]
+            else random_prompts(policy.block_size, o["prompt_len"], llm.spec.vocab, o["seed"])
+        )
+        if not prompts:
+            raise ValueError(f"{o['prompts']} holds no prompts; it needs at least one line of text")
+        result = measure(llm, prompts, gen_len=o["gen_len"], steps=steps, base=base)
+        write_results(console, llm, result, o)
+
+
+def write_results(console: Console, llm: LLM, result: dict[str, Any], o: dict[str, Any]) -> None:
+    """Print the figures and write the files that were asked for."""
+    assert llm.last_report is not None
+    show(console, llm, result, verbose=o["verbose"])
+    del result["outputs"]
+    if o["json_file"]:
+        o["json_file"].write_text(json.dumps(result, indent=1))
+    if o["trace"]:
+        write_chrome_trace(llm.last_report.timeline, o["trace"])
+    if not o["no_log"]:
+        target = log_name(result) if o["log_file"] == "auto" else Path(o["log_file"])
+        with target.open("a") as log:
+            log.write(figures.summary(result) + "\n")
+
+
+def main() -> None:
+    """Run the command; a user's mistake or a failing disk ends in one sentence and exit code 1."""
+    try:
+        command(standalone_mode=True)
+    except (ValueError, OSError, MemoryError) as error:
+        notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+        click.echo(f"error: {error}{notes}", err=True)
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

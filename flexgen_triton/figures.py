@@ -1,0 +1,117 @@
+"""The figures of a benchmark run, by FlexGen's definitions, and how they are printed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .plan.plan import Plan
+from .run.engine import RunReport
+from .run.trace import LaneUse, Timeline
+
+GIB = 1 << 30
+
+
+def step_seconds(report: RunReport) -> list[float]:
+    """Seconds of each token step, summed over the blocks of the schedule: prefill first."""
+    totals: list[float] = []
+    for ends in report.step_ends:
+        durations = [b - a for a, b in zip((0.0, *ends), ends, strict=False)]
+        for n, seconds in enumerate(durations):
+            if n == len(totals):
+                totals.append(0.0)
+            totals[n] += seconds
+    return totals
+
+
+def timing(report: RunReport, *, prompt_tokens: int, num_prompts: int, gen_len: int) -> dict[str, float]:
+    """Prefill, decode and total latency and throughput.
+
+    When fewer steps than `gen_len` were run (`--cut-gen-len`), decode is projected from the mean of those that were.
+    """
+    steps = step_seconds(report)
+    prefill, decode = steps[0], sum(steps[1:])
+    if len(steps) < gen_len:
+        decode = decode / max(len(steps) - 1, 1) * (gen_len - 1)
+    total = prefill + decode
+    return {
+        "prefill_s": prefill,
+        "prefill_tok_s": prompt_tokens / prefill,
+        "decode_s": decode,
+        "decode_tok_s": num_prompts * (gen_len - 1) / max(decode, 1e-10),
+        "total_s": total,
+        "total_tok_s": num_prompts * gen_len / total,
+    }
+
+
+def placed(plans: Sequence[Plan]) -> dict[str, dict[str, int]]:
+    """Bytes by kind and tier: weights once, cache and activations of the largest block."""
+    return max((p.placement for p in plans), key=lambda p: sum(p["cache"].values()))
+
+
+def lanes_json(timeline: Timeline) -> dict[str, dict[str, dict[str, float]]]:
+    return {phase: {lane: asdict(use) for lane, use in lanes.items()} for phase, lanes in timeline.lanes.items()}
+
+
+def percent_text(plan: Plan) -> str:
+    p = plan.policy
+    shares = (p.w_gpu_percent, p.w_cpu_percent, p.cache_gpu_percent, p.cache_cpu_percent)
+    return " ".join(f"{x:g}" for x in (*shares, p.act_gpu_percent, p.act_cpu_percent))
+
+
+def print_plan(console: Console, plan: Plan) -> None:
+    """What goes where, before anything is touched."""
+    policy, workload = plan.policy, plan.workload
+    console.print(
+        f"[bold]{plan.model.name}[/] {plan.model.dtype}, {len(plan.layers)} layers, "
+        f"{policy.gpu_batch_size} x {policy.num_gpu_batches} sequences ({policy.strategy}), "
+        f"percent {percent_text(plan)}, {workload.steps} token steps"
+    )
+    table = Table("GiB", "GPU", "host", "disk", title="plan")
+    for kind, by_tier in plan.placement.items():
+        table.add_row(kind, *(f"{by_tier[t] / GIB:.3f}" for t in ("gpu", "cpu", "disk")))
+    staging = plan.rings["stage_in"] + plan.rings["stage_out"]
+    rings = sum(plan.rings.values()) - staging
+    table.add_row("rings", f"{rings / GIB:.3f}", f"{staging / GIB:.3f}", "")
+    table.add_row("workspace", f"{plan.workspace_bytes / GIB:.3f}", "", "")
+    on_disk = sum(plan.placement[kind]["disk"] for kind in plan.placement)
+    table.add_row("peak", f"{plan.device_bytes / GIB:.3f}", f"{plan.host_bytes / GIB:.3f}", f"{on_disk / GIB:.3f}")
+    console.print(table)
+
+
+def print_lanes(console: Console, timeline: Timeline) -> None:
+    """Where the time went: one row per phase and lane."""
+    table = Table(title="lanes")
+    for name in ("phase", "lane", "busy s", "GiB", "GB/s", "ops", "exposed s"):
+        table.add_column(name, justify="left" if name in ("phase", "lane") else "right")
+    for phase, lanes in timeline.lanes.items():
+        for lane, use in lanes.items():
+            table.add_row(phase, lane, *_lane_cells(use, rate=lane != "compute"))
+    console.print(table)
+    makespan, bound = timeline.makespan_s, timeline.bound_s
+    console.print(f"makespan {makespan:.2f} s, bound {bound:.2f} s, makespan / bound {makespan / max(bound, 1e-9):.3f}")
+
+
+def _lane_cells(use: LaneUse, *, rate: bool) -> tuple[str, ...]:
+    speed = f"{use.bytes / use.busy_s / 1e9:.2f}" if rate and use.busy_s else ""
+    return f"{use.busy_s:.2f}", f"{use.bytes / GIB:.2f}", speed, str(use.ops), f"{use.exposed_s:.2f}"
+
+
+def summary(result: Mapping[str, Any]) -> str:
+    """FlexGen's closing lines."""
+    return "\n".join(
+        (
+            f"model size: {result['model_bytes'] / GIB:.3f} GiB, cache size: {result['cache_bytes'] / GIB:.3f} GiB, "
+            f"hidden size (prefill): {result['hidden_bytes'] / GIB:.3f} GiB",
+            f"peak memory: GPU {result['peak_gpu_bytes'] / GIB:.3f} GiB, "
+            f"host {result['peak_host_bytes'] / GIB:.3f} GiB (planned {result['planned_host_bytes'] / GIB:.3f}), "
+            f"of it pinned {result['pinned_bytes'] / GIB:.3f} GiB",
+            f"prefill latency: {result['prefill_s']:.3f} s, prefill throughput: {result['prefill_tok_s']:.3f} token/s",
+            f"decode latency: {result['decode_s']:.3f} s, decode throughput: {result['decode_tok_s']:.3f} token/s",
+            f"total latency: {result['total_s']:.3f} s, total throughput: {result['total_tok_s']:.3f} token/s",
+        )
+    )

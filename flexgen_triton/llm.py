@@ -1,0 +1,238 @@
+"""The library's front: `LLM`, which loads a model from a directory, the hub or nothing and generates text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import torch
+
+from .demo import DEMO_DIR
+from .models.checkpoint import open_store
+from .models.opt import OPT, ModelError, OPTConfig, config_by_name, model_spec
+from .models.sampling import SamplingParams
+from .plan.policy import Policy, PolicyError
+from .plan.spec import DTYPE_BYTES, ModelSpec
+from .run.block import Request
+from .run.engine import Engine, RunReport
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DUMMY = "_DUMMY_"
+DEMO = "demo"
+DEFAULT_OFFLOAD_DIR = Path("~/.cache/flexgen_triton")
+HUB_PATTERNS = ["*.json", "*.txt", "*.model", "*.safetensors"]
+
+Prompt = str | Sequence[int]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionOutput:
+    """One completion: `finish_reason` is "stop" (end of text) or "length" (max_tokens)."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """The answer to one prompt, in vLLM's shape. `prompt` is None when token ids were given."""
+
+    request_id: int
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """A model found: its configuration, its name, and its directory (None: random weights)."""
+
+    name: str
+    config: OPTConfig
+    directory: Path | None
+    dtype: str  # of the checkpoint, by its own config
+
+
+def find_model(model: str, path: str | None = None) -> ModelSource:
+    """Find a model: the shipped demo, a directory, a hub id, or (`path` `_DUMMY_`) random weights of a known size.
+
+    Raises ModelError or OSError with one sentence when there is no such model.
+    """
+    if path == DUMMY:
+        config = config_by_name(model)
+        if config is None and (Path(model) / "config.json").is_file():
+            return replace(_from_directory(Path(model)), directory=None)
+        if config is None:
+            raise ModelError(f"{model!r} is no known OPT size, so no random weights can be made for it")
+        return ModelSource(model.rsplit("/", 1)[-1], config, None, "float16")
+    if model == DEMO and path is None:
+        return _from_directory(DEMO_DIR)
+    directory = Path(path or model).expanduser()
+    if directory.exists() or path or model.startswith((".", "/", "~")) or model.count("/") != 1:
+        return _from_directory(directory)
+    return replace(_from_directory(_download(model)), name=model.rsplit("/", 1)[-1])
+
+
+def _from_directory(directory: Path) -> ModelSource:
+    if not directory.is_dir():
+        raise ModelError(f"{directory} is not a directory; give a checkpoint's directory, a hub id or --path {DUMMY}")
+    config_path = directory / "config.json"
+    if not config_path.is_file():
+        raise ModelError(f"{directory} has no config.json; a Hugging Face checkpoint directory has one")
+    try:
+        config = json.loads(config_path.read_text())
+    except ValueError as error:
+        raise ModelError(f"{config_path} is not valid JSON: {error}") from error
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    return ModelSource(directory.resolve().name, OPTConfig.from_json(config), directory, dtype)
+
+
+def _download(model: str) -> Path:
+    """Fetch a hub repository, honouring HF_HOME and HF_HUB_OFFLINE; safetensors where there are any, else `.bin`."""
+    from huggingface_hub import list_repo_files, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        try:
+            safe = any(name.endswith(".safetensors") for name in list_repo_files(model))
+        except (OfflineModeIsEnabled, OSError):
+            return Path(snapshot_download(model, local_files_only=True))
+        return Path(snapshot_download(model, allow_patterns=HUB_PATTERNS + ([] if safe else ["pytorch_model*.bin"])))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(f"{model} is neither a directory here nor to be had from the hub: {error}") from error
+
+
+def choose_dtype(asked: str, source: ModelSource) -> str:
+    """The dtype to run in: as asked, or ("auto") the checkpoint's own."""
+    dtype = source.dtype if asked == "auto" else asked
+    if dtype not in DTYPE_BYTES:
+        raise ModelError(f"dtype {dtype!r} is not supported; choose one of {', '.join(DTYPE_BYTES)}")
+    return dtype
+
+
+class LLM:
+    """A model ready to generate. Use as a context manager, or `close()` it.
+
+    `model`: a checkpoint's directory, a hub id, or "demo". `policy`: where its bytes live. `dtype`: "auto" (the
+    checkpoint's), "float32", "bfloat16" or "float16". `offload_dir`: where converted weights and the disk's share of
+    cache and activations go. `path`: FlexGen's second argument, a directory or "_DUMMY_" for random weights.
+    `progress(phase, done, total)` is told of conversion ("convert"), loading ("load") and token steps ("generate").
+    Raises ModelError, PolicyError, CheckpointError (all ValueError) or OSError, each in one sentence.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        policy: Policy | None = None,
+        dtype: str = "auto",
+        offload_dir: str | Path = DEFAULT_OFFLOAD_DIR,
+        path: str | None = None,
+        device: str | None = None,
+        copies: bool | None = None,
+        seed: int = 0,
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> None:
+        self.source = find_model(model, path)
+        self.policy = policy or Policy()
+        self.offload_dir = Path(offload_dir).expanduser()
+        self.spec: ModelSpec = model_spec(self.source.config, self.source.name, choose_dtype(dtype, self.source))
+        self._progress = progress
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self.offload_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        store = open_store(
+            self.spec, self.source.directory, self.offload_dir, progress=self._phase("convert"), seed=seed
+        )
+        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.engine = Engine(
+            OPT(self.source.config),
+            self.spec,
+            store,
+            self.policy,
+            device=target,
+            offload_dir=self.offload_dir,
+            copies=copies,
+            progress=self._phase("load"),
+        )
+        self.last_report: RunReport | None = None
+
+    def _phase(self, name: str) -> Progress | None:
+        progress = self._progress
+        return (lambda done, total: progress(name, done, total)) if progress else None
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's own tokenizer, loaded on first use."""
+        if self._tokenizer is None:
+            if self.source.directory is None:
+                raise ModelError(f"{self.source.name} has random weights and no tokenizer; give prompts as token ids")
+            from transformers import AutoTokenizer
+
+            self._tokenizer = AutoTokenizer.from_pretrained(self.source.directory)
+        return self._tokenizer
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Complete every prompt (text or token ids), in the order given, whatever order they were computed in.
+
+        Raises ValueError for an empty prompt, a token id outside the vocabulary, or one that leaves no position.
+        """
+        params = sampling_params or SamplingParams()
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts but {len(each)} sampling parameters; give one, or one each")
+        requests = [self._request(n, p, s) for n, (p, s) in enumerate(zip(prompts, each, strict=True))]
+        if requests:
+            self.last_report = self.engine.generate(requests, progress=self._phase("generate"))
+        return [self._output(n, p, r) for n, (p, r) in enumerate(zip(prompts, requests, strict=True))]
+
+    def _request(self, number: int, prompt: Prompt, params: SamplingParams) -> Request:
+        ids = list(self.tokenizer(prompt)["input_ids"]) if isinstance(prompt, str) else [int(t) for t in prompt]
+        if not ids:
+            raise ValueError(f"prompt {number} is empty; give it at least one token")
+        bad = next((t for t in ids if not 0 <= t < self.spec.vocab), None)
+        if bad is not None:
+            raise ValueError(f"prompt {number} has token id {bad}; the vocabulary has {self.spec.vocab}")
+        room = self.spec.max_positions - len(ids)
+        if params.max_tokens > room:
+            raise PolicyError(
+                f"prompt {number} has {len(ids)} tokens and asks for {params.max_tokens} more; "
+                f"{self.spec.name} has {self.spec.max_positions} positions, so at most {max(room, 0)} fit"
+            )
+        return Request(ids, params)
+
+    def _output(self, number: int, prompt: Prompt, request: Request) -> RequestOutput:
+        text = ""
+        if self.source.directory is not None and self._has_tokenizer():
+            text = str(self.tokenizer.decode(request.tokens, skip_special_tokens=True))
+        completion = CompletionOutput(0, text, request.tokens, request.finish_reason)
+        return RequestOutput(number, prompt if isinstance(prompt, str) else None, request.prompt, [completion])
+
+    def _has_tokenizer(self) -> bool:
+        directory = self.source.directory
+        assert directory is not None
+        return any((directory / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json"))
+
+    def close(self) -> None:
+        """Free the model's memory, files and threads."""
+        self.engine.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,1 @@
+"""Owns bytes and moves them between tiers; never asks what they mean."""

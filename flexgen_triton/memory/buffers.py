@@ -1,0 +1,67 @@
+"""The buffers of one run: rings on the device and in pinned host memory, homes, scratch space on disk.
+
+Sized by the largest of the plans that share them; every view of them is handed out here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..plan.placement import Tier
+from ..plan.plan import Plan
+from ..plan.schedule import Slot
+from .arena import Arena
+from .disk import DiskFile
+
+STAGE_RINGS = ("stage_in", "stage_out")
+
+
+class Buffers:
+    """Arenas for the rings and the homes of cache and hidden states, and the scratch file of the disk tier.
+
+    Raises OSError when the scratch file does not fit the disk.
+    """
+
+    def __init__(self, plans: Sequence[Plan], *, device: torch.device, offload_dir: Path) -> None:
+        self.device = device
+        rings = {name: max(p.rings[name] for p in plans) for name in plans[0].rings}
+        homes = {tier: max(p.homes[tier] for p in plans) for tier in Tier}
+        on_host = sum(rings[n] for n in STAGE_RINGS)
+        pin = device.type == "cuda"
+        self.gpu = Arena("gpu homes", homes[Tier.GPU], device)
+        self.host = Arena("host homes", homes[Tier.HOST], torch.device("cpu"), pin=pin)
+        self._device_rings = Arena("device rings", sum(rings.values()) - on_host, device)
+        self._host_rings = Arena("host rings", on_host, torch.device("cpu"), pin=pin)
+        self._rings = {
+            name: (self._host_rings if name in STAGE_RINGS else self._device_rings).take(size)
+            for name, size in rings.items()
+        }
+        self.scratch = DiskFile.scratch(offload_dir, homes[Tier.DISK]) if homes[Tier.DISK] else None
+        self._scratch_used = 0
+
+    def slot(self, slot: Slot) -> Tensor:
+        """The bytes of a ring's slot, uint8 [nbytes]."""
+        return self._rings[slot.ring][slot.at : slot.at + slot.nbytes]
+
+    def take_scratch(self, nbytes: int) -> int:
+        """Reserve bytes of the scratch file; returns their offset."""
+        offset = self._scratch_used
+        self._scratch_used += nbytes
+        return offset
+
+    def reset(self) -> None:
+        """Take all homes back, for the next plan."""
+        self.gpu.reset()
+        self.host.reset()
+        self._scratch_used = 0
+
+    def close(self) -> None:
+        self._rings.clear()
+        for arena in (self.gpu, self.host, self._device_rings, self._host_rings):
+            arena.close()
+        if self.scratch is not None:
+            self.scratch.close()

@@ -1,0 +1,285 @@
+"""Where a model's weights lie in files, how that is written down, and the safetensors format, strictly.
+
+Knows names, offsets and checksums. Does not know what the tensors mean, nor where they will be held.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import chain, pairwise
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from ..plan.placement import PAGE, Extent
+from .disk import preallocate
+
+STORE_VERSION = 1
+MANIFEST = "manifest.json"
+CHUNK = 256 << 10  # bytes under one checksum
+HASH_BYTES = 8
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+
+_BITS = {
+    **dict.fromkeys(("F4",), 4),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
+    **dict.fromkeys(("I32", "U32", "F32"), 32),
+    **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
+}
+SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+class StoreError(ValueError):
+    """Files that are not what they should be; the message says which and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """Where a model's weights lie; immutable.
+
+    `extents` are in file order of each module's tensors, by ModuleSpec.name. Their `row` counts in the whole tensor,
+    from TensorSpec.row on. A vector is one row; one that is concatenated from several sources in place is several
+    extents of one row each, whose `row` is their first element.
+    """
+
+    files: tuple[Path, ...]
+    sizes: tuple[int, ...]  # bytes of each file
+    extents: dict[str, tuple[Extent, ...]]
+    dtype: str
+    align: int  # read at multiples of this; checksums are per CHUNK
+    checks: tuple[bytes | None, ...]  # of each file: 8 bytes of xxh3_64 per CHUNK, or None where nothing is known
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(e.nbytes for extents in self.extents.values() for e in extents)
+
+    def verify(self, file: int, offset: int, data: memoryview) -> None:
+        """Check every chunk of `file` that lies whole in `data`, read at `offset`; raises StoreError."""
+        checks = self.checks[file]
+        if checks is None:
+            return
+        size, end = self.sizes[file], offset + len(data)
+        for start in range(-(-offset // CHUNK) * CHUNK, end, CHUNK):
+            stop = min(start + CHUNK, size)
+            at = start // CHUNK * HASH_BYTES
+            if stop <= end and _hash(data[start - offset : stop - offset]) != checks[at : at + HASH_BYTES]:
+                raise StoreError(
+                    f"{self.files[file]} is damaged: bytes {start} to {stop} do not match their checksum; delete "
+                    f"{self.files[file].parent} and it will be rebuilt"
+                )
+
+    def save(self, directory: Path) -> None:
+        """Write the manifest of a store whose files all lie in `directory`, and sync it to disk."""
+        files = [
+            {"name": f.name, "bytes": size, "xxh3_64": None if check is None else base64.b64encode(check).decode()}
+            for f, size, check in zip(self.files, self.sizes, self.checks, strict=True)
+        ]
+        body = {
+            "version": STORE_VERSION,
+            "dtype": self.dtype,
+            "align": self.align,
+            "files": files,
+            "extents": {name: [list(asdict(e).values()) for e in extents] for name, extents in self.extents.items()},
+        }
+        with (directory / MANIFEST).open("w", encoding="ascii") as file:
+            json.dump({"xxh3_64": _body_check(body), "store": body}, file)
+            file.flush()
+            os.fsync(file.fileno())
+
+    @classmethod
+    def load(cls, directory: Path) -> Store:
+        """Read the manifest in `directory`; raises StoreError unless it is whole and the files have their sizes."""
+        path = directory / MANIFEST
+        try:
+            manifest = json.loads(path.read_text(encoding="ascii"))
+            body = manifest["store"]
+            if body["version"] != STORE_VERSION or manifest["xxh3_64"] != _body_check(body):
+                raise ValueError("version or checksum")
+            store = cls._from_body(directory, body)
+            sizes = tuple(f.stat().st_size for f in store.files)
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise StoreError(
+                f"{path} is missing or damaged ({error}); delete {directory}, it will be rebuilt"
+            ) from error
+        for file, size, found in zip(store.files, store.sizes, sizes, strict=True):
+            if size != found:
+                raise StoreError(f"{file} has {found} bytes instead of {size}; delete {directory}, it will be rebuilt")
+        return store
+
+    @classmethod
+    def _from_body(cls, directory: Path, body: Mapping[str, Any]) -> Store:
+        checks = [f["xxh3_64"] for f in body["files"]]
+        return cls(
+            files=tuple(directory / f["name"] for f in body["files"]),
+            sizes=tuple(f["bytes"] for f in body["files"]),
+            extents={name: tuple(Extent(*e) for e in extents) for name, extents in body["extents"].items()},
+            dtype=body["dtype"],
+            align=body["align"],
+            checks=tuple(None if c is None else base64.b64decode(c) for c in checks),
+        )
+
+
+def _hash(data: memoryview) -> bytes:
+    return xxhash.xxh3_64_digest(data)
+
+
+def _body_check(body: Mapping[str, Any]) -> str:
+    """Of a manifest, which is small but must be no less trusted than what it describes."""
+    return xxhash.xxh3_64_hexdigest(json.dumps(body).encode())
+
+
+# The safetensors format: 8 bytes of header length, little endian; a JSON header, which may be padded with spaces; data.
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """A tensor in a safetensors file: bytes [begin, end) of the file."""
+
+    dtype: str  # the format's own name: "F16"
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def read_safetensors_header(path: Path) -> dict[str, TensorEntry]:
+    """The tensors of a safetensors file by name; raises StoreError where it breaks a rule of the format."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise _broken(path, f"has {size} bytes, too few for its header: truncated")
+        if length > MAX_HEADER_BYTES:
+            raise _broken(path, f"has a header of {length} bytes; at most {MAX_HEADER_BYTES} are allowed")
+        raw = file.read(length)
+    header = _parse_header(path, raw)
+    header.pop("__metadata__", None)
+    entries = {name: _entry(path, name, fields, 8 + length) for name, fields in header.items()}
+    _check_cover(path, entries, 8 + length, size)
+    return entries
+
+
+def _parse_header(path: Path, raw: bytes) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise _broken(path, "names a key of its header twice")
+        return found
+
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique) if raw[:1] == b"{" else None
+    except StoreError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise _broken(path, f"has a header that is not JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise _broken(path, "has a header that is not a JSON object")
+    return header
+
+
+def _entry(path: Path, name: str, fields: Any, start: int) -> TensorEntry:
+    """One tensor of the header, with its dtype, shape and number of bytes agreeing; `start` is where the data begins."""
+    if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
+        raise _broken(path, f"describes tensor {name} by other fields than dtype, shape and data_offsets")
+    dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _BITS:
+        raise _broken(path, f"has tensor {name} of unknown dtype {dtype!r}")
+    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
+        raise _broken(
+            path, f"has tensor {name} of shape {shape!r} at {offsets!r}, which are not lists of natural numbers"
+        )
+    begin, end = offsets
+    if (end - begin) * 8 != prod(shape) * _BITS[dtype]:
+        raise _broken(path, f"has {end - begin} bytes for tensor {name} of {dtype} {shape}")
+    return TensorEntry(dtype, tuple(shape), start + begin, start + end)
+
+
+def _naturals(value: Any) -> bool:
+    return isinstance(value, list) and all(type(v) is int and v >= 0 for v in value)
+
+
+def _check_cover(path: Path, entries: Mapping[str, TensorEntry], start: int, size: int) -> None:
+    """The tensors must fill the file from the header to its end, without overlap or hole."""
+    spans = sorted((e.begin, e.end, name) for name, e in entries.items())
+    for (_, end, before), (begin, _, name) in pairwise([(0, start, "the header"), *spans]):
+        if begin != end:
+            raise _broken(path, f"has {'a hole' if begin > end else 'an overlap'} between {before} and {name}")
+    last = max((e.end for e in entries.values()), default=start)
+    if last != size:
+        raise _broken(path, f"has {size} bytes instead of {last}" + (": truncated" if size < last else ""))
+
+
+def _broken(path: Path, problem: str) -> StoreError:
+    return StoreError(f"{path} {problem}; download or write it again")
+
+
+def pack_header(tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> bytes:
+    """The start of a file of (name, dtype, shape) tensors, one after another, padded to a whole number of pages.
+
+    `dtype` is a name of SAFETENSORS_DTYPES.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, dtype, shape in tensors:
+        code = SAFETENSORS_DTYPES[dtype]
+        end = at + prod(shape) * _BITS[code] // 8
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % PAGE)
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_safetensors(
+    path: Path, tensors: Sequence[tuple[str, str, tuple[int, ...]]], pieces: Iterable[memoryview]
+) -> tuple[int, bytes]:
+    """Write a new file whose data, the tensors' bytes in order, comes in `pieces` of any size, and sync it to disk.
+
+    Returns its size and its checksums (Store.checks). Its data begins at a multiple of PAGE. Raises OSError.
+    """
+    header = pack_header(tensors)
+    nbytes = sum(prod(shape) * _BITS[SAFETENSORS_DTYPES[dtype]] // 8 for _, dtype, shape in tensors)
+    checks = _Checksums()
+    with path.open("xb", buffering=0) as file:
+        preallocate(file.fileno(), len(header) + nbytes, path.parent)
+        for piece in chain([memoryview(header)], pieces):
+            _write_all(file.fileno(), piece)
+            checks.add(piece)
+        assert checks.total == len(header) + nbytes, (path, checks.total, len(header), nbytes)
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # others have a better use for the page cache
+    return checks.total, checks.digests()
+
+
+def _write_all(fd: int, data: memoryview) -> None:
+    while data:
+        data = data[os.write(fd, data) :]
+
+
+class _Checksums:
+    """Hashes a stream of bytes per CHUNK."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._done = bytearray()
+        self._open = xxhash.xxh3_64()
+
+    def add(self, data: memoryview) -> None:
+        while data:
+            head = data[: CHUNK - self.total % CHUNK]
+            self._open.update(head)
+            self.total += len(head)
+            data = data[len(head) :]
+            if self.total % CHUNK == 0:
+                self._done += self._open.digest()
+                self._open.reset()
+
+    def digests(self) -> bytes:
+        return bytes(self._done) + (self._open.digest() if self.total % CHUNK else b"")

@@ -1,0 +1,192 @@
+"""The weights of a model over three tiers: what stays is loaded once, the rest streams through rings.
+
+Moves bytes and hands out views of them by name; does not know what they mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..plan.placement import LayerPlacement, Run, Segment, Share
+from ..plan.plan import Part, Plan
+from .arena import Arena
+from .disk import DiskFile, DiskQueue, Read
+from .store import Store
+
+LOAD_CHUNK = 64 << 20
+BOUNCE_BYTES = 8 << 20
+
+Segments = dict[str, list[tuple[int, Tensor]]]  # tensor name -> (first row, [rows, columns])
+
+
+class Weights:
+    """Resident shares on the GPU and the host, and access to the disk's share.
+
+    `progress(done, total)` is told as resident bytes are loaded; `bytes_loaded` counts them.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        store: Store,
+        disk: DiskQueue,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self._store, self._disk, self._dtype, self._device = store, disk, dtype, device
+        self._placements, self._tables, self._copies = plan.placements, plan.tables, plan.copies
+        self._files = [DiskFile.open(path) for path in store.files]
+        self._verified: set[tuple[int, int]] = set()
+        pin = device.type == "cuda" and plan.policy.pin_weight
+        self._gpu = Arena("gpu weights", sum(p.gpu.nbytes for p in self._all()), device)
+        self._host = Arena("host weights", sum(p.host.nbytes for p in self._all()), torch.device("cpu"), pin=pin)
+        cpu, on_gpu = torch.device("cpu"), device.type == "cuda"
+        self._bounce = Arena("bounce", BOUNCE_BYTES, cpu, pin=True) if on_gpu and not pin else None
+        staging = Arena("load staging", LOAD_CHUNK if on_gpu else 0, cpu, pin=True)
+        self.gpu_bytes, self.host_bytes = self._gpu.nbytes, self._host.nbytes
+        self.bytes_loaded = 0
+        self._resident = [self._load_resident(p, staging.buffer, progress) for p in self._all()]
+        staging.close()
+        self._lookup = self._build_lookup()
+
+    def _all(self) -> Sequence[LayerPlacement]:
+        return (*self._placements, self._tables)
+
+    # Loading what stays
+
+    def _load_resident(
+        self, placement: LayerPlacement, staging: Tensor, progress: Callable[[int, int], None] | None
+    ) -> tuple[Tensor, Tensor]:
+        gpu, host = self._gpu.take(placement.gpu.nbytes), self._host.take(placement.host.nbytes)
+        total = sum(p.gpu.nbytes + p.host.nbytes for p in self._all())
+        for share, buffer in ((placement.gpu, gpu), (placement.host, host)):
+            for run in share.runs:
+                for piece in _pieces(run, LOAD_CHUNK):
+                    self._load_piece(piece, buffer, staging)
+                    self.bytes_loaded += piece.nbytes
+                    if progress:
+                        progress(self.bytes_loaded, total)
+        return gpu, host
+
+    def _load_piece(self, run: Run, buffer: Tensor, staging: Tensor) -> None:
+        target = buffer[run.at : run.at + run.nbytes]
+        if target.device.type == "cpu":
+            self._disk.read([self._request(run, target)])
+            return
+        staged = staging[: run.nbytes]
+        self._disk.read([self._request(run, staged)])
+        target.copy_(staged)
+
+    def _request(self, run: Run, target: Tensor) -> Read:
+        """A read of one run, checked against the store's checksums the first time those bytes are seen."""
+        file = self._files[run.file]
+        if self._store.checks[run.file] is None or (run.file, run.offset) in self._verified:
+            return Read(file, run.offset, target)
+        self._verified.add((run.file, run.offset))
+        return Read(file, run.offset, target, lambda offset, data: self._store.verify(run.file, offset, data))
+
+    # Streaming
+
+    def read(self, part: Part, into: Tensor, *, staged: bool) -> None:
+        """Read a part's share of the disk: into its place in a layer's slot, or to the start of a staging slot."""
+        first = part.disk[0].at if part.disk and staged else 0
+        self._disk.read([self._request(r, into[r.at - first : r.at - first + r.nbytes]) for r in part.disk])
+
+    def load(self, j: int, part: Part, staged: Tensor | None, into: Tensor) -> None:
+        """Copy a part from its staging slot and from the host's resident share to layer j's slot on the device."""
+        if staged is not None and part.disk:
+            at, nbytes = part.disk[0].at, part.disk_bytes
+            into[at : at + nbytes].copy_(staged[:nbytes], non_blocking=True)
+        if part.host_bytes:
+            base = self._placements[j].disk.nbytes + part.host_at
+            source = self._resident[j][1][part.host_at : part.host_at + part.host_bytes]
+            self._copy(source, into[base : base + part.host_bytes])
+
+    def _copy(self, source: Tensor, target: Tensor) -> None:
+        if self._bounce is None:
+            target.copy_(source, non_blocking=True)
+            return
+        for low in range(0, len(source), BOUNCE_BYTES):  # pageable: through a pinned buffer
+            piece = source[low : low + BOUNCE_BYTES]
+            staged = self._bounce.buffer[: len(piece)]
+            torch.cuda.current_stream(self._device).synchronize()
+            staged.copy_(piece)
+            target[low : low + len(piece)].copy_(staged, non_blocking=True)
+
+    # Views
+
+    def view(self, j: int, streamed: Tensor | None) -> Segments:
+        """Layer j's tensors by name: views of the resident shares and of the streamed one's slot."""
+        placement, (gpu, host) = self._placements[j], self._resident[j]
+        found: Segments = {}
+        self._add_views(found, placement.gpu, gpu)
+        if not self._copies:
+            self._add_views(found, placement.host, host)
+        if streamed is not None:
+            self._add_views(found, placement.disk, streamed)
+            if self._copies:
+                self._add_views(found, placement.host, streamed[placement.disk.nbytes :])
+        return found
+
+    def _add_views(self, found: Segments, share: Share, buffer: Tensor) -> None:
+        for segment in share.segments:
+            found.setdefault(segment.tensor, []).append((segment.row, self._typed(buffer, segment)))
+
+    def _typed(self, buffer: Tensor, s: Segment) -> Tensor:
+        return buffer[s.at : s.at + s.rows * s.row_bytes].view(self._dtype).view(s.rows, -1)
+
+    # Looking rows up
+
+    def _build_lookup(self) -> dict[str, list[tuple[int, int, Tensor | tuple[DiskFile, int, int]]]]:
+        """Of every tensor: (first row, rows, resident view or place on disk), for `rows`."""
+        lookup: dict[str, list[tuple[int, int, Tensor | tuple[DiskFile, int, int]]]] = {}
+        for placement, (gpu, host) in zip(self._all(), self._resident, strict=True):
+            for share, buffer in ((placement.gpu, gpu), (placement.host, host)):
+                for s in share.segments:
+                    lookup.setdefault(s.tensor, []).append((s.row, s.rows, self._typed(buffer, s)))
+            for e in placement.disk.extents:
+                place = (self._files[e.file], e.offset, e.row_bytes)
+                lookup.setdefault(e.tensor, []).append((e.row, e.rows, place))
+        return lookup
+
+    def rows(self, tensor: str, ids: Tensor) -> Tensor:
+        """Rows `ids` [T] (on the CPU) of a table, gathered where they lie: [T, width] on the device."""
+        out: Tensor | None = None
+        for first, count, place in self._lookup[tensor]:
+            here = ((ids >= first) & (ids < first + count)).nonzero().flatten()
+            if not len(here):
+                continue
+            found = self._gather(place, ids[here] - first)
+            if out is None:
+                out = torch.empty(len(ids), found.shape[1], dtype=self._dtype, device=self._device)
+            out[here.to(self._device)] = found.to(self._device, non_blocking=True)
+        assert out is not None, f"no rows of {tensor} for ids {ids}"
+        return out
+
+    def _gather(self, place: Tensor | tuple[DiskFile, int, int], local: Tensor) -> Tensor:
+        if isinstance(place, Tensor):
+            return place[local.to(place.device)]
+        file, offset, row_bytes = place
+        offsets = [offset + r * row_bytes for r in local.tolist()]
+        return self._disk.read_rows(file, offsets, row_bytes).view(self._dtype)
+
+    def close(self) -> None:
+        self._resident.clear()
+        self._lookup.clear()
+        for arena in (self._gpu, self._host, self._bounce):
+            if arena is not None:
+                arena.close()
+        for file in self._files:
+            file.close()
+
+
+def _pieces(run: Run, limit: int) -> list[Run]:
+    return [
+        Run(run.file, run.offset + low, min(limit, run.nbytes - low), run.at + low)
+        for low in range(0, run.nbytes, limit)
+    ]

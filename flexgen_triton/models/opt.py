@@ -1,0 +1,248 @@
+"""OPT (Zhang et al., 2022): sizes 125M to 175B, post-norm and projected embeddings (350M), Galactica.
+
+A layer is a function of (hidden states, weights, attention); it owns nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from torch import Tensor
+
+from ..plan.spec import DTYPE_BYTES, ModelSpec, ModuleSpec, TensorSpec
+from . import ops
+from .ops import Matrix
+
+POSITION_OFFSET = 2  # OPT's position table starts with two rows that are never used
+MIN_HEAD_PART_BYTES = 32 << 20
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v [T, H, D] -> [T, H, D]
+Rows = Callable[[str, Tensor], Tensor]  # table name, ids [T] -> [T, width]
+
+
+class ModelError(ValueError):
+    """A model that this engine cannot run; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class OPTConfig:
+    """The fields of OPT's config.json that decide shapes and arithmetic, under their Hugging Face names."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    ffn_dim: int
+    vocab_size: int = 50272
+    word_embed_proj_dim: int = 0  # 0: hidden_size
+    max_position_embeddings: int = 2048
+    do_layer_norm_before: bool = True
+    final_layer_norm: bool = True
+    enable_bias: bool = True
+    layer_norm_elementwise_affine: bool = True
+    activation_function: str = "relu"
+    tie_word_embeddings: bool = True
+    eos_token_id: int = 2
+    bos_token_id: int = 2
+    pad_token_id: int = 1
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def embed_dim(self) -> int:
+        return self.word_embed_proj_dim or self.hidden_size
+
+    @classmethod
+    def from_json(cls, config: Mapping[str, Any]) -> OPTConfig:
+        """Read a Hugging Face config; raises ModelError for another family or a feature we do not compute."""
+        if config.get("model_type") != "opt":
+            raise ModelError(f"model_type is {config.get('model_type')!r}; this version runs OPT models only")
+        missing = [n for n in ("hidden_size", "num_hidden_layers", "num_attention_heads", "ffn_dim") if n not in config]
+        if missing:
+            raise ModelError(f"config.json lacks {', '.join(missing)}; is it a complete OPT checkpoint?")
+        if config["hidden_size"] % config["num_attention_heads"]:
+            raise ModelError(
+                f"hidden_size {config['hidden_size']} is not a multiple of {config['num_attention_heads']} heads"
+            )
+        activation = config.get("activation_function", "relu")
+        if activation not in ops.ACTIVATIONS:
+            raise ModelError(f"activation {activation!r} is unknown; known are {', '.join(ops.ACTIVATIONS)}")
+        known = {name: config[name] for name in cls.__slots__ if config.get(name) is not None}
+        removed = config.get("_remove_final_layer_norm", False)
+        known["final_layer_norm"] = bool(config.get("do_layer_norm_before", True)) and not removed
+        return cls(**known)
+
+
+def _size(hidden: int, layers: int, heads: int, **more: Any) -> OPTConfig:
+    return OPTConfig(hidden, layers, heads, 4 * hidden, **more)
+
+
+SIZES = {
+    "opt-125m": _size(768, 12, 12),
+    "opt-350m": _size(1024, 24, 16, word_embed_proj_dim=512, do_layer_norm_before=False, final_layer_norm=False),
+    "opt-1.3b": _size(2048, 24, 32),
+    "opt-2.7b": _size(2560, 32, 32),
+    "opt-6.7b": _size(4096, 32, 32),
+    "opt-13b": _size(5120, 40, 40),
+    "opt-30b": _size(7168, 48, 56),
+    "opt-66b": _size(9216, 64, 72),
+    "opt-175b": _size(12288, 96, 96),
+    "galactica-30b": _size(7168, 48, 56, vocab_size=50000, activation_function="gelu", bos_token_id=0),
+}
+
+
+def config_by_name(name: str) -> OPTConfig | None:
+    """The published configuration of "facebook/opt-30b", "opt-30b" and the like; None for an unknown name."""
+    return SIZES.get(name.rsplit("/", 1)[-1].lower())
+
+
+def model_spec(config: OPTConfig, name: str, dtype: str) -> ModelSpec:
+    """Everything the planner asks about an OPT model."""
+    modules = [_embed(config)]
+    for n in range(config.num_hidden_layers):
+        modules += [_attention(config, n), _mlp(config, n)]
+    modules += _head(config, DTYPE_BYTES[dtype])
+    return ModelSpec(
+        name=name,
+        family="opt",
+        dtype=dtype,
+        hidden=config.hidden_size,
+        num_blocks=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_attention_heads,
+        head_dim=config.head_dim,
+        ffn=config.ffn_dim,
+        vocab=config.vocab_size,
+        max_positions=config.max_position_embeddings,
+        modules=tuple(modules),
+    )
+
+
+def _matrix(name: str, shape: tuple[int, int], *sources: str, gathered: bool = False) -> TensorSpec:
+    rows = (shape[0] // len(sources),) * len(sources)
+    return TensorSpec(name, shape, sources, rows, gathered)
+
+
+def _linear(config: OPTConfig, name: str, shape: tuple[int, int], *sources: str) -> list[TensorSpec]:
+    tensors = [_matrix(f"{name}.weight", shape, *(f"{s}.weight" for s in sources))]
+    if config.enable_bias:
+        rows = (shape[0] // len(sources),) * len(sources)
+        tensors.append(TensorSpec(f"{name}.bias", (shape[0],), tuple(f"{s}.bias" for s in sources), rows))
+    return tensors
+
+
+def _norm(config: OPTConfig, name: str, source: str) -> list[TensorSpec]:
+    if not config.layer_norm_elementwise_affine:
+        return []
+    shape = (config.hidden_size,)
+    return [TensorSpec(f"{name}.{p}", shape, (f"{source}.{p}",), shape) for p in ("weight", "bias")]
+
+
+def _embed(config: OPTConfig) -> ModuleSpec:
+    hidden, width = config.hidden_size, config.embed_dim
+    rows = config.max_position_embeddings + POSITION_OFFSET
+    tensors = [_matrix("positions.weight", (rows, hidden), "decoder.embed_positions.weight", gathered=True)]
+    if not config.tie_word_embeddings:
+        shape = (config.vocab_size, width)
+        tensors.append(_matrix("tokens.weight", shape, "decoder.embed_tokens.weight", gathered=True))
+    if width != hidden:
+        tensors.append(_matrix("project_in.weight", (hidden, width), "decoder.project_in.weight"))
+    return ModuleSpec("embed", 0, tuple(tensors), 2.0 * hidden * width if width != hidden else 0.0)
+
+
+def _attention(config: OPTConfig, n: int) -> ModuleSpec:
+    hidden, at = config.hidden_size, f"decoder.layers.{n}"
+    tensors = [
+        *_norm(config, "attention_norm", f"{at}.self_attn_layer_norm"),
+        *_linear(config, "qkv", (3 * hidden, hidden), *(f"{at}.self_attn.{p}_proj" for p in "qkv")),
+        *_linear(config, "out", (hidden, hidden), f"{at}.self_attn.out_proj"),
+    ]
+    return ModuleSpec("attention", n, tuple(tensors), 8.0 * hidden * hidden)
+
+
+def _mlp(config: OPTConfig, n: int) -> ModuleSpec:
+    hidden, ffn, at = config.hidden_size, config.ffn_dim, f"decoder.layers.{n}"
+    tensors = [
+        *_norm(config, "mlp_norm", f"{at}.final_layer_norm"),
+        *_linear(config, "fc1", (ffn, hidden), f"{at}.fc1"),
+        *_linear(config, "fc2", (hidden, ffn), f"{at}.fc2"),
+    ]
+    return ModuleSpec("mlp", n, tuple(tensors), 4.0 * hidden * ffn)
+
+
+def _head(config: OPTConfig, itemsize: int) -> list[ModuleSpec]:
+    """The output projection, in parts no larger than a decoder block's MLP, so that the ring need not hold it whole."""
+    width, vocab = config.embed_dim, config.vocab_size
+    tied = config.tie_word_embeddings
+    name, source = ("tokens.weight", "decoder.embed_tokens.weight") if tied else ("lm_head.weight", "lm_head.weight")
+    limit = max(2 * config.hidden_size * config.ffn_dim * itemsize, MIN_HEAD_PART_BYTES)
+    count = -(-vocab * width * itemsize // limit)
+    cuts = [vocab * n // count for n in range(count + 1)]
+    modules = []
+    for n, (low, high) in enumerate(pairwise(cuts)):
+        first: list[TensorSpec] = []
+        if n == 0 and config.final_layer_norm:
+            first += _norm(config, "final_norm", "decoder.final_layer_norm")
+        if n == 0 and width != config.hidden_size:
+            first.append(_matrix("project_out.weight", (width, config.hidden_size), "decoder.project_out.weight"))
+        rows = TensorSpec(name, (high - low, width), (source,), (high - low,), row=low)
+        modules.append(ModuleSpec("head", n, (*first, rows), 2.0 * (high - low) * width))
+    return modules
+
+
+class OPT:
+    """The forward functions of one OPT model. `w` maps a tensor's name to a Matrix or to a vector."""
+
+    def __init__(self, config: OPTConfig) -> None:
+        self.config = config
+        self._activation = ops.ACTIVATIONS[config.activation_function]
+        self._projected = config.embed_dim != config.hidden_size
+        self._head_weight = "tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+
+    def embed(self, w: Mapping[str, Matrix], rows: Rows, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Token and position embeddings: ids [T], positions [T] -> [T, E]."""
+        x = rows("tokens.weight", tokens)
+        if self._projected:
+            x = ops.linear(x, w["project_in.weight"])
+        return x + rows("positions.weight", positions + POSITION_OFFSET)
+
+    def attention(self, w: Mapping[str, Matrix], x: Tensor, attend: Attend) -> Tensor:
+        """Self-attention with its residual: [T, E] -> [T, E]."""
+        heads, dim = self.config.num_attention_heads, self.config.head_dim
+        before = self.config.do_layer_norm_before
+        h = self._norm(w, "attention_norm", x) if before else x
+        qkv = self._linear(w, "qkv", h).view(len(x), 3, heads, dim)
+        out = attend(qkv[:, 0], qkv[:, 1], qkv[:, 2]).reshape(len(x), heads * dim)
+        y = x + self._linear(w, "out", out)
+        return y if before else self._norm(w, "attention_norm", y)
+
+    def mlp(self, w: Mapping[str, Matrix], x: Tensor) -> Tensor:
+        """Feed-forward network with its residual: [T, E] -> [T, E]."""
+        before = self.config.do_layer_norm_before
+        h = self._norm(w, "mlp_norm", x) if before else x
+        y = x + self._linear(w, "fc2", self._activation(self._linear(w, "fc1", h)))
+        return y if before else self._norm(w, "mlp_norm", y)
+
+    def head_input(self, w: Mapping[str, Matrix], x: Tensor) -> Tensor:
+        """What every part of the head multiplies: final norm and projection, [B, E] -> [B, width]."""
+        if self.config.final_layer_norm:
+            x = self._norm(w, "final_norm", x)
+        return ops.linear(x, w["project_out.weight"]) if self._projected else x
+
+    def logits(self, w: Mapping[str, Matrix], x: Tensor, out: Tensor) -> None:
+        """Write the logits of this part's rows of the vocabulary: [B, width] -> out[:, rows] [B, V] fp32."""
+        weight = w[self._head_weight]
+        ops.linear_into(x, weight, out[:, weight.row : weight.row + weight.rows])
+
+    def _linear(self, w: Mapping[str, Matrix], name: str, x: Tensor) -> Tensor:
+        bias = w[f"{name}.bias"].vector() if self.config.enable_bias else None
+        return ops.linear(x, w[f"{name}.weight"], bias)
+
+    def _norm(self, w: Mapping[str, Matrix], name: str, x: Tensor) -> Tensor:
+        if not self.config.layer_norm_elementwise_affine:
+            return ops.layer_norm(x, None, None)
+        return ops.layer_norm(x, w[f"{name}.weight"].vector(), w[f"{name}.bias"].vector())

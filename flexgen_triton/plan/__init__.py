@@ -1,0 +1,1 @@
+"""Everything that decides: pure data and pure functions. Never imports torch."""

@@ -1,0 +1,64 @@
+"""Whether a plan fits the memory there is, and which one would."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from .hardware import GIB
+from .placement import Tier
+from .plan import Plan, make_plan
+from .policy import Policy, PolicyError
+from .spec import Batch, Workload
+
+
+def need(plan: Plan) -> dict[Tier, int]:
+    """Peak bytes of GPU and host. Where host memory is the device's, all of it counts as host."""
+    if plan.copies:
+        return {Tier.GPU: plan.device_bytes, Tier.HOST: plan.host_bytes}
+    return {Tier.HOST: plan.device_bytes + plan.host_bytes}
+
+
+def fits(plan: Plan, available: dict[Tier, int]) -> bool:
+    return all(nbytes <= available[tier] for tier, nbytes in need(plan).items())
+
+
+def check(plan: Plan, available: dict[Tier, int]) -> None:
+    """Raise PolicyError, with what each tier needs and a policy that fits, when the plan exceeds `available` bytes."""
+    if fits(plan, available):
+        return
+    tier = next(t for t, nbytes in need(plan).items() if nbytes > available[t])
+    raise PolicyError(f"{_shortage(plan, tier, available[tier])}; {_way_out(plan, available)}")
+
+
+def _shortage(plan: Plan, tier: Tier, have: int) -> str:
+    weights = sum(p.gpu.nbytes for p in (*plan.placements, plan.tables))
+    homes = plan.homes[Tier.GPU]
+    if tier is Tier.HOST:
+        on_host = sum(p.host.nbytes for p in (*plan.placements, plan.tables))
+        weights, homes = (on_host, plan.homes[tier]) if plan.copies else (weights + on_host, homes + plan.homes[tier])
+    total = need(plan)[tier]
+    name = "GPU" if tier is Tier.GPU else "the host"
+    return (
+        f"{name} needs {total / GIB:.2f} GiB, has {have / GIB:.2f}: weights {weights / GIB:.2f}, "
+        f"cache and activations {homes / GIB:.2f}, rings and workspace {(total - weights - homes) / GIB:.2f}"
+    )
+
+
+def _way_out(plan: Plan, available: dict[Tier, int]) -> str:
+    low, high = 0, plan.policy.gpu_batch_size - 1
+    while low < high:  # the largest GPU batch that fits
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(_smaller(plan, middle), available) else (low, middle - 1)
+    if low:
+        return f"--gpu-batch-size {low} fits"
+    zero = {f"{kind}_{at}_percent": 0 for kind in ("w", "cache", "act") for at in ("gpu", "cpu")}
+    for size in (plan.policy.gpu_batch_size, 1):
+        if fits(_smaller(plan, size, replace(plan.policy, **zero)), available):  # type: ignore[arg-type]
+            return f"--gpu-batch-size {size} --percent 0 0 0 0 0 0 (all on disk) fits"
+    return "no batch size or placement of this model fits; free memory or take a smaller model"
+
+
+def _smaller(plan: Plan, gpu_batch_size: int, policy: Policy | None = None) -> Plan:
+    policy = replace(policy or plan.policy, gpu_batch_size=gpu_batch_size)
+    batches = tuple(Batch(b.prompt_lens[:gpu_batch_size], b.new_tokens) for b in plan.workload.batches)
+    return make_plan(plan.model, policy, Workload(batches), align=plan.align, copies=plan.copies)

@@ -1,0 +1,330 @@
+"""The plan: every placement, buffer size and transfer of one block of the schedule, decided before allocating anything.
+
+Made from the model, the workload, the policy and where the weights lie on disk. Needs neither a GPU nor torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import pairwise
+
+from .layout import CacheLayout, Group, block_tokens_for, make_groups, pad, split_counts
+from .placement import Extent, LayerPlacement, Run, Tier, packed_layout, place_layer
+from .policy import Policy, PolicyError
+from .schedule import CacheTraffic, Generator, HiddenTraffic, Program, WeightTraffic
+from .spec import Batch, LayerSpec, ModelSpec, Workload
+
+PART_BYTES = 64 << 20  # a streamed layer is cut at least this fine, so that disk and link overlap within it
+WIDEN_ROWS = 512  # rows of a 16-bit matrix that the CPU widens at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One transfer of a layer's streamed share: runs of files, and a range of the host's share."""
+
+    disk: tuple[Run, ...]
+    host_at: int
+    host_bytes: int
+
+    @property
+    def disk_bytes(self) -> int:
+        return sum(r.nbytes for r in self.disk)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchGroups:
+    """How one GPU batch's sequences are divided: by where their cache is, and by where their hidden state is."""
+
+    cache: tuple[Group, Group, Group]
+    hidden: tuple[Group, Group, Group]
+
+
+class Plan:
+    """Placements, sizes and traffic; immutable once made. See `make_plan`."""
+
+    def __init__(
+        self,
+        *,
+        model: ModelSpec,
+        policy: Policy,
+        workload: Workload,
+        extents: Mapping[str, Sequence[Extent]],
+        align: int,
+        copies: bool,
+    ) -> None:
+        self.model, self.policy, self.workload, self.copies, self.align = model, policy, workload, copies, align
+        self.layers: tuple[LayerSpec, ...] = model.layers(policy.sep_layer)
+        gathered = {t.name for layer in self.layers for t in layer.tensors if t.gathered}
+        cuts = (policy.w_gpu_percent, policy.w_cpu_percent)
+        self.placements: tuple[LayerPlacement, ...] = tuple(
+            place_layer([e for m in layer.modules for e in extents[m.name] if e.tensor not in gathered], *cuts, align)
+            for layer in self.layers
+        )
+        self.tables: LayerPlacement = place_layer(
+            [e for es in extents.values() for e in es if e.tensor in gathered], *cuts, align
+        )
+        self.parts: tuple[tuple[Part, ...], ...] = tuple(self._cut_parts(p) for p in self.placements)
+        batches = workload.batches
+        self.cache_layout = CacheLayout.of(model, block_tokens_for(max(b.max_len for b in batches)))
+        sizes = [b.size for b in batches]
+        cache_counts = split_counts(sizes, (policy.cache_gpu_percent, policy.cache_cpu_percent))
+        hidden_counts = split_counts(sizes, (policy.act_gpu_percent, policy.act_cpu_percent))
+        self.groups: tuple[BatchGroups, ...] = tuple(
+            BatchGroups(make_groups(b, c), make_groups(b, h))
+            for b, c, h in zip(batches, cache_counts, hidden_counts, strict=True)
+        )
+
+        self._layer_work = tuple(
+            (layer.flops_per_token, sum(t.numel for t in layer.tensors if not t.gathered) * model.itemsize)
+            for layer in self.layers
+        )
+        # asked several times per op, by neighbours in the schedule
+        self.cache_traffic = lru_cache(maxsize=64)(self._cache_traffic)
+        self.hidden_traffic = lru_cache(maxsize=1024)(self._hidden_traffic)
+
+    # Weights
+
+    def _cut_parts(self, placement: LayerPlacement) -> tuple[Part, ...]:
+        host = placement.host.nbytes if self.copies else 0
+        streamed = placement.disk.nbytes + host
+        count = max(len(self.workload.batches), -(-streamed // PART_BYTES))
+        bounds = [min(pad(host * p // count), host) for p in range(count + 1)]
+        return tuple(
+            Part(disk, low, high - low)
+            for disk, (low, high) in zip(placement.disk.parts(count, self.align), pairwise(bounds), strict=True)
+        )
+
+    def weight_traffic(self, j: int) -> WeightTraffic:
+        parts, placement = self.parts[j], self.placements[j]
+        host = placement.host.nbytes if self.copies else 0
+        return WeightTraffic(
+            tuple(p.disk_bytes for p in parts), tuple(p.host_bytes for p in parts), placement.disk.nbytes + host
+        )
+
+    # Cache
+
+    def _cache_traffic(self, i: int, k: int) -> CacheTraffic:
+        """What attention of GPU batch k moves in token step i, in any one layer."""
+        layout = self.cache_layout
+        _, host, disk = self.groups[k].cache
+        batch = self.workload.batches[k]
+        last = i == batch.new_tokens - 1
+        if i == 0:
+            return self._prefill_cache_traffic(host, disk, last=last)
+        full = [layout.full(n) for n in disk.cached(i)]
+        used = [layout.blocks(n) for n in host.cached(i)]
+        read, read_slot = sum(full) * layout.stride, layout.dense(max(full, default=0), disk.size)
+        written = 0 if last else sum((n + 1) % layout.block_tokens == 0 for n in disk.cached(i)) * layout.stride
+        if not self.copies:
+            return CacheTraffic(disk_read=read, read_slot=read_slot, slot=read_slot, disk_write=written)
+        open_bytes = layout.dense(1, disk.size)
+        new = (host.size + disk.size) * layout.token_bytes
+        return CacheTraffic(
+            disk_read=read,
+            read_slot=read_slot,
+            host_load=sum(used) * layout.stride + open_bytes,
+            slot=read_slot + open_bytes + layout.dense(max(used, default=0), host.size),
+            out=0 if last else new,
+            host_store=0 if last else new,
+            disk_write=written,
+        )
+
+    def _prefill_cache_traffic(self, host: Group, disk: Group, *, last: bool) -> CacheTraffic:
+        if last:  # one token asked: its K and V are never read again
+            return CacheTraffic()
+        layout = self.cache_layout
+        full = [layout.full(n) for n in disk.prompt_lens]
+        used = [layout.blocks(n) for n in host.prompt_lens]
+        written, write_slot = sum(full) * layout.stride, layout.dense(max(full, default=0), disk.size)
+        if not self.copies:
+            return CacheTraffic(out=write_slot, disk_write=written, write_slot=write_slot)
+        open_bytes = layout.dense(1, disk.size)
+        return CacheTraffic(
+            out=write_slot + open_bytes + layout.dense(max(used, default=0), host.size),
+            host_store=written + open_bytes + sum(used) * layout.stride,
+            disk_write=written,
+            write_slot=write_slot,
+        )
+
+    def cache_home_blocks(self, k: int) -> int:
+        return self.cache_layout.blocks(self.workload.batches[k].max_len)
+
+    # Hidden states
+
+    def _hidden_traffic(self, i: int, j: int, k: int) -> HiddenTraffic:
+        """What layer j's result of GPU batch k moves to reach layer j+1; the head's parts hand theirs on in place."""
+        if self.layers[j].is_head:
+            return HiddenTraffic()
+        row = self.model.hidden * self.model.itemsize
+        _, host, disk = self.groups[k].hidden
+        on_host = host.tokens(i) * row if self.copies else 0
+        return HiddenTraffic(on_host, pad(disk.tokens(i) * row))
+
+    # Arithmetic
+
+    def work(self, i: int, j: int, k: int) -> tuple[float, int, int]:
+        """FLOPs, bytes read from device memory, and rows of the matrix products of one block."""
+        batch, layer, model = self.workload.batches[k], self.layers[j], self.model
+        tokens = batch.size if layer.is_head else batch.tokens(i)
+        flops_per_token, nbytes = self._layer_work[j]
+        flops = flops_per_token * tokens
+        if layer.has_cache:
+            heads = 4 * model.num_heads * model.head_dim
+            if i == 0:
+                flops += sum(heads * p * p / 2 for p in batch.prompt_lens)
+            else:
+                context = sum(batch.cached(i)) + batch.size
+                flops += heads * context
+                nbytes += context * model.kv_bytes_per_token
+        return flops, nbytes, tokens
+
+    # The program, and the memory it needs
+
+    @cached_property
+    def program(self) -> Program:
+        return Program(
+            weights=tuple(self.weight_traffic(j) for j in range(len(self.layers))),
+            has_cache=tuple(layer.has_cache for layer in self.layers),
+            batch_steps=tuple(b.new_tokens for b in self.workload.batches),
+            cache=self.cache_traffic,
+            hidden=self.hidden_traffic,
+            work=self.work,
+            rings=self.rings,
+            copies=self.copies,
+            serial=not self.policy.overlap,
+        )
+
+    @cached_property
+    def rings(self) -> dict[str, int]:
+        """Capacity of every ring, in bytes: one slot in sequence, two or more when loads run ahead."""
+        ahead = 2 if self.policy.overlap else 1
+        traffic = [
+            self.cache_traffic(i, k) for k, b in enumerate(self.workload.batches) for i in self._extreme_steps(b)
+        ]
+        hidden = [self.hidden_traffic(0, 0, k) for k in range(len(self.workload.batches))]
+        hidden_slot = max(h.host + h.disk for h in hidden)
+        hidden_disk = max(h.disk for h in hidden)
+        disk_part = max(p.disk_bytes for parts in self.parts for p in parts)
+        staged_in = max(disk_part, *(c.read_slot for c in traffic), hidden_disk) if self.copies else 0
+        staged_out = max(*(c.write_slot for c in traffic), hidden_disk) if self.copies else 0
+        return {
+            "weight": self._weight_ring(),
+            "cache": ahead * pad(max(c.slot for c in traffic)),
+            "hidden": ahead * pad(hidden_slot),
+            "cache_out": ahead * pad(max(c.out for c in traffic)),
+            "hidden_out": ahead * pad(hidden_slot),
+            "stage_in": ahead * pad(staged_in),
+            "stage_out": ahead * pad(staged_out),
+        }
+
+    @staticmethod
+    def _extreme_steps(batch: Batch) -> set[int]:
+        """Token steps among which the largest of every kind of cache traffic is found."""
+        steps = batch.new_tokens
+        return {0, min(1, steps - 1), max(steps - 2, 0), steps - 1}
+
+    def _weight_ring(self) -> int:
+        """Room for a layer in use and, with overlap, for the next two wherever the first one lies."""
+        slots = [pad(self.weight_traffic(j).slot) for j in range(len(self.layers))]
+        if not self.policy.overlap:
+            return max(slots)
+        return max(a + 2 * b for a, b in zip(slots, slots[1:] + slots[:1], strict=True))
+
+    @cached_property
+    def placement(self) -> dict[str, dict[str, int]]:
+        """Useful bytes by kind (weights, cache, activations) and tier (gpu, cpu, disk)."""
+        weights, cache, hidden = dict.fromkeys(Tier, 0), dict.fromkeys(Tier, 0), dict.fromkeys(Tier, 0)
+        for tier in Tier:
+            weights[tier] = sum(p.share(tier).useful for p in (*self.placements, self.tables))
+        attention_layers = sum(layer.has_cache for layer in self.layers)
+        for batch, groups in zip(self.workload.batches, self.groups, strict=True):
+            for g in groups.cache:
+                tokens = sum(p + batch.new_tokens - 1 for p in g.prompt_lens)
+                cache[g.tier] += attention_layers * tokens * self.model.kv_bytes_per_token
+            for g in groups.hidden:
+                hidden[g.tier] += g.tokens(0) * self.model.hidden * self.model.itemsize
+        return {
+            kind: {tier.value: by_tier[tier] for tier in Tier}
+            for kind, by_tier in (("weights", weights), ("cache", cache), ("activations", hidden))
+        }
+
+    @cached_property
+    def homes(self) -> dict[Tier, int]:
+        """Bytes of the cache's and the hidden states' homes on each tier (without rings)."""
+        layout, total = self.cache_layout, dict.fromkeys(Tier, 0)
+        layers = sum(layer.has_cache for layer in self.layers)
+        for k, groups in enumerate(self.groups):
+            blocks = self.cache_home_blocks(k)
+            gpu, host, disk = groups.cache
+            total[Tier.GPU] += layers * layout.dense(blocks, gpu.size)
+            total[Tier.HOST] += layers * (layout.dense(blocks, host.size) + layout.dense(1, disk.size))
+            total[Tier.DISK] += layers * layout.dense(layout.full(self.workload.batches[k].max_len), disk.size)
+            for g in groups.hidden:
+                total[g.tier] += pad(g.tokens(0) * self.model.hidden * self.model.itemsize)
+        return total
+
+    @cached_property
+    def logits_bytes(self) -> int:
+        """fp32 logits of every GPU batch of the block, kept while the parts of the head go by."""
+        return sum(b.size for b in self.workload.batches) * self.model.vocab * 4
+
+    @cached_property
+    def workspace_bytes(self) -> int:
+        """Temporaries of the largest computation: a block's activations, in its dtype and in fp32, and the logits."""
+        model = self.model
+        tokens = max(b.prompt_tokens for b in self.workload.batches)
+        rows = max(b.size for b in self.workload.batches)
+        widened = WIDEN_ROWS * max(model.hidden, model.ffn) * 4
+        block = tokens * (2 * model.ffn + 8 * model.hidden) * max(model.itemsize, 4)
+        return max(block, rows * model.vocab * 8) + widened + self.logits_bytes
+
+    @cached_property
+    def device_bytes(self) -> int:
+        """Peak bytes of the GPU tier: resident weights, homes, the rings that compute reads, workspace."""
+        weights = sum(p.gpu.nbytes for p in (*self.placements, self.tables))
+        rings = sum(self.rings[name] for name in ("weight", "cache", "hidden", "cache_out", "hidden_out"))
+        return weights + self.homes[Tier.GPU] + rings + self.workspace_bytes
+
+    @cached_property
+    def host_bytes(self) -> int:
+        """Peak bytes of the host tier: its weights, homes and staging rings."""
+        weights = sum(p.host.nbytes for p in (*self.placements, self.tables))
+        return weights + self.homes[Tier.HOST] + self.rings["stage_in"] + self.rings["stage_out"]
+
+    @cached_property
+    def scratch_bytes(self) -> int:
+        """Disk space for cache and hidden states."""
+        return self.homes[Tier.DISK]
+
+    @property
+    def generator(self) -> Generator:
+        return Generator(self.program)
+
+
+def make_plan(
+    model: ModelSpec,
+    policy: Policy,
+    workload: Workload,
+    *,
+    extents: Mapping[str, Sequence[Extent]] | None = None,
+    align: int = 4096,
+    copies: bool = True,
+) -> Plan:
+    """Plan one block of the schedule; without `extents` the weights are planned as a store of our own would hold them.
+
+    `copies` says that host memory is apart from the device's, as on a GPU. Raises PolicyError when a prompt and its
+    new tokens exceed the model's positions.
+    """
+    for batch in workload.batches:
+        if batch.max_len + 1 > model.max_positions:
+            raise PolicyError(
+                f"a prompt of {batch.prompt_lens[0]} tokens and {batch.new_tokens} new ones need "
+                f"{batch.max_len + 1} positions, {model.name} has {model.max_positions}; "
+                f"at most {max(model.max_positions - batch.prompt_lens[0], 0)} new tokens fit"
+            )
+    if extents is None:
+        layout = packed_layout(model.modules, model.itemsize)
+        extents = {m.name: layout[n] for n, m in enumerate(model.modules)}
+    return Plan(model=model, policy=policy, workload=workload, extents=extents, align=align, copies=copies)

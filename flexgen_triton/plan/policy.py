@@ -1,0 +1,92 @@
+"""The policy: which share of weights, cache and activations lives on which tier, and how batches are scheduled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+class PolicyError(ValueError):
+    """A policy that cannot be obeyed; the message says which field, its value and what would do."""
+
+
+@dataclass(frozen=True, slots=True)
+class CompressionConfig:
+    """Group quantisation, with FlexGen's fields and meanings."""
+
+    num_bits: int = 4
+    group_size: int = 64
+    group_dim: int = 0
+    symmetric: bool = False
+    enabled: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """FlexGen's policy, field for field and in its order (Sheng et al., ICML 2023, section 4).
+
+    Percentages are of bytes (weights) or of sequences (cache, activations); what GPU and CPU leave goes to disk.
+    Raises PolicyError when a value is out of range or asks for what this version does not do.
+    """
+
+    gpu_batch_size: int = 1
+    num_gpu_batches: int = 1
+    w_gpu_percent: float = 100
+    w_cpu_percent: float = 0
+    cache_gpu_percent: float = 100
+    cache_cpu_percent: float = 0
+    act_gpu_percent: float = 100
+    act_cpu_percent: float = 0
+    overlap: bool = True
+    sep_layer: bool = True
+    pin_weight: bool = True
+    cpu_cache_compute: bool = False
+    attn_sparsity: float = 1.0
+    compress_weight: bool = False
+    comp_weight_config: CompressionConfig = field(default_factory=CompressionConfig)
+    compress_cache: bool = False
+    comp_cache_config: CompressionConfig = field(default_factory=CompressionConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("gpu_batch_size", "num_gpu_batches"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise PolicyError(f"{name} is {value}; it must be a whole number of at least 1")
+        for kind, what in (("w", "weights"), ("cache", "cache"), ("act", "activations")):
+            gpu, cpu = getattr(self, f"{kind}_gpu_percent"), getattr(self, f"{kind}_cpu_percent")
+            if not (0 <= gpu <= 100 and 0 <= cpu <= 100):
+                raise PolicyError(f"{what}: {gpu:g} % GPU and {cpu:g} % CPU; each must be between 0 and 100")
+            if gpu + cpu > 100:
+                raise PolicyError(
+                    f"{what}: {gpu:g} % GPU + {cpu:g} % CPU is {gpu + cpu:g} %; together at most 100, the rest is disk"
+                )
+        if self.cpu_cache_compute:
+            raise PolicyError("cpu_cache_compute (attention on the CPU) is not available yet; leave it off")
+        if self.attn_sparsity != 1.0:
+            raise PolicyError(f"attn_sparsity is {self.attn_sparsity:g}; sparse attention is not available yet, use 1")
+        if self.compress_weight:
+            raise PolicyError("compress_weight (4-bit weights) is not available yet; leave it off")
+        if self.compress_cache:
+            raise PolicyError("compress_cache (4-bit cache) is not available yet; leave it off")
+
+    @property
+    def w_disk_percent(self) -> float:
+        return 100 - self.w_gpu_percent - self.w_cpu_percent
+
+    @property
+    def cache_disk_percent(self) -> float:
+        return 100 - self.cache_gpu_percent - self.cache_cpu_percent
+
+    @property
+    def act_disk_percent(self) -> float:
+        return 100 - self.act_gpu_percent - self.act_cpu_percent
+
+    @property
+    def block_size(self) -> int:
+        """Sequences in one block of the schedule."""
+        return self.gpu_batch_size * self.num_gpu_batches
+
+    @property
+    def strategy(self) -> str:
+        if not self.overlap:
+            return "sequential"
+        return "overlap, single batch" if self.num_gpu_batches == 1 else "overlap, multi-batch"

@@ -1,0 +1,479 @@
+"""The block schedule as data: what moves, what computes, in which order, on which lane.
+
+Indices as in the FlexGen paper (section 4.2): i token step, j layer, k GPU batch. One generator walks the blocks row by
+row and issues every load ahead of its use, as far as the rings have room; the paper's strategies are settings of it.
+Dependencies are derived from the slots that ops read, write and overwrite; nobody writes one by hand.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple
+
+SLOT_ALIGN = 4096
+
+
+class Lane(Enum):
+    """An in-order queue of work: a worker thread, with a CUDA stream where there is one."""
+
+    DISK_IN = "disk_in"
+    DISK_OUT = "disk_out"
+    H2D = "h2d"
+    D2H = "d2h"
+    COMPUTE = "compute"
+
+
+class Slot(NamedTuple):
+    """Named memory that ops hand to each other: `nbytes` at byte `at` of a ring, or a home (at 0, of no given size)."""
+
+    ring: str
+    number: int
+    at: int = 0
+    nbytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """One transfer or one computation. `overwrites` are slots whose memory it takes over."""
+
+    lane: Lane
+    name: str
+    i: int
+    j: int
+    k: int
+    part: int = 0
+    reads: tuple[Slot, ...] = ()
+    writes: tuple[Slot, ...] = ()
+    overwrites: tuple[Slot, ...] = ()
+    bytes: int = 0
+    flops: float = 0
+    tokens: int = 0
+
+    def slot(self, ring: str) -> Slot | None:
+        """The slot of `ring` that this op touches, if any."""
+        return next((s for s in (*self.reads, *self.writes) if s.ring == ring), None)
+
+    def __str__(self) -> str:
+        return f"{self.name}(i={self.i}, j={self.j}, k={self.k}, part={self.part})"
+
+
+@dataclass(frozen=True, slots=True)
+class WeightTraffic:
+    """What one use of a layer's weights moves, in parts of nearly equal bytes."""
+
+    disk_parts: tuple[int, ...]
+    host_parts: tuple[int, ...]  # all zero where host bytes are used in place
+    slot: int  # bytes of ring that the streamed share occupies
+
+
+@dataclass(frozen=True, slots=True)
+class CacheTraffic:
+    """What attention of one block moves: the cache before it, the new K and V after it."""
+
+    disk_read: int = 0  # bytes moved by disk_in ...
+    read_slot: int = 0  # ... and the room they take: sequences of unequal length leave gaps
+    host_load: int = 0
+    slot: int = 0
+    out: int = 0
+    host_store: int = 0
+    disk_write: int = 0
+    write_slot: int = 0  # room on the way to disk: prefill writes through the out ring, decode the open block's home
+
+
+@dataclass(frozen=True, slots=True)
+class HiddenTraffic:
+    """Bytes of a GPU batch's hidden state that are kept off the device between layers."""
+
+    host: int = 0
+    disk: int = 0
+
+
+class Program(NamedTuple):
+    """All that the generator asks about a plan."""
+
+    weights: tuple[WeightTraffic, ...]  # by layer
+    has_cache: tuple[bool, ...]  # by layer
+    batch_steps: tuple[int, ...]  # token steps of each GPU batch
+    cache: Callable[[int, int], CacheTraffic]  # (i, k)
+    hidden: Callable[[int, int, int], HiddenTraffic]  # (i, j, k): the state that layer j hands to layer j+1
+    work: Callable[[int, int, int], tuple[float, int, int]]  # (i, j, k) -> flops, bytes read, tokens
+    rings: dict[str, int]  # capacity in bytes
+    copies: bool  # host memory is apart from the device's: h2d and d2h lanes exist
+    serial: bool  # no overlap: every op after the one before it
+
+
+class Ring:
+    """Plans a first-in first-out buffer of variable-size slots: where each lies and which old ones it overwrites.
+
+    An old slot is reported once, to the first new one that touches it: a ring is written by one lane, in order.
+    """
+
+    def __init__(self, name: str, capacity: int) -> None:
+        self.name, self.capacity = name, capacity
+        self._live: deque[Slot] = deque()  # oldest first, up to the newest; some may be released already
+        self._released: set[Slot] = set()
+        self._stale: deque[Slot] = deque()  # released, memory not taken over yet; oldest first
+        self._head = 0
+        self._count = 0
+
+    def _place(self, nbytes: int) -> int | None:
+        """Where the next slot goes: at the head, or at the start when the end is too near; None while it is in use."""
+        at = self._head if self._head + nbytes <= self.capacity else 0
+        if at + nbytes > self.capacity or any(_overlap(s, at, nbytes) for s in self._live):
+            return None
+        return at
+
+    def fits(self, nbytes: int) -> bool:
+        return self._place(_round_up(nbytes)) is not None
+
+    def take(self, nbytes: int) -> tuple[Slot, tuple[Slot, ...]]:
+        """A new slot and the released ones whose memory it takes over."""
+        nbytes = _round_up(nbytes)
+        at = self._place(nbytes)
+        assert at is not None, f"ring {self.name}: no room for {nbytes} of {self.capacity} bytes"
+        slot = Slot(self.name, self._count, at, nbytes)
+        self._count += 1
+        if not nbytes:
+            return slot, ()
+        old = []
+        wrapped = at < self._head
+        while self._stale and (_overlap(self._stale[0], at, nbytes) or (wrapped and self._stale[0].at >= self._head)):
+            old.append(self._stale.popleft())
+        self._live.append(slot)
+        self._head = at + nbytes
+        return slot, tuple(old)
+
+    def release(self, slot: Slot) -> None:
+        if not slot.nbytes:
+            return
+        self._released.add(slot)
+        while self._live and self._live[0] in self._released:
+            self._released.remove(self._live[0])
+            self._stale.append(self._live.popleft())
+
+
+def _overlap(slot: Slot, at: int, nbytes: int) -> bool:
+    return slot.at < at + nbytes and at < slot.at + slot.nbytes
+
+
+def _round_up(nbytes: int) -> int:
+    return -(-nbytes // SLOT_ALIGN) * SLOT_ALIGN
+
+
+Block = tuple[int, int, int]
+
+
+class Generator:
+    """Yields the ops of a program in issue order.
+
+    `alive(i, k)` is asked once, when token step i of GPU batch k is about to be issued; False drops the batch.
+    """
+
+    def __init__(self, program: Program, alive: Callable[[int, int], bool] | None = None) -> None:
+        self.program = program
+        self._alive_fn = alive or (lambda i, k: True)
+        self._num_layers = len(program.weights)
+        self._num_batches = len(program.batch_steps)
+        self._live = list(range(self._num_batches))
+        self._rings = {name: Ring(name, size) for name, size in program.rings.items()}
+        self._weight_slots: dict[int, Slot] = {}  # instance i*L + j -> its slot
+        self._weight_next = (0, 0)  # instance and part to load next
+        self._cache_slots: dict[Block, Slot] = {}
+        self._cache_next: Block = (1, 0, 0)
+        self._hidden_slots: dict[Block, Slot] = {}
+        self._hidden_next: Block = (0, 1, 0)
+
+    def __iter__(self) -> Iterator[Op]:
+        steps = max(self.program.batch_steps)
+        for i in range(steps):
+            for j in range(self._num_layers):
+                for k in tuple(self._live):
+                    if j == 0 and not self._still_alive(i, k):
+                        self._drop(i, k)
+                        continue
+                    yield from self._block((i, j, k), last_batch=k == self._live[-1])
+                if not self._live:
+                    return
+                self._release_weights(i * self._num_layers + j)
+
+    def _still_alive(self, i: int, k: int) -> bool:
+        return i < self.program.batch_steps[k] and self._alive_fn(i, k)
+
+    def _drop(self, i: int, k: int) -> None:
+        self._live.remove(k)
+        for slots, ring in ((self._cache_slots, "cache"), (self._hidden_slots, "hidden")):
+            for block in [b for b in slots if b[0] >= i and b[2] == k]:
+                self._rings[ring].release(slots.pop(block))
+
+    def _block(self, block: Block, *, last_batch: bool) -> Iterator[Op]:
+        i, j, k = block
+        yield from self._load_weights(i * self._num_layers + j, k)
+        yield from self._load_caches(block)
+        yield from self._load_hiddens(block)
+        yield from self._compute_and_store(block)
+
+    # Weights: parts of a layer, spread over the GPU batches of the layers before it.
+
+    def _load_weights(self, instance: int, k: int) -> Iterator[Op]:
+        """Parts of this layer not yet issued, then a share of the layers ahead: as far as the ring has room."""
+        filling = instance == 0 and k == self._live[0]  # nothing runs yet
+        issued = 0
+        while self._weight_next[0] < self._num_layers * max(self.program.batch_steps):
+            n, part = self._weight_next
+            traffic = self.program.weights[n % self._num_layers]
+            if n > instance:
+                quota = -(-len(traffic.disk_parts) // len(self._live))
+                if self.program.serial or (issued == quota and not filling):
+                    return
+                issued += 1
+            if n not in self._weight_slots and not self._open_weights(n, traffic, force=n <= instance):
+                return
+            yield from self._weight_part(n, part, traffic)
+            last = part + 1 == len(traffic.disk_parts)
+            self._weight_next = (n + 1, 0) if last else (n, part + 1)
+
+    def _open_weights(self, n: int, traffic: WeightTraffic, *, force: bool) -> bool:
+        ring = self._rings["weight"]
+        if not force and not ring.fits(traffic.slot):
+            return False
+        self._weight_slots[n], self._weight_old = ring.take(traffic.slot)
+        return True
+
+    def _weight_part(self, n: int, part: int, traffic: WeightTraffic) -> Iterator[Op]:
+        i, j = divmod(n, self._num_layers)
+        disk, host = traffic.disk_parts[part], traffic.host_parts[part]
+        slot, old = self._weight_slots[n], self._weight_old if part == 0 else ()
+        k = self._live[0]
+        if not self.program.copies:
+            if disk or old:
+                yield Op(Lane.DISK_IN, "read_weight", i, j, k, part, writes=(slot,), overwrites=old, bytes=disk)
+            return
+        staged: tuple[Slot, ...] = ()
+        if disk:
+            stage, gone = self._rings["stage_in"].take(disk)
+            yield Op(Lane.DISK_IN, "read_weight", i, j, k, part, writes=(stage,), overwrites=gone, bytes=disk)
+            staged = (stage,)
+            self._rings["stage_in"].release(stage)
+        if disk or host or old:
+            yield Op(Lane.H2D, "load_weight", i, j, k, part, staged, (slot,), old, bytes=disk + host)
+
+    def _release_weights(self, instance: int) -> None:
+        self._rings["weight"].release(self._weight_slots.pop(instance))
+
+    # Cache: what an earlier token step stored for the same layer and GPU batch.
+
+    def _next_block(self, block: Block) -> Block:
+        i, j, k = block
+        later = [b for b in self._live if b > k]
+        if later:
+            return i, j, later[0]
+        return (i, j + 1, self._live[0]) if j + 1 < self._num_layers else (i + 1, 0, self._live[0])
+
+    def _load_caches(self, block: Block) -> Iterator[Op]:
+        i, j, k = block
+        limit = block if self.program.serial else (i + 1, j, k)  # never ahead of the store it reads
+        steps = self.program.batch_steps
+        while self._cache_next < limit or self._cache_next == block:
+            ahead = self._cache_next
+            traffic = self.program.cache(ahead[0], ahead[2])
+            wanted = ahead >= block and ahead[0] < steps[ahead[2]] and ahead[2] in self._live
+            if wanted and self.program.has_cache[ahead[1]] and traffic.slot:
+                if ahead != block and not self._rings["cache"].fits(traffic.slot):
+                    return
+                yield from self._cache_load(ahead, traffic)
+            self._cache_next = self._next_block(ahead)
+
+    def _cache_load(self, block: Block, traffic: CacheTraffic) -> Iterator[Op]:
+        i, j, k = block
+        slot, old = self._rings["cache"].take(traffic.slot)
+        self._cache_slots[block] = slot
+        home = j * self._num_batches + k
+        on_disk, on_host = Slot("cache_disk", home), Slot("cache_host", home)
+        if not self.program.copies:
+            yield Op(Lane.DISK_IN, "read_cache", i, j, k, 0, (on_disk,), (slot,), old, bytes=traffic.disk_read)
+            return
+        staged: tuple[Slot, ...] = ()
+        if traffic.disk_read:
+            stage, gone = self._rings["stage_in"].take(traffic.read_slot)
+            yield Op(Lane.DISK_IN, "read_cache", i, j, k, 0, (on_disk,), (stage,), gone, bytes=traffic.disk_read)
+            staged = (stage,)
+            self._rings["stage_in"].release(stage)
+        moved = traffic.disk_read + traffic.host_load
+        yield Op(Lane.H2D, "load_cache", i, j, k, 0, (*staged, on_host), (slot,), old, bytes=moved)
+
+    # Hidden states: what the layer before stored for the same GPU batch.
+
+    def _load_hiddens(self, block: Block) -> Iterator[Op]:
+        ahead, horizon = block, 1 if self.program.serial else len(self._live)
+        for _ in range(horizon):
+            i, j, k = ahead
+            traffic = self.program.hidden(i, j - 1, k) if j else HiddenTraffic()
+            nbytes = traffic.host + traffic.disk
+            if nbytes and ahead not in self._hidden_slots and ahead >= self._hidden_next:
+                if ahead != block and not self._rings["hidden"].fits(nbytes):
+                    return
+                yield from self._hidden_load(ahead, traffic)
+                self._hidden_next = self._next_block(ahead)
+            ahead = self._next_block(ahead)
+            if ahead[0] > block[0]:
+                return
+
+    def _hidden_load(self, block: Block, traffic: HiddenTraffic) -> Iterator[Op]:
+        i, j, k = block
+        slot, old = self._rings["hidden"].take(traffic.host + traffic.disk)
+        self._hidden_slots[block] = slot
+        on_disk, on_host = Slot("hidden_disk", k), Slot("hidden_host", k)
+        if not self.program.copies:
+            yield Op(Lane.DISK_IN, "read_hidden", i, j, k, 0, (on_disk,), (slot,), old, bytes=traffic.disk)
+            return
+        staged: tuple[Slot, ...] = ()
+        if traffic.disk:
+            stage, gone = self._rings["stage_in"].take(traffic.disk)
+            yield Op(Lane.DISK_IN, "read_hidden", i, j, k, 0, (on_disk,), (stage,), gone, bytes=traffic.disk)
+            staged = (stage,)
+            self._rings["stage_in"].release(stage)
+        moved = traffic.host + traffic.disk
+        yield Op(Lane.H2D, "load_hidden", i, j, k, 0, (*staged, on_host), (slot,), old, bytes=moved)
+
+    # Compute, and the stores that carry its results home.
+
+    def _compute_and_store(self, block: Block) -> Iterator[Op]:
+        i, j, k = block
+        program = self.program
+        home = j * self._num_batches + k
+        cache = program.cache(i, k) if program.has_cache[j] else CacheTraffic()
+        hidden = program.hidden(i, j, k)
+        weights = self._weight_slots[i * self._num_layers + j]
+        reads = [weights] if weights.nbytes else []
+        writes: list[Slot] = []
+        old: list[Slot] = []
+        for slots, ring in ((self._cache_slots, "cache"), (self._hidden_slots, "hidden")):
+            if block in slots:
+                reads.append(slots[block])
+                self._rings[ring].release(slots.pop(block))
+        outs: dict[str, Slot] = {}
+        for ring, nbytes in (("cache_out", cache.out), ("hidden_out", hidden.host + hidden.disk)):
+            if nbytes:
+                outs[ring], gone = self._rings[ring].take(nbytes)
+                writes.append(outs[ring])
+                old.extend(gone)
+        if program.has_cache[j] and not program.copies:
+            writes.append(Slot("cache_host", home))  # host rows and open blocks are appended to in place
+        flops, nbytes, tokens = program.work(i, j, k)
+        yield Op(Lane.COMPUTE, "compute", i, j, k, 0, tuple(reads), tuple(writes), tuple(old), nbytes, flops, tokens)
+        yield from self._store_cache(block, cache, outs.get("cache_out"))
+        yield from self._store_hidden(block, hidden, outs.get("hidden_out"))
+
+    def _store_cache(self, block: Block, traffic: CacheTraffic, out: Slot | None) -> Iterator[Op]:
+        i, j, k = block
+        home = j * self._num_batches + k
+        on_disk, on_host = Slot("cache_disk", home), Slot("cache_host", home)
+        source = out if traffic.write_slot else on_host
+        if self.program.copies and out:
+            staged: tuple[Slot, ...] = ()
+            gone: tuple[Slot, ...] = ()
+            if traffic.write_slot:
+                source, gone = self._rings["stage_out"].take(traffic.write_slot)
+                staged = (source,)
+                self._rings["stage_out"].release(source)
+            yield Op(Lane.D2H, "store_cache", i, j, k, 0, (out,), (on_host, *staged), gone, bytes=traffic.host_store)
+        if traffic.disk_write:
+            assert source is not None
+            yield Op(Lane.DISK_OUT, "write_cache", i, j, k, 0, (source,), (on_disk,), bytes=traffic.disk_write)
+        if out:
+            self._rings["cache_out"].release(out)
+
+    def _store_hidden(self, block: Block, traffic: HiddenTraffic, out: Slot | None) -> Iterator[Op]:
+        if out is None:
+            return
+        i, j, k = block
+        on_disk, on_host = Slot("hidden_disk", k), Slot("hidden_host", k)
+        source = out
+        if self.program.copies:
+            staged: tuple[Slot, ...] = ()
+            gone: tuple[Slot, ...] = ()
+            if traffic.disk:
+                source, gone = self._rings["stage_out"].take(traffic.disk)
+                staged = (source,)
+                self._rings["stage_out"].release(source)
+            moved = traffic.host + traffic.disk
+            yield Op(Lane.D2H, "store_hidden", i, j, k, 0, (out,), (on_host, *staged), gone, bytes=moved)
+        if traffic.disk:
+            yield Op(Lane.DISK_OUT, "write_hidden", i, j, k, 0, (source,), (on_disk,), bytes=traffic.disk)
+        self._rings["hidden_out"].release(out)
+
+
+Wait = tuple[Lane, int]  # an op of another lane, by its position in that lane
+
+
+class Linker:
+    """Derives what each op must wait for from the slots it touches, in issue order.
+
+    Keeps per slot only the last writer and the readers since, and nothing of slots that were overwritten, so a
+    schedule of 10^6 ops stays as small as the memory it runs in.
+    """
+
+    def __init__(self, *, serial: bool = False) -> None:
+        self._serial = serial
+        self._counts = dict.fromkeys(Lane, 0)
+        self._writer: dict[Slot, Wait] = {}
+        self._readers: dict[Slot, dict[Lane, int]] = {}
+        self._previous: Wait | None = None
+
+    def link(self, op: Op) -> tuple[Wait, ...]:
+        """The positions, at most one per other lane, that must be done before `op` may start."""
+        me = (op.lane, self._counts[op.lane])
+        self._counts[op.lane] += 1
+        needs: dict[Lane, int] = {}
+
+        def need(wait: Wait) -> None:
+            lane, position = wait
+            if lane is not op.lane:  # its own lane is in order
+                needs[lane] = max(position, needs.get(lane, -1))
+
+        for slot in (*op.reads, *op.writes, *op.overwrites):
+            if slot in self._writer:
+                need(self._writer[slot])
+        for slot in (*op.writes, *op.overwrites):
+            for reader in self._readers.get(slot, {}).items():
+                need(reader)
+        if self._serial and self._previous:
+            need(self._previous)
+        for slot in op.overwrites:
+            self._writer.pop(slot, None)
+            self._readers.pop(slot, None)
+        for slot in op.reads:
+            self._readers.setdefault(slot, {})[op.lane] = me[1]
+        for slot in op.writes:
+            self._writer[slot] = me
+            self._readers[slot] = {}
+        self._previous = me
+        return tuple(needs.items())
+
+    @property
+    def slots(self) -> int:
+        """Slots remembered now."""
+        return len(self._writer.keys() | self._readers.keys())
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """When an op ran, in seconds since the start of the run."""
+
+    op: Op
+    start: float
+    end: float
+
+
+def simulate(ops: Iterable[Op], seconds: Callable[[Op], float], *, serial: bool = False) -> Iterator[Span]:
+    """Run a schedule on a virtual clock: each lane in order, each op when its waits are done."""
+    linker = Linker(serial=serial)
+    ends: dict[Lane, list[float]] = {lane: [] for lane in Lane}
+    for op in ops:
+        lane = ends[op.lane]
+        start = max([lane[-1] if lane else 0.0, *(ends[other][n] for other, n in linker.link(op))])
+        lane.append(start + seconds(op))
+        yield Span(op, start, lane[-1])

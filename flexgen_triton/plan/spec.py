@@ -1,0 +1,170 @@
+"""What a model is made of and what it is asked to do, as plain data.
+
+Knows shapes, bytes and floating-point operations. Does not know where anything is stored or how it is computed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One weight as the engine sees it, and the checkpoint tensors it is concatenated from along dimension 0.
+
+    A table cut over several modules (a large output projection) is one TensorSpec in each, with its first row in `row`.
+    A `gathered` tensor is looked up row by row where it lies (an embedding) and is never streamed for that use.
+    """
+
+    name: str  # unique in the model: "3.qkv.weight"
+    shape: tuple[int, ...]
+    sources: tuple[str, ...]  # names in a Hugging Face checkpoint, without any "model." prefix
+    source_rows: tuple[int, ...]  # rows (or elements, for a vector) that each source contributes
+    gathered: bool = False
+    row: int = 0
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleSpec:
+    """A function of the model with its own weights: "embed", "attention", "mlp" or "head".
+
+    A head too large to stream at once is several modules of kind "head", each with some rows of the projection.
+    """
+
+    kind: str
+    index: int  # which decoder block, or which part of the head
+    tensors: tuple[TensorSpec, ...]
+    flops_per_token: float  # matrix products only
+
+    @property
+    def name(self) -> str:
+        return "embed" if self.kind == "embed" else f"{self.kind}.{self.index}"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """A layer of the schedule: one module, or attention and MLP of a block together."""
+
+    modules: tuple[ModuleSpec, ...]
+
+    @property
+    def name(self) -> str:
+        return "+".join(m.name for m in self.modules)
+
+    @property
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        return tuple(t for m in self.modules for t in m.tensors)
+
+    @property
+    def has_cache(self) -> bool:
+        return any(m.kind == "attention" for m in self.modules)
+
+    @property
+    def is_head(self) -> bool:
+        return any(m.kind == "head" for m in self.modules)
+
+    @property
+    def flops_per_token(self) -> float:
+        return sum(m.flops_per_token for m in self.modules)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """A decoder-only language model: its modules in order and the sizes the engine plans with."""
+
+    name: str
+    family: str
+    dtype: str  # "float32", "bfloat16" or "float16"
+    hidden: int
+    num_blocks: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    max_positions: int
+    modules: tuple[ModuleSpec, ...]
+
+    @property
+    def itemsize(self) -> int:
+        return DTYPE_BYTES[self.dtype]
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(t.numel for m in self.modules for t in m.tensors)
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.num_parameters * self.itemsize
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of K and V of one token in one layer."""
+        return 2 * self.num_kv_heads * self.head_dim * self.itemsize
+
+    def layers(self, sep_layer: bool) -> tuple[LayerSpec, ...]:
+        """The schedule's layers: attention and MLP apart (`sep_layer`) or one per decoder block."""
+        if sep_layer:
+            return tuple(LayerSpec((m,)) for m in self.modules)
+        layers: list[LayerSpec] = []
+        for module in self.modules:
+            if module.kind == "mlp":
+                layers[-1] = LayerSpec((*layers[-1].modules, module))
+            else:
+                layers.append(LayerSpec((module,)))
+        return tuple(layers)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One GPU batch: prompt lengths in tokens, longest first, and the new tokens asked of each sequence."""
+
+    prompt_lens: tuple[int, ...]
+    new_tokens: int
+
+    @property
+    def size(self) -> int:
+        return len(self.prompt_lens)
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(self.prompt_lens)
+
+    @property
+    def max_len(self) -> int:
+        """Positions that the longest sequence's cache must hold (the last token is never cached)."""
+        return self.prompt_lens[0] + self.new_tokens - 1
+
+    def cached(self, step: int) -> tuple[int, ...]:
+        """Cached tokens of each sequence when token step `step` begins."""
+        return tuple(p + step - 1 if step else 0 for p in self.prompt_lens)
+
+    def tokens(self, step: int) -> int:
+        """Tokens computed in token step `step`: the packed prompts, then one per sequence."""
+        return self.prompt_tokens if step == 0 else self.size
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """The GPU batches of one block of the schedule."""
+
+    batches: tuple[Batch, ...]
+
+    @classmethod
+    def uniform(cls, prompt_len: int, gen_len: int, gpu_batch_size: int, num_gpu_batches: int) -> Workload:
+        return cls((Batch((prompt_len,) * gpu_batch_size, gen_len),) * num_gpu_batches)
+
+    @property
+    def steps(self) -> int:
+        return max(b.new_tokens for b in self.batches)
+
+    @property
+    def num_sequences(self) -> int:
+        return sum(b.size for b in self.batches)

@@ -1,0 +1,1 @@
+"""Running a plan: executor, engine and what they report."""

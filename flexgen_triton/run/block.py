@@ -1,0 +1,205 @@
+"""One block of the schedule at work: the actions that its ops name, on its sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..memory.activations import Activations
+from ..memory.buffers import Buffers
+from ..memory.cache import Cache
+from ..memory.disk import DiskQueue
+from ..memory.weights import Weights
+from ..models import ops
+from ..models.ops import Matrix
+from ..models.opt import OPT
+from ..models.sampling import Sampler, SamplingParams
+from ..plan.plan import Plan
+from ..plan.schedule import Op, Slot
+
+
+@dataclass(slots=True)
+class Request:
+    """A request on its way: token ids in, token ids out, and why it ended ("stop", "length" or not yet)."""
+
+    prompt: list[int]
+    params: SamplingParams
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+
+    def append(self, token: int, eos: int) -> None:
+        """Take one more token, unless the sequence has ended."""
+        if self.finish_reason is not None:
+            return
+        self.tokens.append(token)
+        if token == eos and not self.params.ignore_eos:
+            self.finish_reason = "stop"
+        elif len(self.tokens) >= self.params.max_tokens:
+            self.finish_reason = "length"
+
+
+class Block:
+    """State of the GPU batches of one plan while it runs; `actions` maps an op's name to what it does."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        batches: Sequence[Sequence[Request]],
+        model: OPT,
+        weights: Weights,
+        buffers: Buffers,
+        disk: DiskQueue,
+        *,
+        dtype: torch.dtype,
+        on_step: Callable[[int, int], None] | None = None,
+        keep_logits: Callable[[int, Tensor], None] | None = None,
+    ) -> None:
+        self._plan, self._batches, self._model, self._weights, self._buffers = plan, batches, model, weights, buffers
+        self._cache = Cache(plan, buffers, disk, dtype)
+        self._activations = Activations(plan, buffers, disk, dtype)
+        self._device = buffers.device
+        self._on_step, self._keep_logits = on_step, keep_logits
+        self._samplers = [Sampler([s.params for s in batch], self._device) for batch in batches]
+        self._next: list[list[int]] = [[t for s in batch for t in s.prompt] for batch in batches]
+        self._head_input: dict[int, Tensor] = {}
+        self._logits: dict[int, Tensor] = {}
+        self._view: tuple[tuple[int, int], Mapping[str, Matrix]] | None = None
+        self._step = -1
+
+    @property
+    def actions(self) -> dict[str, Callable[[Op], None]]:
+        return {
+            "read_weight": self._read_weight,
+            "load_weight": self._load_weight,
+            "read_cache": lambda op: self._cache.read(op, self._into(op)),
+            "load_cache": lambda op: self._cache.load(op, self._slot(op, "stage_in"), self._bytes(op, "cache")),
+            "store_cache": lambda op: self._cache.store(op, self._bytes(op, "cache_out"), self._slot(op, "stage_out")),
+            "write_cache": lambda op: self._cache.write(op, self._staged_out(op, "cache_out")),
+            "read_hidden": lambda op: self._activations.read(op, self._into(op)),
+            "load_hidden": lambda op: self._activations.load(op, self._slot(op, "stage_in"), self._bytes(op, "hidden")),
+            "store_hidden": lambda op: self._activations.store(
+                op, self._bytes(op, "hidden_out"), self._slot(op, "stage_out")
+            ),
+            "write_hidden": self._write_hidden,
+            "compute": self._compute,
+        }
+
+    def alive(self, i: int, k: int) -> bool:
+        """Whether GPU batch k still has an unfinished sequence."""
+        return any(s.finish_reason is None for s in self._batches[k])
+
+    # Slots
+
+    def _slot(self, op: Op, ring: str) -> Tensor | None:
+        slot = op.slot(ring)
+        return self._buffers.slot(slot) if slot is not None else None
+
+    def _bytes(self, op: Op, ring: str) -> Tensor:
+        slot = self._slot(op, ring)
+        assert slot is not None, f"{op} has no slot in {ring}"
+        return slot
+
+    def _into(self, op: Op) -> Tensor:
+        """What a read fills: the one slot it writes."""
+        written: Slot = op.writes[0]
+        return self._buffers.slot(written)
+
+    def _staged_out(self, op: Op, direct: str) -> Tensor | None:
+        staged = self._slot(op, "stage_out")
+        return staged if staged is not None else self._slot(op, direct)
+
+    # Weights and hidden states
+
+    def _read_weight(self, op: Op) -> None:
+        part = self._plan.parts[op.j][op.part]
+        self._weights.read(part, self._into(op), staged=self._plan.copies)
+
+    def _load_weight(self, op: Op) -> None:
+        part = self._plan.parts[op.j][op.part]
+        self._weights.load(op.j, part, self._slot(op, "stage_in"), self._bytes(op, "weight"))
+
+    def _write_hidden(self, op: Op) -> None:
+        staged = self._staged_out(op, "hidden_out")
+        assert staged is not None
+        self._activations.write(op, staged)
+
+    # Arithmetic
+
+    def _compute(self, op: Op) -> None:
+        with torch.inference_mode():
+            self._start_step(op)
+            layer, w = self._plan.layers[op.j], self._tensors(op)
+            x = self._enter(op)
+            for module in layer.modules:
+                if module.kind == "embed":
+                    x = self._embed(op, w)
+                elif module.kind == "attention":
+                    x = self._model.attention(w, x, lambda q, k, v: self._attend(op, q, k, v))
+                elif module.kind == "mlp":
+                    x = self._model.mlp(w, x)
+                else:
+                    self._head(op, w, x, part=module.index)
+            if not layer.is_head:
+                self._activations.put(op, x, self._slot(op, "hidden_out"))
+
+    def _start_step(self, op: Op) -> None:
+        if op.i != self._step:
+            self._step = op.i
+            self._cache.start_step()
+
+    def _tensors(self, op: Op) -> Mapping[str, Matrix]:
+        """Layer j's weights, made once for all GPU batches that use this load of them."""
+        if self._view is None or self._view[0] != (op.i, op.j):
+            found = self._weights.view(op.j, self._slot(op, "weight"))
+            self._view = (op.i, op.j), {name: Matrix(segments) for name, segments in found.items()}
+        return self._view[1]
+
+    def _enter(self, op: Op) -> Tensor:
+        """The hidden state that enters this layer; the parts of the head after the first share one input."""
+        layer = self._plan.layers[op.j]
+        if op.j == 0 or (layer.is_head and layer.modules[0].index > 0):
+            return torch.empty(0)
+        return self._activations.get(op, self._slot(op, "hidden"))
+
+    def _embed(self, op: Op, w: Mapping[str, Matrix]) -> Tensor:
+        batch = self._plan.workload.batches[op.k]
+        if op.i == 0:
+            positions = torch.cat([torch.arange(n) for n in batch.prompt_lens])
+        else:
+            positions = torch.tensor(batch.cached(op.i))
+        return self._model.embed(w, self._weights.rows, torch.tensor(self._next[op.k]), positions)
+
+    def _attend(self, op: Op, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if op.i == 0:
+            self._cache.put_prompt(op, k, v, self._slot(op, "cache_out"))
+            return ops.prefill_attention(q, k, v, self._plan.workload.batches[op.k].prompt_lens)
+        groups = self._cache.put_token(op, k, v, self._slot(op, "cache"), self._slot(op, "cache_out"))
+        return torch.cat([ops.decode_attention(q[g.first : g.stop], segments) for g, segments in groups])
+
+    def _head(self, op: Op, w: Mapping[str, Matrix], x: Tensor, *, part: int) -> None:
+        batch = self._plan.workload.batches[op.k]
+        if part == 0:
+            if op.i == 0:
+                last = torch.tensor(batch.prompt_lens).cumsum(0) - 1
+                x = x[last.to(x.device)]
+            self._head_input[op.k] = self._model.head_input(w, x)
+            if op.k not in self._logits:
+                shape = (batch.size, self._plan.model.vocab)
+                self._logits[op.k] = torch.empty(shape, dtype=torch.float32, device=self._device)
+        self._model.logits(w, self._head_input[op.k], self._logits[op.k])
+        if op.j + 1 == len(self._plan.layers):
+            self._finish_step(op)
+
+    def _finish_step(self, op: Op) -> None:
+        logits = self._logits[op.k]
+        if self._keep_logits:
+            self._keep_logits(op.k, logits.clone())
+        tokens: list[int] = self._samplers[op.k].sample(logits).tolist()
+        self._next[op.k] = tokens
+        for sequence, token in zip(self._batches[op.k], tokens, strict=True):
+            sequence.append(token, self._model.config.eos_token_id)
+        if self._on_step:
+            self._on_step(op.i, op.k)

@@ -1,0 +1,334 @@
+"""The schedule: every block once, in order, and right under every legal interleaving of its lanes."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexgen_triton.models.opt import OPTConfig, model_spec
+from flexgen_triton.plan.plan import Plan, make_plan
+from flexgen_triton.plan.policy import Policy
+from flexgen_triton.plan.schedule import Lane, Linker, Op, Ring, Slot, simulate
+from flexgen_triton.plan.spec import Batch, Workload
+
+CONFIG = OPTConfig(hidden_size=128, num_hidden_layers=3, num_attention_heads=2, ffn_dim=512, vocab_size=1000)
+PERCENTS = {
+    "all-gpu": (100, 0, 100, 0, 100, 0),
+    "all-host": (0, 100, 0, 100, 0, 100),
+    "all-disk": (0, 0, 0, 0, 0, 0),
+    "mixed": (20, 30, 25, 25, 50, 25),
+}
+
+
+def plan_of(percent: str, *, copies: bool, overlap: bool, sep_layer: bool, batches: int) -> Plan:
+    policy = Policy(4, batches, *PERCENTS[percent], overlap=overlap, sep_layer=sep_layer)
+    lens = tuple(Batch((40 - k, 33, 20, 7), 12) for k in range(batches))
+    return make_plan(model_spec(CONFIG, "tiny", "float32"), policy, Workload(lens), copies=copies)
+
+
+def case_of(percent, copies, overlap, sep_layer, batches):
+    case = {"percent": percent, "copies": copies, "overlap": overlap, "sep_layer": sep_layer, "batches": batches}
+    words = (percent, "copies" if copies else "in place", "overlap" if overlap else "serial")
+    return pytest.param(case, id="-".join((*words, "sep" if sep_layer else "fused", str(batches))))
+
+
+GRID = [case_of(*c) for c in itertools.product(PERCENTS, (True, False), (True, False), (True, False), (1, 3))]
+SHARES = st.sampled_from([(0, 0), (100, 0), (0, 100), (30, 30), (50, 0), (0, 50)])
+TRANSFERS = [("all-disk", True), ("mixed", True), ("all-host", True), ("all-disk", False), ("mixed", False)]
+
+
+@dataclass
+class Memory:
+    """Rings as bytes with owners, homes as versions: what each op finds must be what the model means by it."""
+
+    plan: Plan
+    rings: dict[str, list[tuple[Slot, object]]] = field(default_factory=lambda: defaultdict(list))
+    homes: dict[Slot, int] = field(default_factory=dict)
+
+    def put(self, slot: Slot, content: object) -> None:
+        kept = [(s, c) for s, c in self.rings[slot.ring] if s.at + s.nbytes <= slot.at or slot.at + slot.nbytes <= s.at]
+        self.rings[slot.ring] = [*kept, (slot, content)]
+
+    def get(self, slot: Slot) -> object:
+        found = [c for s, c in self.rings[slot.ring] if s == slot]
+        assert found, f"{slot} was overwritten"
+        return found[0]
+
+    def slot_of(self, op: Op, ring: str) -> object:
+        slot = op.slot(ring)
+        return self.get(slot) if slot is not None else None
+
+    def run(self, op: Op) -> None:
+        getattr(self, op.name)(op)
+
+    # Weights: a slot's content is (instance, parts present)
+
+    def _add_part(self, slot: Slot, op: Op) -> None:
+        old = [c for s, c in self.rings["weight"] if s == slot]
+        parts = old[0][1] if old else frozenset()  # type: ignore[index]
+        self.put(slot, ((op.i, op.j), parts | {op.part}))
+
+    def read_weight(self, op: Op) -> None:
+        slot = op.writes[0]
+        if slot.ring == "weight":
+            self._add_part(slot, op)
+        else:
+            self.put(slot, ("part", op.i, op.j, op.part))
+
+    def load_weight(self, op: Op) -> None:
+        for slot in op.reads:
+            assert self.get(slot) == ("part", op.i, op.j, op.part), op
+        self._add_part(op.writes[0], op)
+
+    def _check_weights(self, op: Op) -> None:
+        slot = op.slot("weight")
+        traffic = self.plan.weight_traffic(op.j)
+        if slot is None:
+            assert not traffic.slot
+            return
+        sizes = zip(traffic.disk_parts, traffic.host_parts, strict=True)
+        wanted = {n for n, (disk, host) in enumerate(sizes) if disk or host}
+        instance, parts = self.get(slot)  # type: ignore[misc]
+        assert instance == (op.i, op.j) and wanted <= parts, f"{op} found {instance}, parts {parts} of {wanted}"
+
+    # Cache: homes hold the token step of their last append
+
+    def _written(self, op: Op) -> int:
+        """The last earlier step whose K and V went to disk for this batch."""
+        return max((i for i in range(op.i) if self.plan.cache_traffic(i, op.k).disk_write), default=-1)
+
+    def _home(self, kind: str, op: Op) -> Slot:
+        return Slot(kind, op.j * len(self.plan.groups) + op.k)
+
+    def read_cache(self, op: Op) -> None:
+        assert self.homes.get(self._home("cache_disk", op), -1) == self._written(op), op
+        self.put(op.writes[0], ("disk cache", op.i, op.j, op.k))
+
+    def load_cache(self, op: Op) -> None:
+        assert self.homes[self._home("cache_host", op)] == op.i - 1, op
+        if (staged := self.slot_of(op, "stage_in")) is not None:
+            assert staged == ("disk cache", op.i, op.j, op.k), op
+        self.put(op.writes[0], ("cache", op.i, op.j, op.k))
+
+    def store_cache(self, op: Op) -> None:
+        assert self.slot_of(op, "cache_out") == ("new", op.i, op.j, op.k), op
+        self.homes[self._home("cache_host", op)] = op.i
+        if (staged := op.slot("stage_out")) is not None:
+            self.put(staged, ("new", op.i, op.j, op.k))
+
+    def write_cache(self, op: Op) -> None:
+        source = op.reads[0]
+        if source.nbytes:
+            assert self.get(source) == ("new", op.i, op.j, op.k), op
+        else:
+            assert self.homes[source] == op.i, op
+        self.homes[self._home("cache_disk", op)] = op.i
+
+    def _check_cache(self, op: Op) -> None:
+        traffic = self.plan.cache_traffic(op.i, op.k)
+        content = self.slot_of(op, "cache")
+        name = "cache" if self.plan.copies else "disk cache"
+        assert content == ((name, op.i, op.j, op.k) if traffic.slot else None), op
+        if not self.plan.copies and op.i:
+            assert self.homes[self._home("cache_host", op)] == op.i - 1, op
+
+    # Hidden states
+
+    def read_hidden(self, op: Op) -> None:
+        assert self.homes[Slot("hidden_disk", op.k)] == (op.i, op.j - 1), op  # type: ignore[comparison-overlap]
+        self.put(op.writes[0], ("hidden", op.i, op.j, op.k))
+
+    def load_hidden(self, op: Op) -> None:
+        if (staged := self.slot_of(op, "stage_in")) is not None:
+            assert staged == ("hidden", op.i, op.j, op.k), op
+        if self.plan.hidden_traffic(op.i, op.j - 1, op.k).host:
+            assert self.homes[Slot("hidden_host", op.k)] == (op.i, op.j - 1), op  # type: ignore[comparison-overlap]
+        self.put(op.writes[0], ("hidden", op.i, op.j, op.k))
+
+    def store_hidden(self, op: Op) -> None:
+        assert self.slot_of(op, "hidden_out") == ("hidden out", op.i, op.j, op.k), op
+        self.homes[Slot("hidden_host", op.k)] = (op.i, op.j)  # type: ignore[assignment]
+        if (staged := op.slot("stage_out")) is not None:
+            self.put(staged, ("hidden out", op.i, op.j, op.k))
+
+    def write_hidden(self, op: Op) -> None:
+        assert self.get(op.reads[0]) == ("hidden out", op.i, op.j, op.k), op
+        self.homes[Slot("hidden_disk", op.k)] = (op.i, op.j)  # type: ignore[assignment]
+
+    def compute(self, op: Op) -> None:
+        self._check_weights(op)
+        if self.plan.program.has_cache[op.j]:
+            self._check_cache(op)
+            if not self.plan.copies:
+                self.homes[self._home("cache_host", op)] = op.i
+        away = self.plan.hidden_traffic(op.i, op.j - 1, op.k) if op.j else None
+        if away and away.host + away.disk:
+            assert self.slot_of(op, "hidden") == ("hidden", op.i, op.j, op.k), op
+        for ring, content in (("cache_out", "new"), ("hidden_out", "hidden out")):
+            if (slot := op.slot(ring)) is not None:
+                self.put(slot, (content, op.i, op.j, op.k))
+
+
+Linked = list[tuple[Op, tuple[tuple[Lane, int], ...]]]
+
+
+def linked(plan: Plan) -> Linked:
+    linker = Linker(serial=plan.program.serial)
+    return [(op, linker.link(op)) for op in plan.generator]
+
+
+def interleave(plan: Plan, ops: Linked, rng: random.Random, frozen: tuple[Lane, int] | None = None,
+               until: tuple[Lane, int] | None = None) -> bool:  # fmt: skip
+    """Run ops in a random legal order. `frozen` may not run before `until` has; True if `until` ran first."""
+    memory = Memory(plan)
+    queues: dict[Lane, list[tuple[Op, tuple[tuple[Lane, int], ...]]]] = {lane: [] for lane in Lane}
+    for op, waits in ops:
+        queues[op.lane].append((op, waits))
+    done = dict.fromkeys(Lane, 0)
+    beaten = False
+    while any(done[lane] < len(queue) for lane, queue in queues.items()):
+        ready = [
+            lane
+            for lane, queue in queues.items()
+            if done[lane] < len(queue) and all(done[other] > n for other, n in queue[done[lane]][1])
+        ]
+        assert ready, "deadlock"
+        chosen = [lane for lane in ready if (lane, done[lane]) != frozen] or ready
+        lane = rng.choice(chosen)
+        if frozen and (lane, done[lane]) in (until, frozen):
+            beaten, frozen = (lane, done[lane]) == until, None
+        memory.run(queues[lane][done[lane]][0])
+        done[lane] += 1
+    return beaten
+
+
+@pytest.mark.parametrize("case", GRID)
+def test_every_block_computes_once_in_order(case):
+    plan = plan_of(**case)
+    got = [(op.i, op.j, op.k) for op in plan.generator if op.lane is Lane.COMPUTE]
+    assert got == list(itertools.product(range(12), range(len(plan.layers)), range(case["batches"])))
+
+
+@pytest.mark.parametrize("case", GRID)
+def test_any_legal_interleaving_is_right(case):
+    plan = plan_of(**case)
+    ops = linked(plan)
+    for seed in range(3):
+        interleave(plan, ops, random.Random(seed))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    percents=st.lists(
+        st.sampled_from([(0, 0), (100, 0), (0, 100), (30, 30), (50, 0), (0, 50)]), min_size=3, max_size=3
+    ),
+    lens=st.lists(st.lists(st.integers(1, 70), min_size=1, max_size=4), min_size=1, max_size=3),
+    steps=st.lists(st.integers(1, 5), min_size=3, max_size=3),
+    copies=st.booleans(),
+    overlap=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_any_policy_and_lengths_are_right(percents, lens, steps, copies, overlap, seed):
+    batches = tuple(Batch(tuple(sorted(p, reverse=True)), n) for p, n in zip(lens, steps, strict=False))
+    policy = Policy(4, len(batches), *itertools.chain(*percents), overlap=overlap)
+    plan = make_plan(model_spec(CONFIG, "tiny", "float32"), policy, Workload(batches), copies=copies)
+    interleave(plan, linked(plan), random.Random(seed))
+
+
+@pytest.mark.parametrize(("percent", "copies"), TRANSFERS)
+def test_a_removed_dependency_is_noticed(percent, copies):
+    """Take single waits away and hold the awaited op back: whenever the order then changes, memory must be wrong."""
+    plan = plan_of(percent, copies=copies, overlap=True, sep_layer=True, batches=3)
+    ops = linked(plan)
+    positions = dict.fromkeys(Lane, 0)
+    places = []
+    for n, (op, waits) in enumerate(ops):
+        places += [(n, (op.lane, positions[op.lane]), wait) for wait in waits]
+        positions[op.lane] += 1
+    rng = random.Random(0)
+    noticed = unnoticed = 0
+    for n, until, frozen in rng.sample(places, min(60, len(places))):
+        op, waits = ops[n]
+        broken = [*ops[:n], (op, tuple(w for w in waits if w != frozen)), *ops[n + 1 :]]
+        try:
+            unnoticed += interleave(plan, broken, rng, frozen, until)
+        except (AssertionError, KeyError):
+            noticed += 1
+    print(f"{percent}: {noticed} noticed, {unnoticed} not, {min(60, len(places))} tried")
+    assert noticed >= 20 and not unnoticed
+
+
+def test_a_finished_batch_is_skipped_and_nothing_else_is():
+    plan = plan_of("all-disk", copies=True, overlap=True, sep_layer=True, batches=3)
+    from flexgen_triton.plan.schedule import Generator
+
+    ops = list(Generator(plan.program, lambda i, k: not (k == 1 and i >= 4)))
+    computed = {(op.i, op.k) for op in ops if op.lane is Lane.COMPUTE}
+    assert computed == {(i, k) for i in range(12) for k in range(3) if k != 1 or i < 4}
+    linker = Linker()
+    interleave(plan, [(op, linker.link(op)) for op in ops], random.Random(0))
+
+
+def test_when_every_batch_has_finished_the_schedule_ends():
+    plan = plan_of("mixed", copies=True, overlap=True, sep_layer=True, batches=3)
+    from flexgen_triton.plan.schedule import Generator
+
+    steps = {op.i for op in Generator(plan.program, lambda i, k: i < 3) if op.lane is Lane.COMPUTE}
+    assert steps == {0, 1, 2}
+
+
+@pytest.mark.parametrize("copies", [True, False])
+def test_overlap_approaches_the_busiest_lane_and_sequence_is_the_sum(copies):
+    """Loads take as long as compute: overlapped, they must nearly vanish."""
+
+    def seconds(op: Op) -> float:
+        return 1e-3 if op.lane is Lane.COMPUTE else 3e-3 * op.bytes / plan.weight_traffic(op.j).slot
+
+    for overlap in (True, False):
+        policy = Policy(4, 3, 0, 0, 100, 0, 100, 0, overlap=overlap)
+        plan = make_plan(model_spec(CONFIG, "tiny", "float32"), policy, Workload.uniform(32, 16, 4, 3), copies=copies)
+        spans = list(simulate(plan.generator, seconds, serial=not overlap))
+        busy = defaultdict(float)
+        for s in spans:
+            busy[s.op.lane] += s.end - s.start
+        makespan = max(s.end for s in spans)
+        if overlap:
+            assert makespan <= 1.08 * max(busy.values())
+        else:
+            assert makespan == pytest.approx(sum(busy.values()))
+
+
+def test_the_linker_remembers_slots_not_history():
+    spec = model_spec(CONFIG, "tiny", "float32")
+    sizes = []
+    for steps in (20, 200):
+        plan = make_plan(spec, Policy(4, 3, 0, 0, 0, 50, 0, 50), Workload.uniform(8, steps, 4, 3))
+        linker = Linker()
+        most = 0
+        for op in plan.generator:
+            linker.link(op)
+            most = max(most, linker.slots)
+        sizes.append(most)
+    assert sizes[1] <= 2 * sizes[0] + 200
+
+
+@settings(max_examples=200, deadline=None)
+@given(sizes=st.lists(st.integers(0, 5), min_size=1, max_size=60), hold=st.integers(0, 3))
+def test_a_ring_never_gives_live_memory_twice(sizes, hold):
+    ring = Ring("r", 12 * 4096)
+    live: list[Slot] = []
+    for size in sizes:
+        while len(live) > hold or not ring.fits(size * 4096):
+            ring.release(live.pop(0))
+        slot, old = ring.take(size * 4096)
+        assert slot.at + slot.nbytes <= ring.capacity
+        for other in live:
+            assert other.at + other.nbytes <= slot.at or slot.at + slot.nbytes <= other.at
+            assert other not in old
+        live.append(slot)
