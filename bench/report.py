@@ -74,9 +74,7 @@ def comparison_table(comparisons: Iterable[Comparison], max_loss: float) -> str:
     for c in comparisons:
         row = c.new or c.old
         assert row is not None, c
-        change = (
-            "" if c.loss is None else f"{-c.loss if row.better == 'higher' or c.judged_by == 'share' else c.loss:+.1%}"
-        )
+        change = _change(c.loss, rises=row.better == "lower" and c.judged_by == "value")
         cells = [_value(c.old), _value(c.new), row.unit, _share(c.old), _share(c.new)]
         lines.append([c.name, *cells, change, c.judged_by, c.verdict(max_loss)])
     return plain_table(lines)
@@ -106,6 +104,11 @@ def _value(row: Row | None) -> str:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
+
+
+def _change(loss: float | None, *, rises: bool) -> str:
+    """What a loss did to the figure; a loss `rises` where lower is better."""
+    return "" if loss is None else f"{(loss if rises else -loss) + 0.0:+.1%}"
 
 
 def _share(row: Row | None) -> str:

@@ -45,8 +45,8 @@ class StoreError(ValueError):
 class Store:
     """Where a model's weights lie; immutable.
 
-    `extents` are in file order of each module's tensors, by ModuleSpec.name. Their `row` counts in the whole tensor,
-    from TensorSpec.row on. A vector is one row; one that is concatenated from several sources in place is several
+    `extents` are by ModuleSpec.name, in the order of its tensors. Their `row` counts in the whole tensor, from
+    TensorSpec.row on. A vector is one row; one that is concatenated from several sources in place is several
     extents of one row each, whose `row` is their first element.
     """
 
@@ -185,7 +185,7 @@ def _parse_header(path: Path, raw: bytes) -> dict[str, Any]:
 
 
 def _entry(path: Path, name: str, fields: Any, start: int) -> TensorEntry:
-    """One tensor of the header, with its dtype, shape and number of bytes agreeing; `start` is where the data begins."""
+    """One tensor of the header; its dtype, shape and number of bytes must agree. `start` is where the data begins."""
     if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
         raise _broken(path, f"describes tensor {name} by other fields than dtype, shape and data_offsets")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]

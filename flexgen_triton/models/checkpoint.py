@@ -43,6 +43,7 @@ from ..plan.spec import ModelSpec, ModuleSpec, TensorSpec
 PIECE = 2 << 20  # elements that are converted at a time
 MAPPED_BYTES = 256 << 20  # of a .bin file, before its mapping is dropped: mapped pages count as this process's memory
 RANDOM_STD = 0.02
+FLOAT16_OVERFLOW = 65520.0  # the smallest number that rounds to infinity
 OUR_STEM = re.compile(r"\.[A-Za-z0-9._-]+-[0-9a-f]{16}")  # of lock files and temporary directories
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -91,9 +92,9 @@ def find_weights(source: Path) -> tuple[Path, ...]:
             return _indexed(index)
         if found := sorted(source.glob(f"{shards}.{suffix}")):
             return tuple(found)
-    found_names = ", ".join(sorted(p.name for p in source.iterdir())[:5]) or "nothing"
+    names = ", ".join(sorted(p.name for p in source.iterdir())[:5]) or "nothing"
     raise CheckpointError(
-        f"{source} has no model.safetensors, pytorch_model.bin or shards of them, only {found_names}; download the weights"
+        f"{source} has no model.safetensors, pytorch_model.bin or shards of them, only {names}; download them"
     )
 
 
@@ -303,7 +304,8 @@ def check_weights(spec: ModelSpec, weights: Weights) -> None:
         if name not in found:
             some = next(iter(found), "none")
             raise CheckpointError(
-                f"{weights.where} has no tensor {name} among its {len(found)} ({some}, ...); is it a complete {spec.family} model?"
+                f"{weights.where} has no tensor {name} among its {len(found)} ({some}, ...); is it a complete "
+                f"{spec.family} model?"
             )
         if found[name] != shape:
             raise CheckpointError(
@@ -312,8 +314,8 @@ def check_weights(spec: ModelSpec, weights: Weights) -> None:
             )
         if weights.dtype(name) not in _DTYPES:
             raise CheckpointError(
-                f"{weights.where} has {name} of dtype {weights.dtype(name)}; only {', '.join(_DTYPES)} can be read: use an "
-                "unquantised checkpoint"
+                f"{weights.where} has {name} of dtype {weights.dtype(name)}; only {', '.join(_DTYPES)} can be "
+                "read: use an unquantised checkpoint"
             )
 
 
@@ -443,10 +445,12 @@ def _module_bytes(module: ModuleSpec, weights: Weights, dtype: str) -> Iterator[
 
 def _cast(piece: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """To the model's dtype, refusing to turn a number into infinity."""
-    cast = piece.to(dtype)
-    if dtype == torch.float16 != piece.dtype and bool((cast.isinf() & piece.isfinite()).any()):
-        raise CheckpointError(f"{name} has values up to {piece.abs().max():.3g}, too large for float16; use bfloat16")
-    return cast
+    if dtype == torch.float16 != piece.dtype:
+        low, high = torch.aminmax(piece)
+        largest = max(-float(low), float(high))
+        if largest >= FLOAT16_OVERFLOW:
+            raise CheckpointError(f"{name} has values up to {largest:.3g}, too large for float16; use bfloat16")
+    return piece.to(dtype)
 
 
 def _as_bytes(tensor: Tensor) -> memoryview:
@@ -494,14 +498,16 @@ def _acquire(path: Path, operation: int) -> int | None:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, operation)
-            if path.exists() and os.path.samestat(os.fstat(fd), path.stat()):
+            if os.path.samestat(os.fstat(fd), path.stat()):
                 return fd
         except FileNotFoundError:
             pass
-        except OSError:
+        except OSError as error:
             os.close(fd)
+            if not isinstance(error, BlockingIOError):
+                path.unlink(missing_ok=True)
             return None
-        os.close(fd)  # the file was removed by the one who held the lock before: take the new one's
+        os.close(fd)  # whoever held the lock before has removed the file: take the next one's
 
 
 def _release(path: Path, fd: int | None) -> None:

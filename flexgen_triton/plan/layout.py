@@ -28,14 +28,16 @@ def block_tokens_for(max_len: int) -> int:
 
 def split_counts(sizes: Sequence[int], percents: Sequence[float]) -> list[tuple[int, int, int]]:
     """Sequences of each batch per tier (GPU, host, disk), the shares exact to one sequence over all batches."""
-    gpu, host = percents[0] / 100, (percents[0] + percents[1]) / 100
-    counts, seen = [], 0
+    counts: list[tuple[int, int, int]] = []
+    seen = given_gpu = given_host = 0
     for size in sizes:
-        end = seen + size
-        on_gpu = round(end * gpu) - round(seen * gpu)
-        on_device_or_host = round(end * host) - round(seen * host)
-        counts.append((on_gpu, on_device_or_host - on_gpu, size - on_device_or_host))
-        seen = end
+        seen += size
+        on_gpu = min(max(round(seen * percents[0] / 100) - given_gpu, 0), size)
+        given_gpu += on_gpu
+        wanted_host = round(seen * (percents[0] + percents[1]) / 100) - given_gpu - given_host
+        on_host = min(max(wanted_host, 0), size - on_gpu)
+        given_host += on_host
+        counts.append((on_gpu, on_host, size - on_gpu - on_host))
     return counts
 
 

@@ -1,0 +1,84 @@
+"""Placement is exact: what is asked of a percentage is what is given, in every layer."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexgen_triton.models.opt import SIZES, model_spec
+from flexgen_triton.plan.layout import split_counts
+from flexgen_triton.plan.placement import Extent, Tier, place_layer
+from flexgen_triton.plan.plan import make_plan
+from flexgen_triton.plan.policy import Policy
+from flexgen_triton.plan.spec import Workload
+
+FIVES = range(0, 101, 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "sep_layer"), [("opt-6.7b", True), ("opt-6.7b", False), ("opt-30b", True), ("opt-175b", False)]
+)
+def test_asked_and_given_differ_by_at_most_one_percent(name, sep_layer):
+    spec = model_spec(SIZES[name], name, "float16")
+    for gpu, cpu in itertools.product(FIVES, FIVES):
+        if gpu + cpu > 100:
+            continue
+        plan = make_plan(spec, Policy(1, 1, gpu, cpu, sep_layer=sep_layer), Workload.uniform(8, 4, 1, 1))
+        given_bytes = plan.placement["weights"]
+        assert sum(given_bytes.values()) == spec.weight_bytes
+        for tier, asked in (("gpu", gpu), ("cpu", cpu), ("disk", 100 - gpu - cpu)):
+            assert abs(given_bytes[tier] / spec.weight_bytes * 100 - asked) <= 0.1, (gpu, cpu, tier)
+
+
+@pytest.mark.parametrize("gpu", FIVES)
+def test_every_layer_is_within_one_row_of_its_share(gpu):
+    spec = model_spec(SIZES["opt-30b"], "opt-30b", "float16")
+    plan = make_plan(spec, Policy(1, 1, gpu, (100 - gpu) // 2), Workload.uniform(8, 4, 1, 1))
+    for layer, placement in zip(plan.layers, plan.placements, strict=True):
+        extents = [e for tier in Tier for e in placement.share(tier).extents]
+        total, row = sum(e.nbytes for e in extents), max((e.row_bytes for e in extents), default=0)
+        assert abs(placement.gpu.useful - total * gpu / 100) <= row, layer.name
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    tensors=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 300)), min_size=1, max_size=8),
+    gpu=st.integers(0, 100),
+    cpu=st.integers(0, 100),
+    gap=st.sampled_from([0, 16, 5000]),
+    parts=st.integers(1, 5),
+)
+def test_every_row_is_placed_once_and_read_whole(tensors, gpu, cpu, gap, parts):
+    cpu = min(cpu, 100 - gpu)
+    extents, offset = [], 100
+    for n, (rows, row_bytes) in enumerate(tensors):
+        extents.append(Extent(f"t{n}", 0, rows, row_bytes, 0, offset))
+        offset = extents[-1].end + gap
+    placement = place_layer(extents, gpu, cpu)
+    seen = []
+    for tier in Tier:
+        share = placement.share(tier)
+        for extent, segment in zip(share.extents, share.segments, strict=True):
+            seen += [(extent.tensor, row) for row in range(extent.row, extent.row + extent.rows)]
+            inside = [r for r in share.runs if r.at <= segment.at and segment.at + extent.nbytes <= r.at + r.nbytes]
+            assert len(inside) == 1 and inside[0].offset + segment.at - inside[0].at == extent.offset
+        for run in share.runs:
+            assert run.offset % 4096 == run.nbytes % 4096 == run.at % 4096 == 0
+        cut = [r for part in share.parts(parts, 4096) for r in part]
+        assert sum(r.nbytes for r in cut) == sum(r.nbytes for r in share.runs)
+        assert all(r.offset % 4096 == 0 for r in cut)
+    assert sorted(seen) == sorted((f"t{n}", row) for n, (rows, _) in enumerate(tensors) for row in range(rows))
+
+
+@settings(max_examples=200, deadline=None)
+@given(sizes=st.lists(st.integers(1, 50), min_size=1, max_size=6), gpu=st.integers(0, 100), cpu=st.integers(0, 100))
+def test_sequences_are_divided_to_one(sizes, gpu, cpu):
+    cpu = min(cpu, 100 - gpu)
+    counts = split_counts(sizes, (gpu, cpu))
+    assert [sum(c) for c in counts] == sizes and all(n >= 0 for c in counts for n in c)
+    total = sum(sizes)
+    for column, percent in enumerate((gpu, cpu, 100 - gpu - cpu)):
+        assert abs(sum(c[column] for c in counts) - total * percent / 100) <= 1.01

@@ -1,0 +1,112 @@
+"""The ownership rules of the design, each a search through the source."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "flexgen_triton"
+ORDER = ("plan", "memory", "models", "run")  # imports go down this list only: a folder may import those before it
+ENTRY_POINTS = {"bench.py", "llm.py", "cli.py", "figures.py", "__main__.py"}
+
+
+def sources(*folders: str) -> list[Path]:
+    found = [p for folder in folders for p in (PACKAGE / folder).rglob("*.py")]
+    assert found
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    """Absolute dotted names of all that a file imports, anywhere in it."""
+    package = (*path.relative_to(ROOT).parts[:-1],)
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            stem = ".".join((*base, *(node.module or "").split("."))).strip(".")
+            names |= {stem} | {f"{stem}.{alias.name}" for alias in node.names}
+    return names
+
+
+def users(pattern: str, paths: list[Path]) -> set[str]:
+    return {str(p.relative_to(PACKAGE)) for p in paths if re.search(pattern, p.read_text())}
+
+
+def test_only_the_arena_allocates_large_buffers():
+    """Elsewhere under memory/ and run/ nothing allocates but small index tensors and logits."""
+    allocation = r"torch\.(zeros|full|rand\w*)\(|mmap\.mmap|pin_memory|cudaHostRegister|frombuffer"
+    assert users(allocation, sources("memory", "run")) <= {"memory/arena.py", "memory/disk.py", "memory/store.py"}
+    assert users(r"torch\.empty\(", sources("memory", "run")) <= {
+        "memory/arena.py",
+        "memory/disk.py",  # rows gathered from a table
+        "memory/store.py",
+        "memory/weights.py",  # rows gathered from a table
+        "run/block.py",  # logits
+    }
+
+
+def test_only_lanes_and_disk_touch_threads_streams_and_events():
+    pattern = r"import threading|import queue|concurrent\.futures|cuda\.Stream\(|cuda\.Event\("
+    assert users(pattern, list(PACKAGE.rglob("*.py"))) <= {"memory/lanes.py", "memory/disk.py"}
+
+
+def test_only_ops_imports_the_kernels():
+    importers = {p.name for p in PACKAGE.rglob("*.py") if any("flexgen_triton.kernels" in n for n in imports(p))}
+    assert importers <= {"ops.py"}
+
+
+def test_plan_never_imports_torch():
+    for path in sources("plan"):
+        assert not {n for n in imports(path) if n.split(".")[0] in ("torch", "triton", "numpy", "transformers")}, path
+
+
+def test_planning_starts_without_torch():
+    import subprocess
+    import sys
+
+    code = "import sys, flexgen_triton.plan.plan, flexgen_triton.plan.fit; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("folder", ORDER)
+def test_imports_go_down_only(folder):
+    allowed = set(ORDER[: ORDER.index(folder) + 1])
+    if folder == "models":
+        allowed.add("kernels")
+    for path in sources(folder):
+        inside = {n.split(".")[1] for n in imports(path) if n.startswith("flexgen_triton.")}
+        assert inside <= allowed, f"{path} imports {inside - allowed}"
+
+
+def test_the_engine_does_not_import_transformers():
+    importers = {str(p.relative_to(PACKAGE)) for p in PACKAGE.rglob("*.py") if "transformers" in imports(p)}
+    assert importers <= {"llm.py"}
+
+
+def test_only_entry_points_print_parse_arguments_or_read_the_environment():
+    pattern = r"\bprint\(|sys\.argv|argparse|import click|os\.environ|getenv"
+    assert {Path(p).name for p in users(pattern, list(PACKAGE.rglob("*.py")))} <= ENTRY_POINTS
+
+
+def test_there_is_no_mutable_module_state():
+    """Names bound at module level to lists, sets or dicts are constants: upper case (or `__all__`)."""
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.List | ast.Dict | ast.Set):
+                for target in node.targets:
+                    assert isinstance(target, ast.Name), path
+                    assert target.id == "__all__" or target.id.strip("_").isupper(), f"{path}: {target.id}"
+
+
+def test_memory_never_asks_what_bytes_mean():
+    assert not users(r"\b(attention|softmax|layer_norm|logits|token_id)\b\(", sources("memory"))
+
+
+def test_the_kernels_folder_is_no_package_of_that_name():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
