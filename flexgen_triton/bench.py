@@ -15,7 +15,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from . import demo, figures
+from . import (
+    demo,
+    environment,  # noqa: F401  # isort: split
+    figures,
+)
 from .llm import DEFAULT_OFFLOAD_DIR, DEMO, LLM, Prompt, RequestOutput, choose_dtype, find_model
 from .memory.arena import peak_rss, reset_peak_rss, rss
 from .models.opt import model_spec

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from . import environment  # noqa: F401  # isort: split
 from .demo import DEMO_DIR
 from .models.checkpoint import open_store
 from .models.opt import OPT, ModelError, OPTConfig, config_by_name, model_spec

@@ -221,7 +221,6 @@ class BinWeights:
         """The mapped tensor, of which at most one piece is about to be read."""
         file, key, _, dtype = self._found[name]
         if file != self._mapped_file or self._touched > MAPPED_BYTES:
-            self._mapped.clear()
             self._mapped, self._mapped_file, self._touched = _load_bin(file), file, 0
         self._touched += PIECE * dtype.itemsize
         return self._mapped[key]
@@ -391,10 +390,8 @@ def _open_weights(spec: ModelSpec, files: Sequence[Path], seed: int) -> Weights:
 
 
 def _check_space(spec: ModelSpec, directory: Path) -> None:
-    needed, free = (
-        spec.weight_bytes + sum(len(_module_header(m, spec.dtype)) for m in spec.modules),
-        free_bytes(directory),
-    )
+    headers = sum(len(_module_header(m, spec.dtype)) for m in spec.modules)
+    needed, free = spec.weight_bytes + headers, free_bytes(directory)
     if needed > free:
         raise CheckpointError(
             f"{spec.name} needs {needed} bytes in {directory} to be converted, which has {free} free; free "

@@ -153,6 +153,12 @@ def test_checks_see_each_extent_once_up_to_the_end_of_the_file(queue: DiskQueue,
     assert b"".join(seen[o] for o in sorted(seen)) == Path(file.name).read_bytes()
 
 
+def test_requests_are_cut_at_whole_pages_of_the_file(queue: DiskQueue, file: DiskFile) -> None:
+    seen: list[int] = []
+    queue.read([Read(file, PAGE + 100, aligned(2 * EXTENT), lambda o, data: seen.append(o))])
+    assert sorted(seen) == [PAGE + 100, PAGE + EXTENT, PAGE + 2 * EXTENT]
+
+
 def test_what_a_check_raises_reaches_the_caller_with_its_place(queue: DiskQueue, file: DiskFile) -> None:
     def check(offset: int, data: memoryview) -> None:
         if offset == EXTENT:

@@ -110,9 +110,17 @@ def cut(path: Path) -> None:
     os.truncate(path, path.stat().st_size - 1)
 
 
+def edit(path: Path) -> None:
+    """Valid JSON that says something else."""
+    text = path.read_text()
+    assert "604096" in text
+    path.write_text(text.replace("604096", "604097"))
+
+
 @pytest.mark.parametrize(
     ("name", "harm"),
     [
+        pytest.param(MANIFEST, edit, id="another offset in the manifest"),
         pytest.param(MANIFEST, flip, id="bit flip in the manifest"),
         pytest.param(MANIFEST, cut, id="truncated manifest"),
         pytest.param(MANIFEST, os.unlink, id="no manifest"),

@@ -1,0 +1,99 @@
+"""What goes wrong in any lane ends the run at once, with the op's name, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+import time
+
+import pytest
+
+from flexgen_triton import LLM, Policy, SamplingParams
+from flexgen_triton.run.block import Block
+
+GREEDY = SamplingParams(max_tokens=6, ignore_eos=True)
+OPS = {
+    "read_weight": (False, "disk_in"),
+    "read_cache": (False, "disk_in"),
+    "read_hidden": (False, "disk_in"),
+    "compute": (False, "compute"),
+    "write_hidden": (False, "disk_out"),
+    "load_weight": (True, "h2d"),
+    "load_cache": (True, "h2d"),
+    "load_hidden": (True, "h2d"),
+    "store_cache": (True, "d2h"),
+    "store_hidden": (True, "d2h"),
+    "write_cache": (True, "disk_out"),
+}
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_an_error_in_any_lane_ends_the_run_and_names_its_op(tiny, tmp_path, monkeypatch, name):
+    copies, lane = OPS[name]
+    failed_at: list[float] = []
+    actions = Block.actions.fget
+
+    def failing(op):
+        failed_at.append(time.perf_counter())
+        raise OSError(5, "the device is gone")
+
+    monkeypatch.setattr(Block, "actions", property(lambda block: {**actions(block), name: failing}))
+    threads = threading.active_count()
+    policy = Policy(3, 2, 0, 0, 0, 0, 0, 0)
+    with LLM(str(tiny.path), policy=policy, dtype="float32", offload_dir=tmp_path, copies=copies) as llm:
+        with pytest.raises(OSError, match="the device is gone") as caught:
+            llm.generate(tiny.prompts, GREEDY)
+        assert time.perf_counter() - failed_at[0] < 1
+        assert any(f"in {name}(i=" in note and lane in note for note in caught.value.__notes__)
+        assert len(failed_at) == 1
+        monkeypatch.undo()
+        outputs = llm.generate(tiny.prompts, GREEDY)  # the engine is as good as new
+    assert [o.outputs[0].token_ids for o in outputs] == [t[:6] for t in tiny.tokens]
+    assert threading.active_count() == threads
+
+
+def test_an_interrupt_ends_the_run_and_leaves_no_thread(tiny, tmp_path, monkeypatch):
+    def interrupted(self, i, k):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Block, "alive", interrupted)
+    threads = threading.active_count()
+    with LLM(str(tiny.path), policy=Policy(3, 2, 0, 0, 0, 0), dtype="float32", offload_dir=tmp_path) as llm:
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(tiny.prompts, SamplingParams(max_tokens=4))
+    assert threading.active_count() == threads
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small filesystem needs root")
+def test_a_full_disk_is_found_before_generation_starts(tiny, tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(small)], check=False)
+    if mount.returncode:
+        pytest.skip("this system does not let a filesystem be mounted")
+    try:
+        policy = Policy(7, 1, 100, 0, 0, 0)
+        with LLM(str(tiny.path), policy=policy, dtype="float32", offload_dir=small) as llm:
+            with pytest.raises(OSError, match="bytes are needed in .* which has 65536 free"):
+                llm.generate(tiny.prompts, GREEDY)
+        assert not list(small.iterdir())
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [([], "empty"), ([5, 10_000], "vocabulary"), ([-1], "vocabulary"), ([5] * 125, "positions")],
+)
+def test_prompts_that_cannot_be_run(tiny, tmp_path, prompt, words):
+    with LLM(str(tiny.path), dtype="float32", offload_dir=tmp_path) as llm:
+        with pytest.raises(ValueError, match=words):
+            llm.generate([tiny.prompts[0], prompt], GREEDY)
+        assert llm.generate([], GREEDY) == []
+
+
+@pytest.mark.parametrize("fields", [{"max_tokens": 0}, {"temperature": -1}])
+def test_sampling_parameters_out_of_range(fields):
+    with pytest.raises(ValueError, match="must be"):
+        SamplingParams(**fields)
