@@ -81,11 +81,11 @@ def machine() -> dict[str, Any]:
 
 
 def machine_name(machine: dict[str, Any]) -> str:
-    """The machine's folder in bench/results: `nvidia-h200-16c-128g`, by its GPU, or by its CPU where there is none."""
-    chip = machine.get("gpu") or machine.get("cpu") or "unknown"
-    chip = re.sub(r"\((r|tm)\)|\b(cpu|processor)\b", "", chip.lower())
+    """The machine's folder in bench/results: its GPU (`nvidia-h200`), or its CPU with cores and memory."""
     memory = round(machine.get("memory_bytes", 0) / 2**30)
-    return re.sub(r"[^a-z0-9.]+", "-", f"{chip} {machine.get('cores', 0)}c {memory}g").strip("-")
+    name = machine.get("gpu") or f"{machine.get('cpu') or 'unknown'} {machine.get('cores', 0)}c {memory}g"
+    name = re.sub(r"\((r|tm)\)|\b(cpu|processor)\b", "", name.lower())
+    return re.sub(r"[^a-z0-9.]+", "-", name).strip("-")
 
 
 def commit() -> dict[str, Any]:

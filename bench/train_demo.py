@@ -238,7 +238,7 @@ def sample_batch(stream: torch.Tensor, starts: torch.Tensor, length: int) -> tor
 
 
 def train(model: OPTForCausalLM, stream: torch.Tensor, starts: torch.Tensor, seconds: float) -> int:
-    """Train in place until so many seconds of processor time are used, printing the loss; returns the number of steps."""
+    """Train in place for so many seconds of processor time, printing the loss; returns the number of steps."""
     optimizer = new_optimizer(model)
     began, step, mean = time.process_time(), 0, math.log(VOCAB_SIZE)
     while (progress := (time.process_time() - began) / seconds) < 1:

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-KEYS = """model device policy prompt_len gen_len num_prompts prefill_s prefill_tok_s decode_s decode_tok_s total_s
-total_tok_s peak_gpu_bytes peak_host_bytes model_bytes cache_bytes hidden_bytes placement lanes makespan_s bound_s""".split()
+KEYS = (
+    "model device policy prompt_len gen_len num_prompts prefill_s prefill_tok_s decode_s decode_tok_s total_s "
+    "total_tok_s peak_gpu_bytes peak_host_bytes model_bytes cache_bytes hidden_bytes placement lanes makespan_s bound_s"
+)
 
 
 def bench(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -37,7 +39,7 @@ def test_figures_json_trace_and_log(tiny, tmp_path):
     done = bench("--model", str(tiny.path), *shape, "--percent", "0", "50", "0", "50", "0", "50", *files, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "o.json").read_text())
-    assert set(KEYS) <= set(result)
+    assert set(KEYS.split()) <= set(result)
     assert result["num_prompts"] == 4 and result["prompt_len"] == 20 and result["gen_len"] == 6
     assert result["total_tok_s"] == pytest.approx(4 * 6 / result["total_s"])
     assert result["decode_tok_s"] == pytest.approx(4 * 5 / result["decode_s"])

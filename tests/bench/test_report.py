@@ -145,7 +145,7 @@ def test_the_table_is_markdown(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_results_are_named_by_machine_and_commit() -> None:
     header = {"machine": THERE, "commit": {"id": "abc123", "dirty": True}}
     path = rows.results_path("gpu", header)
-    assert path.relative_to(rows.ROOT).as_posix() == "bench/results/nvidia-h200-16c-128g/gpu-abc123-dirty.json"
+    assert path.relative_to(rows.ROOT).as_posix() == "bench/results/nvidia-h200/gpu-abc123-dirty.json"
     assert rows.machine_name(HERE) == "some-2.50ghz-2c-24g"
 
 

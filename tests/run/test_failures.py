@@ -59,9 +59,9 @@ def test_an_interrupt_ends_the_run_and_leaves_no_thread(tiny, tmp_path, monkeypa
 
     monkeypatch.setattr(Block, "alive", interrupted)
     threads = threading.active_count()
-    with LLM(str(tiny.path), policy=Policy(3, 2, 0, 0, 0, 0), dtype="float32", offload_dir=tmp_path) as llm:
-        with pytest.raises(KeyboardInterrupt):
-            llm.generate(tiny.prompts, SamplingParams(max_tokens=4))
+    llm = LLM(str(tiny.path), policy=Policy(3, 2, 0, 0, 0, 0), dtype="float32", offload_dir=tmp_path)
+    with llm, pytest.raises(KeyboardInterrupt):
+        llm.generate(tiny.prompts, SamplingParams(max_tokens=4))
     assert threading.active_count() == threads
 
 
@@ -74,9 +74,9 @@ def test_a_full_disk_is_found_before_generation_starts(tiny, tmp_path):
         pytest.skip("this system does not let a filesystem be mounted")
     try:
         policy = Policy(7, 1, 100, 0, 0, 0)
-        with LLM(str(tiny.path), policy=policy, dtype="float32", offload_dir=small) as llm:
-            with pytest.raises(OSError, match="bytes are needed in .* which has 65536 free"):
-                llm.generate(tiny.prompts, GREEDY)
+        llm = LLM(str(tiny.path), policy=policy, dtype="float32", offload_dir=small)
+        with llm, pytest.raises(OSError, match=r"bytes are needed in .* which has 65536 free"):
+            llm.generate(tiny.prompts, GREEDY)
         assert not list(small.iterdir())
     finally:
         subprocess.run(["umount", str(small)], check=True)

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import MODELS, NEW_TOKENS, Tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flexgen_triton import LLM, Policy, SamplingParams
 from flexgen_triton.run.block import Request
-from conftest import MODELS, NEW_TOKENS, Tiny
 
 PERCENTS = {
     "all on the GPU": (100, 0, 100, 0, 100, 0),
@@ -86,7 +86,9 @@ def test_a_sequence_ends_at_its_end_of_text_and_the_others_go_on(tiny, tmp_path)
     """Give each prompt's third token the role of EOS: tokens up to it are the reference's, and it is the last."""
     eos = tiny.tokens[3][2]
     for num_batches in (1, 3):
-        with LLM(str(tiny.path), policy=Policy(3, num_batches, 0, 50, 0, 50), dtype="float32", offload_dir=tmp_path) as llm:
+        with LLM(
+            str(tiny.path), policy=Policy(3, num_batches, 0, 50, 0, 50), dtype="float32", offload_dir=tmp_path
+        ) as llm:
             object.__setattr__(llm.engine.model.config, "eos_token_id", eos)
             outputs = llm.generate(tiny.prompts, SamplingParams(max_tokens=NEW_TOKENS))
         for output, want in zip(outputs, tiny.tokens, strict=True):

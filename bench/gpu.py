@@ -1,0 +1,188 @@
+"""Every check that needs a GPU, in one command: `python bench/gpu.py`.
+
+The links' rates, then correctness (tokens under every kind of policy against transformers' on the CPU, in fp32), then
+the engine under policies from all-resident to all-offloaded, each judged by its own bound. `bench/peers.py` runs there
+too.
+Results go to bench/results/<machine>/gpu-<commit>.json (or `--out`), after every check, so that a run that is cut short
+keeps what it has. Exits with 2 where there is no GPU and with 1 when a check fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import rows
+import torch
+
+sys.path.insert(0, str(rows.ROOT))
+sys.path.insert(0, str(rows.ROOT / "tests"))
+
+from flexgen_triton import LLM, Policy, SamplingParams
+from flexgen_triton.bench import random_prompts
+from flexgen_triton.figures import lanes_json, timing
+from flexgen_triton.memory.arena import Arena
+
+GIB = 1 << 30
+CUDA = torch.device("cuda")
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One engine run: model, policy and shape."""
+
+    model: str
+    policy: Policy
+    prompt_len: int
+    gen_len: int
+
+    @property
+    def name(self) -> str:
+        p = self.policy
+        shares = (p.w_gpu_percent, p.w_cpu_percent, p.cache_gpu_percent, p.cache_cpu_percent)
+        percent = " ".join(f"{x:g}" for x in (*shares, p.act_gpu_percent, p.act_cpu_percent))
+        shape = f"{p.gpu_batch_size}x{p.num_gpu_batches} {self.prompt_len}/{self.gen_len}"
+        return f"{self.model} {shape} [{percent}]{'' if p.overlap else ' sequential'}"
+
+
+CASES = (
+    Case("opt-1.3b", Policy(64, 1, 100, 0, 100, 0, 100, 0), 128, 32),
+    Case("opt-1.3b", Policy(64, 4, 0, 100, 100, 0, 100, 0), 128, 32),
+    Case("opt-1.3b", Policy(64, 4, 0, 100, 0, 100, 0, 100), 128, 32),
+    Case("opt-1.3b", Policy(64, 4, 0, 0, 0, 100, 0, 100), 128, 16),
+    Case("opt-6.7b", Policy(64, 4, 0, 100, 100, 0, 100, 0), 256, 32),
+    Case("opt-6.7b", Policy(48, 3, 20, 80, 0, 100, 0, 100), 512, 32),
+    Case("opt-6.7b", Policy(48, 3, 20, 80, 0, 100, 0, 100, overlap=False), 512, 8),
+    Case("opt-6.7b", Policy(48, 3, 20, 80, 0, 100, 0, 100, pin_weight=False), 512, 8),
+)
+
+
+def copy_rate(target: torch.Tensor, source: torch.Tensor, repeats: int = 8) -> float:
+    """Bytes a second of one copy, by device events, the best of several."""
+    best = float("inf")
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        target.copy_(source, non_blocking=True)
+        end.record()
+        end.synchronize()
+        best = min(best, start.elapsed_time(end) / 1e3)
+    return len(source) / best
+
+
+def links() -> Iterator[rows.Row]:
+    """Rates of the links through the engine's own arenas: what later runs are judged by."""
+    with Arena("host", GIB, torch.device("cpu"), pin=True) as host, Arena("device", GIB, CUDA) as device:
+        host.buffer.random_()
+        yield rows.Row("host to device, pinned", copy_rate(device.buffer, host.buffer) / 1e9, "GB/s")
+        yield rows.Row("device to host, pinned", copy_rate(host.buffer, device.buffer) / 1e9, "GB/s")
+        with Arena("other", GIB, CUDA) as other:
+            rate = 2 * copy_rate(other.buffer, device.buffer) / 1e9
+            yield rows.Row("device to device, read and written", rate, "GB/s")
+
+
+def correctness(scratch: Path) -> Iterator[rows.Row]:
+    """Greedy tokens of tiny fp32 models under mixed policies, all of them transformers' own."""
+    from conftest import MODELS, NEW_TOKENS, make_tiny
+
+    torch.backends.cuda.matmul.allow_tf32 = False
+    percents = ((100, 0, 100, 0, 100, 0), (0, 100, 0, 100, 0, 100), (0, 0, 0, 0, 0, 0), (20, 30, 25, 30, 40, 30))
+    params = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True)
+    for n, (name, fields) in enumerate(MODELS.items()):
+        tiny = make_tiny(scratch / f"opt-{n}", fields)
+        right = total = 0
+        for percent in percents:
+            for num_batches, overlap, sep_layer, pin in (
+                (1, True, True, True),
+                (3, True, False, False),
+                (2, False, True, True),
+            ):
+                policy = Policy(2, num_batches, *percent, overlap=overlap, sep_layer=sep_layer, pin_weight=pin)
+                with LLM(str(tiny.path), policy=policy, dtype="float32", offload_dir=scratch, device="cuda") as llm:
+                    outputs = llm.generate(tiny.prompts, params)
+                right += sum(o.outputs[0].token_ids == want for o, want in zip(outputs, tiny.tokens, strict=True))
+                total += len(tiny.prompts)
+        yield rows.Row(f"tokens equal to transformers': {name}", right / total, "share", roof=1.0, share=right / total)
+
+
+def engine(case: Case, store: Path) -> rows.Row:
+    """Throughput of one case, judged by the busiest lane of the same run."""
+    with LLM(case.model, path="_DUMMY_", policy=case.policy, offload_dir=store, device="cuda") as llm:
+        prompts = random_prompts(case.policy.block_size, case.prompt_len, llm.spec.vocab, 0)
+        llm.generate(prompts[:2], SamplingParams(max_tokens=2, ignore_eos=True))
+        torch.cuda.reset_peak_memory_stats()
+        llm.generate(prompts, SamplingParams(max_tokens=case.gen_len, ignore_eos=True))
+        report = llm.last_report
+        assert report is not None
+        figures = timing(
+            report, prompt_tokens=len(prompts) * case.prompt_len, num_prompts=len(prompts), gen_len=case.gen_len
+        )
+        timeline = report.timeline
+        share = timeline.bound_s / timeline.makespan_s
+        details = {
+            **figures,
+            "makespan_s": timeline.makespan_s,
+            "bound_s": timeline.bound_s,
+            "lanes": lanes_json(timeline),
+            "planned_gpu_bytes": report.plans[0].device_bytes,
+            "peak_gpu_bytes": torch.cuda.max_memory_allocated(),
+        }
+    rate = figures["total_tok_s"]
+    return rows.Row(case.name, rate, "tok/s", roof=rate / share, share=share, details=details)
+
+
+class Recorder:
+    """Rows as they come: printed, and written to the result file each time."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._header = rows.make_header()
+        self._path = path or rows.results_path("gpu", self._header)
+        self._rows: list[rows.Row] = []
+        self.failed = False
+
+    def add(self, row: rows.Row) -> None:
+        self._rows.append(row)
+        self.failed |= row.unit == "share" and row.share != 1.0
+        value = "failed" if row.value is None else f"{row.value:.4g} {row.unit}"
+        share = f", {row.share:.0%} of the roof" if row.share is not None else ""
+        print(f"{row.name}: {value}{share} {row.note}", flush=True)
+        rows.write_results(self._path, self._rows, self._header)
+
+    def attempt(self, name: str, check: Callable[[], Iterator[rows.Row]]) -> None:
+        """Run one check; what it raises is a failed row, and the others still run."""
+        began = time.perf_counter()
+        try:
+            for row in check():
+                self.add(row)
+        except (RuntimeError, ValueError, OSError, AssertionError) as error:
+            self.failed = True
+            notes = " ".join(getattr(error, "__notes__", ()))
+            self.add(rows.Row(name, None, "", note=rows.without_folders(f"{type(error).__name__}: {error} {notes}")))
+        print(f"  ({name}: {time.perf_counter() - began:.0f} s)", flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Every check that needs a GPU.")
+    parser.add_argument("--out", type=Path, help="the result file")
+    parser.add_argument("--scratch", type=Path, help="where random weights are made, 16 GB of them")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("no GPU here: nothing was checked", file=sys.stderr)
+        return 2
+    recorder = Recorder(arguments.out)
+    with tempfile.TemporaryDirectory(dir=arguments.scratch) as folder:
+        scratch = Path(folder)
+        recorder.attempt("links", links)
+        recorder.attempt("correctness", lambda: correctness(scratch))
+        for case in CASES:
+            recorder.attempt(case.name, lambda case=case: iter([engine(case, scratch / "store")]))
+    return int(recorder.failed)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,36 @@
+"""The regression suite: `python -m pytest bench/suite --benchmark-enable --benchmark-json FILE`.
+
+Every benchmark measures the roof it is judged by in the same run and keeps it, with its share, in `extra_info`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import rows
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, object]) -> None:
+    """Name the machine as our other results do."""
+    machine_info["bench_machine"] = rows.machine()
+
+
+Judge = Callable[..., None]
+
+
+@pytest.fixture
+def judge(benchmark) -> Judge:
+    """`judge(value, unit, roof)`: keep a rate beside its roof and print the share."""
+
+    def keep(value: float, unit: str, roof: float) -> None:
+        share = value / roof
+        benchmark.extra_info.update(value=value, unit=unit, better="higher", roof=roof, share=share)
+        print(f"\n{benchmark.name}: {value:.3g} {unit}, roof {roof:.3g}, share {share:.0%}")
+
+    return keep
