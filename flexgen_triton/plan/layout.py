@@ -14,7 +14,7 @@ from .placement import PAGE, Tier
 from .spec import Batch, ModelSpec
 
 BLOCK_TOKENS = 64
-SHORT_BLOCK_TOKENS = 16  # for sequences so short that a 64-token block would be mostly padding
+SHORT_BLOCK_TOKENS = 8  # for sequences so short that a 64-token block would be mostly padding
 SHORT_SEQUENCE = 128
 
 

@@ -164,6 +164,7 @@ def _round_up(nbytes: int) -> int:
 
 
 Block = tuple[int, int, int]
+Homes = tuple[Slot, Slot]  # on disk and on the host
 
 
 class Generator:
@@ -244,21 +245,9 @@ class Generator:
 
     def _weight_part(self, n: int, part: int, traffic: WeightTraffic) -> Iterator[Op]:
         i, j = divmod(n, self._num_layers)
+        old = self._weight_old if part == 0 else ()
         disk, host = traffic.disk_parts[part], traffic.host_parts[part]
-        slot, old = self._weight_slots[n], self._weight_old if part == 0 else ()
-        k = self._live[0]
-        if not self.program.copies:
-            if disk or old:
-                yield Op(Lane.DISK_IN, "read_weight", i, j, k, part, writes=(slot,), overwrites=old, bytes=disk)
-            return
-        staged: tuple[Slot, ...] = ()
-        if disk:
-            stage, gone = self._rings["stage_in"].take(disk)
-            yield Op(Lane.DISK_IN, "read_weight", i, j, k, part, writes=(stage,), overwrites=gone, bytes=disk)
-            staged = (stage,)
-            self._rings["stage_in"].release(stage)
-        if disk or host or old:
-            yield Op(Lane.H2D, "load_weight", i, j, k, part, staged, (slot,), old, bytes=disk + host)
+        yield from self._bring("weight", (i, j, self._live[0]), part, self._weight_slots[n], old, disk=disk, host=host)
 
     def _release_weights(self, instance: int) -> None:
         self._rings["weight"].release(self._weight_slots.pop(instance))
@@ -287,22 +276,23 @@ class Generator:
             self._cache_next = self._next_block(ahead)
 
     def _cache_load(self, block: Block, traffic: CacheTraffic) -> Iterator[Op]:
-        i, j, k = block
         slot, old = self._rings["cache"].take(traffic.slot)
         self._cache_slots[block] = slot
-        home = j * self._num_batches + k
-        on_disk, on_host = Slot("cache_disk", home), Slot("cache_host", home)
-        if not self.program.copies:
-            yield Op(Lane.DISK_IN, "read_cache", i, j, k, 0, (on_disk,), (slot,), old, bytes=traffic.disk_read)
-            return
-        staged: tuple[Slot, ...] = ()
-        if traffic.disk_read:
-            stage, gone = self._rings["stage_in"].take(traffic.read_slot)
-            yield Op(Lane.DISK_IN, "read_cache", i, j, k, 0, (on_disk,), (stage,), gone, bytes=traffic.disk_read)
-            staged = (stage,)
-            self._rings["stage_in"].release(stage)
-        moved = traffic.disk_read + traffic.host_load
-        yield Op(Lane.H2D, "load_cache", i, j, k, 0, (*staged, on_host), (slot,), old, bytes=moved)
+        yield from self._bring(
+            "cache",
+            block,
+            0,
+            slot,
+            old,
+            disk=traffic.disk_read,
+            host=traffic.host_load,
+            stage=traffic.read_slot,
+            homes=self._cache_homes(block),
+        )
+
+    def _cache_homes(self, block: Block) -> Homes:
+        home = block[1] * self._num_batches + block[2]
+        return Slot("cache_disk", home), Slot("cache_host", home)
 
     # Hidden states: what the layer before stored for the same GPU batch.
 
@@ -322,21 +312,63 @@ class Generator:
                 return
 
     def _hidden_load(self, block: Block, traffic: HiddenTraffic) -> Iterator[Op]:
-        i, j, k = block
         slot, old = self._rings["hidden"].take(traffic.host + traffic.disk)
         self._hidden_slots[block] = slot
-        on_disk, on_host = Slot("hidden_disk", k), Slot("hidden_host", k)
+        homes = self._hidden_homes(block)
+        yield from self._bring("hidden", block, 0, slot, old, disk=traffic.disk, host=traffic.host, homes=homes)
+
+    def _hidden_homes(self, block: Block) -> Homes:
+        return Slot("hidden_disk", block[2]), Slot("hidden_host", block[2])
+
+    # Transfers: the ways in and out, by host memory where that is apart from the device's.
+
+    def _bring(
+        self,
+        kind: str,
+        block: Block,
+        part: int,
+        slot: Slot,
+        old: tuple[Slot, ...],
+        *,
+        disk: int,
+        host: int,
+        stage: int = 0,
+        homes: Homes | None = None,
+    ) -> Iterator[Op]:
+        """Fill a ring's slot with bytes from the disk (through `stage` bytes of staging) and from the host."""
+        on_disk, on_host = (homes[:1], homes[1:]) if homes else ((), ())
         if not self.program.copies:
-            yield Op(Lane.DISK_IN, "read_hidden", i, j, k, 0, (on_disk,), (slot,), old, bytes=traffic.disk)
+            if disk or old:
+                yield Op(Lane.DISK_IN, f"read_{kind}", *block, part, on_disk, (slot,), old, disk)
             return
         staged: tuple[Slot, ...] = ()
-        if traffic.disk:
-            stage, gone = self._rings["stage_in"].take(traffic.disk)
-            yield Op(Lane.DISK_IN, "read_hidden", i, j, k, 0, (on_disk,), (stage,), gone, bytes=traffic.disk)
-            staged = (stage,)
-            self._rings["stage_in"].release(stage)
-        moved = traffic.host + traffic.disk
-        yield Op(Lane.H2D, "load_hidden", i, j, k, 0, (*staged, on_host), (slot,), old, bytes=moved)
+        if disk:
+            staging, gone = self._rings["stage_in"].take(stage or disk)
+            yield Op(Lane.DISK_IN, f"read_{kind}", *block, part, on_disk, (staging,), gone, disk)
+            staged = (staging,)
+            self._rings["stage_in"].release(staging)
+        if disk or host or old:
+            yield Op(Lane.H2D, f"load_{kind}", *block, part, (*staged, *on_host), (slot,), old, disk + host)
+
+    def _carry(
+        self, kind: str, block: Block, out: Slot | None, homes: Homes, *, moved: int, disk: int, stage: int
+    ) -> Iterator[Op]:
+        """Take a result home; what goes to disk leaves from staging or, without any, from its home on the host."""
+        on_disk, on_host = homes
+        source = out if stage else on_host
+        if self.program.copies and out:
+            staged: tuple[Slot, ...] = ()
+            gone: tuple[Slot, ...] = ()
+            if stage:
+                source, gone = self._rings["stage_out"].take(stage)
+                staged = (source,)
+                self._rings["stage_out"].release(source)
+            yield Op(Lane.D2H, f"store_{kind}", *block, 0, (out,), (on_host, *staged), gone, moved)
+        if disk:
+            assert source is not None, f"{kind} of {block}: nothing to write"
+            yield Op(Lane.DISK_OUT, f"write_{kind}", *block, 0, (source,), (on_disk,), bytes=disk)
+        if out:
+            self._rings[f"{kind}_out"].release(out)
 
     # Compute, and the stores that carry its results home.
 
@@ -364,46 +396,20 @@ class Generator:
             writes.append(Slot("cache_host", home))  # host rows and open blocks are appended to in place
         flops, nbytes, tokens = program.work(i, j, k)
         yield Op(Lane.COMPUTE, "compute", i, j, k, 0, tuple(reads), tuple(writes), tuple(old), nbytes, flops, tokens)
-        yield from self._store_cache(block, cache, outs.get("cache_out"))
-        yield from self._store_hidden(block, hidden, outs.get("hidden_out"))
-
-    def _store_cache(self, block: Block, traffic: CacheTraffic, out: Slot | None) -> Iterator[Op]:
-        i, j, k = block
-        home = j * self._num_batches + k
-        on_disk, on_host = Slot("cache_disk", home), Slot("cache_host", home)
-        source = out if traffic.write_slot else on_host
-        if self.program.copies and out:
-            staged: tuple[Slot, ...] = ()
-            gone: tuple[Slot, ...] = ()
-            if traffic.write_slot:
-                source, gone = self._rings["stage_out"].take(traffic.write_slot)
-                staged = (source,)
-                self._rings["stage_out"].release(source)
-            yield Op(Lane.D2H, "store_cache", i, j, k, 0, (out,), (on_host, *staged), gone, bytes=traffic.host_store)
-        if traffic.disk_write:
-            assert source is not None
-            yield Op(Lane.DISK_OUT, "write_cache", i, j, k, 0, (source,), (on_disk,), bytes=traffic.disk_write)
-        if out:
-            self._rings["cache_out"].release(out)
-
-    def _store_hidden(self, block: Block, traffic: HiddenTraffic, out: Slot | None) -> Iterator[Op]:
-        if out is None:
-            return
-        i, j, k = block
-        on_disk, on_host = Slot("hidden_disk", k), Slot("hidden_host", k)
-        source = out
-        if self.program.copies:
-            staged: tuple[Slot, ...] = ()
-            gone: tuple[Slot, ...] = ()
-            if traffic.disk:
-                source, gone = self._rings["stage_out"].take(traffic.disk)
-                staged = (source,)
-                self._rings["stage_out"].release(source)
-            moved = traffic.host + traffic.disk
-            yield Op(Lane.D2H, "store_hidden", i, j, k, 0, (out,), (on_host, *staged), gone, bytes=moved)
-        if traffic.disk:
-            yield Op(Lane.DISK_OUT, "write_hidden", i, j, k, 0, (source,), (on_disk,), bytes=traffic.disk)
-        self._rings["hidden_out"].release(out)
+        cache_homes, hidden_homes = self._cache_homes(block), self._hidden_homes(block)
+        yield from self._carry(
+            "cache",
+            block,
+            outs.get("cache_out"),
+            cache_homes,
+            moved=cache.host_store,
+            disk=cache.disk_write,
+            stage=cache.write_slot,
+        )
+        moved = hidden.host + hidden.disk
+        yield from self._carry(
+            "hidden", block, outs.get("hidden_out"), hidden_homes, moved=moved, disk=hidden.disk, stage=hidden.disk
+        )
 
 
 Wait = tuple[Lane, int]  # an op of another lane, by its position in that lane
