@@ -93,7 +93,9 @@ def _host_bytes(name: str, nbytes: int) -> Tensor:
 def _device_bytes(name: str, nbytes: int, device: torch.device) -> Tensor:
     """[nbytes] uint8 zeros on a GPU."""
     try:
-        return torch.zeros(nbytes, dtype=torch.uint8, device=device)
+        zeros = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+        torch.cuda.synchronize(device)  # other streams will write here, and must not be overtaken by the zeros
+        return zeros
     except torch.OutOfMemoryError as error:
         free = torch.cuda.mem_get_info(device)[0]
         raise ArenaError(f"arena {name} needs {nbytes} bytes of {device}; {free} are free") from error

@@ -43,6 +43,10 @@ class _Lane:
         self.events: dict[int, torch.cuda.Event] = {}
         self.thread: threading.Thread | None = None
 
+    def event(self, position: int) -> torch.cuda.Event:
+        """The event behind that work, or, of work so old that its event was dropped, the oldest that is kept."""
+        return self.events.get(position) or next(iter(self.events.values()))
+
 
 class Lanes:
     """A set of lanes that wait for each other by position. The first error stops them all and is raised to the user.
@@ -92,7 +96,7 @@ class Lanes:
             self._changed.wait_for(lambda: self._error or lane.done > position)
             self._raise_error()
         if lane.stream is not None:
-            lane.events[position].synchronize()
+            lane.event(position).synchronize()
 
     def finish(self) -> None:
         """Wait for everything submitted; raises the first error."""
@@ -117,6 +121,8 @@ class Lanes:
         for lane in self._lanes.values():
             assert lane.thread is not None
             lane.thread.join()
+            if lane.stream is not None:
+                lane.stream.synchronize()  # nothing may still read or write memory that is about to be freed
 
     def _raise_error(self) -> None:
         if self._error is not None:
@@ -145,9 +151,9 @@ class Lanes:
             if other.stream is None:
                 continue
             if lane.stream is not None:
-                lane.stream.wait_event(other.events[position])
+                lane.stream.wait_event(other.event(position))
             else:
-                other.events[position].synchronize()
+                other.event(position).synchronize()
         return True
 
     def _run(self, lane: _Lane, work: Work) -> None:

@@ -19,6 +19,8 @@ from .store import Store
 LOAD_CHUNK = 64 << 20
 BOUNCE_BYTES = 8 << 20
 
+Place = Tensor | tuple[DiskFile, int, int]  # resident rows, or file, offset and bytes per row
+Lookup = dict[str, list[tuple[int, int, Place]]]  # tensor name -> (first row, rows, place)
 Segments = dict[str, list[tuple[int, Tensor]]]  # tensor name -> (first row, [rows, columns])
 
 
@@ -50,8 +52,15 @@ class Weights:
         staging = Arena("load staging", LOAD_CHUNK if on_gpu else 0, cpu, pin=True)
         self.gpu_bytes, self.host_bytes = self._gpu.nbytes, self._host.nbytes
         self.bytes_loaded = 0
-        self._resident = [self._load_resident(p, staging.buffer, progress) for p in self._all()]
-        staging.close()
+        self._resident: list[tuple[Tensor, Tensor]] = []
+        self._lookup: Lookup = {}
+        try:
+            self._resident += [self._load_resident(p, staging.buffer, progress) for p in self._all()]
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            staging.close()
         self._lookup = self._build_lookup()
 
     def _all(self) -> Sequence[LayerPlacement]:
@@ -142,9 +151,9 @@ class Weights:
 
     # Looking rows up
 
-    def _build_lookup(self) -> dict[str, list[tuple[int, int, Tensor | tuple[DiskFile, int, int]]]]:
+    def _build_lookup(self) -> Lookup:
         """Of every tensor: (first row, rows, resident view or place on disk), for `rows`."""
-        lookup: dict[str, list[tuple[int, int, Tensor | tuple[DiskFile, int, int]]]] = {}
+        lookup: Lookup = {}
         for placement, (gpu, host) in zip(self._all(), self._resident, strict=True):
             for share, buffer in ((placement.gpu, gpu), (placement.host, host)):
                 for s in share.segments:
@@ -156,19 +165,20 @@ class Weights:
 
     def rows(self, tensor: str, ids: Tensor) -> Tensor:
         """Rows `ids` [T] (on the CPU) of a table, gathered where they lie: [T, width] on the device."""
+        distinct, where = ids.unique(return_inverse=True)  # a position is the same row for every sequence
         out: Tensor | None = None
         for first, count, place in self._lookup[tensor]:
-            here = ((ids >= first) & (ids < first + count)).nonzero().flatten()
+            here = ((distinct >= first) & (distinct < first + count)).nonzero().flatten()
             if not len(here):
                 continue
-            found = self._gather(place, ids[here] - first)
+            found = self._gather(place, distinct[here] - first)
             if out is None:
-                out = torch.empty(len(ids), found.shape[1], dtype=self._dtype, device=self._device)
+                out = torch.empty(len(distinct), found.shape[1], dtype=self._dtype, device=self._device)
             out[here.to(self._device)] = found.to(self._device, non_blocking=True)
         assert out is not None, f"no rows of {tensor} for ids {ids}"
-        return out
+        return out[where.to(self._device)]
 
-    def _gather(self, place: Tensor | tuple[DiskFile, int, int], local: Tensor) -> Tensor:
+    def _gather(self, place: Place, local: Tensor) -> Tensor:
         if isinstance(place, Tensor):
             return place[local.to(place.device)]
         file, offset, row_bytes = place

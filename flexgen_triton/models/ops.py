@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..plan.plan import WIDEN_ROWS
+from ..plan.plan import WIDEN_BYTES
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
@@ -24,7 +24,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
 }
 LAYER_NORM_EPS = 1e-5
-ATTENTION_CHUNK_BYTES = 4 << 20  # of fp32 K and V that decode attention on the CPU widens at a time
+ATTENTION_CHUNK_BYTES = 8 << 20  # of fp32 K and V that decode attention on the CPU widens at a time
 
 
 class Matrix:
@@ -62,31 +62,41 @@ def _widens(weight: Tensor) -> bool:
 
 def linear(x: Tensor, weight: Matrix, bias: Tensor | None = None) -> Tensor:
     """`x @ W.T + bias`: [M, K] -> [M, N], in x's dtype, accumulated in fp32."""
-    widen = _widens(weight.segments[0][1])
-    out = torch.empty(len(x), weight.rows, dtype=torch.float32 if widen else x.dtype, device=x.device)
+    out = torch.empty(len(x), weight.rows, dtype=x.dtype, device=x.device)
     linear_into(x, weight, out, bias)
-    return out.to(x.dtype)
+    return out
 
 
 def linear_into(x: Tensor, weight: Matrix, out: Tensor, bias: Tensor | None = None) -> None:
     """`out = x @ W.T + bias`, segment by segment: [M, K] -> out [M, N] of any float dtype."""
-    if _widens(weight.segments[0][1]):
-        x = x.float()
-        bias = bias.float() if bias is not None else None
-        panel = torch.empty(WIDEN_ROWS, x.shape[1])
+    widens = _widens(weight.segments[0][1])
+    if widens:
+        x, bias = x.float(), None if bias is None else bias.float()
+    multiply = _widened_product if widens else _product
     for row, segment in weight.segments:
         at = row - weight.row
-        if not _widens(segment):
-            b = None if bias is None else bias[at : at + len(segment)]
-            out[:, at : at + len(segment)] = F.linear(x, segment, b)
-            continue
-        for low in range(0, len(segment), WIDEN_ROWS):
-            rows = segment[low : low + WIDEN_ROWS]
-            wide = panel[: len(rows)].copy_(rows)
-            target = out[:, at + low : at + low + len(rows)]
-            torch.mm(x, wide.t(), out=target)
-            if bias is not None:
-                target += bias[at + low : at + low + len(rows)]
+        rows = slice(at, at + len(segment))
+        multiply(x, segment, None if bias is None else bias[rows], out[:, rows])
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    out.copy_(F.linear(x, weight, bias))
+
+
+def _widened_product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """x [M, K] fp32, weight [N, K] 16-bit: a panel of rows at a time, its product in a dense buffer of its own."""
+    size = max(1, WIDEN_BYTES // (4 * weight.shape[1]))
+    panel = torch.empty(min(size, len(weight)), weight.shape[1])
+    buffer = torch.empty(len(x) * len(panel))
+    for low in range(0, len(weight), size):
+        rows = weight[low : low + size]
+        wide = panel[: len(rows)].copy_(rows).t()
+        y = buffer[: len(x) * len(rows)].view(len(x), len(rows))
+        if bias is None:
+            torch.mm(x, wide, out=y)
+        else:
+            torch.addmm(bias[low : low + size], x, wide, out=y)
+        out[:, low : low + size] = y
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -123,15 +133,33 @@ def decode_attention(q: Tensor, segments: Sequence[CacheSegment]) -> Tensor:
 
     q [B, H, D] -> [B, H, D]. Tokens past a sequence's valid count are masked; they must be finite.
     """
-    if q.device.type != "cpu":
-        return _decode_attention(q, segments)
-    per_sequence = sum(kv[:, 0].numel() for kv, _ in segments) * 4
-    step = max(1, ATTENTION_CHUNK_BYTES // max(per_sequence, 1))
-    chunks = [
-        _decode_attention(q[b : b + step].float(), [(kv[:, b : b + step], n[b : b + step]) for kv, n in segments])
-        for b in range(0, len(q), step)
-    ]
-    return torch.cat(chunks).to(q.dtype)
+    return _decode_attention_on_cpu(q, segments) if q.device.type == "cpu" else _decode_attention(q, segments)
+
+
+def _decode_attention_on_cpu(q: Tensor, segments: Sequence[CacheSegment]) -> Tensor:
+    """A few sequences at a time: their K and V widened into one dense workspace, then torch's own attention."""
+    num_seqs, num_heads, dim = q.shape
+    kv_heads = segments[0][0].shape[3]
+    counts = [kv.shape[0] * kv.shape[4] for kv, _ in segments]
+    valid = torch.cat([torch.arange(c) < n[:, None] for c, (_, n) in zip(counts, segments, strict=True)], 1)
+    mask = torch.zeros(num_seqs, 1, 1, sum(counts)).masked_fill_(~valid[:, None, None], float("-inf"))
+    chunk = max(1, min(num_seqs, ATTENTION_CHUNK_BYTES // (8 * kv_heads * sum(counts) * dim)))
+    workspace = torch.empty(2, chunk, kv_heads, sum(counts), dim)
+    out = torch.empty_like(q)
+    for low in range(0, num_seqs, chunk):
+        rows = slice(low, min(low + chunk, num_seqs))
+        wide = workspace[:, : rows.stop - low]
+        at = 0
+        for (kv, _), count in zip(segments, counts, strict=True):
+            blocks, _, _, _, tokens, _ = kv.shape
+            target = wide[:, :, :, at : at + count].view(2, rows.stop - low, kv_heads, blocks, tokens, dim)
+            target.copy_(kv[:, rows].permute(2, 1, 3, 0, 4, 5))
+            at += count
+        query = q[rows, :, None].float()
+        grouped = num_heads != kv_heads
+        y = F.scaled_dot_product_attention(query, wide[0], wide[1], attn_mask=mask[rows], enable_gqa=grouped)
+        out[rows] = y[:, :, 0]
+    return out
 
 
 def _decode_attention(q: Tensor, segments: Sequence[CacheSegment]) -> Tensor:

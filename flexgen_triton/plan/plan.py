@@ -17,7 +17,7 @@ from .schedule import CacheTraffic, Generator, HiddenTraffic, Program, WeightTra
 from .spec import Batch, LayerSpec, ModelSpec, Workload
 
 PART_BYTES = 64 << 20  # a streamed layer is cut at least this fine, so that disk and link overlap within it
-WIDEN_ROWS = 512  # rows of a 16-bit matrix that the CPU widens at a time
+WIDEN_BYTES = 16 << 20  # of fp32 rows that the CPU widens a 16-bit matrix to at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,7 +276,7 @@ class Plan:
         model = self.model
         tokens = max(b.prompt_tokens for b in self.workload.batches)
         rows = max(b.size for b in self.workload.batches)
-        widened = WIDEN_ROWS * max(model.hidden, model.ffn) * 4
+        widened = 2 * WIDEN_BYTES if model.itemsize == 2 else 0
         block = tokens * (2 * model.ffn + 8 * model.hidden) * max(model.itemsize, 4)
         return max(block, rows * model.vocab * 8) + widened + self.logits_bytes
 

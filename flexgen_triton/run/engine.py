@@ -17,10 +17,10 @@ from ..memory.store import Store
 from ..memory.weights import Weights
 from ..models.opt import OPT
 from ..plan import fit
+from ..plan.link import Span
 from ..plan.placement import Tier
 from ..plan.plan import Plan, make_plan
 from ..plan.policy import Policy
-from ..plan.schedule import Span
 from ..plan.spec import Batch, ModelSpec, Workload
 from .block import Block, Request
 from .executor import execute

@@ -8,7 +8,8 @@ from functools import partial
 import torch
 
 from ..memory.lanes import Lanes
-from ..plan.schedule import Generator, Lane, Linker, Op, Program, Span
+from ..plan.link import Linker, Span
+from ..plan.schedule import Generator, Lane, Op, Program
 
 Action = Callable[[Op], None]
 HOST_LANES = (Lane.DISK_IN, Lane.DISK_OUT)

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..plan.schedule import Lane, Span
+from ..plan.link import Span
+from ..plan.schedule import Lane
 
 PHASES = ("prefill", "decode")
 Interval = tuple[float, float]

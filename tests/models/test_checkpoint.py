@@ -25,7 +25,7 @@ from torch import Tensor
 
 from flexgen_triton.memory.arena import peak_rss, reset_peak_rss, rss
 from flexgen_triton.memory.store import MANIFEST, Store
-from flexgen_triton.models import checkpoint
+from flexgen_triton.models import checkpoint, sources
 from flexgen_triton.models.checkpoint import CheckpointError, open_store
 from flexgen_triton.plan.placement import PAGE, packed_layout
 from flexgen_triton.plan.spec import ModelSpec, ModuleSpec, TensorSpec
@@ -70,7 +70,7 @@ def make_spec(dtype: str = "float16", blocks: int = 2) -> ModelSpec:
 def make_weights(spec: ModelSpec, dtype: torch.dtype) -> dict[str, Tensor]:
     """Checkpoint tensors under their plain names, and one that the model does not use."""
     generator = torch.Generator().manual_seed(11)
-    shapes = {**checkpoint.source_shapes(spec), "unused": (5, 5)}
+    shapes = {**sources.source_shapes(spec), "unused": (5, 5)}
     return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
 
 
@@ -212,8 +212,8 @@ def test_every_dtype_becomes_every_other(
 
 
 def test_large_tensors_are_converted_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "PIECE", 1000)
-    monkeypatch.setattr(checkpoint, "MAPPED_BYTES", 5000)
+    monkeypatch.setattr(sources, "PIECE", 1000)
+    monkeypatch.setattr(sources, "MAPPED_BYTES", 5000)
     spec = make_spec("bfloat16")
     for save in (save_safetensors, sharded_bin):
         root = tmp_path / save.__name__
@@ -287,7 +287,7 @@ def test_random_weights_are_random_repeatable_and_stored_alike(tmp_path: Path) -
 
 
 def test_rows_of_a_random_table_do_not_depend_on_how_it_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "PIECE", 1000)
+    monkeypatch.setattr(sources, "PIECE", 1000)
     spec = make_spec()
     whole_head = ModuleSpec("head", 0, (matrix("tokens.weight", VOCAB, HIDDEN, "decoder.tokens.weight"),), 1.0)
     whole = replace(spec, modules=(*spec.modules[:-2], whole_head))
@@ -338,7 +338,7 @@ def test_another_checkpoint_is_another_store(tmp_path: Path, change: Callable[[P
     change(source)
     store = open_store(spec, source, tmp_path / "offload")
     assert len(list((tmp_path / "offload").iterdir())) == stores
-    weights = {checkpoint.plain_name(n): t for n, t in torch.load(source / "pytorch_model.bin").items()}
+    weights = {sources.plain_name(n): t for n, t in torch.load(source / "pytorch_model.bin").items()}
     assert_same(contents(spec, store), expected(spec, weights))
 
 
@@ -642,8 +642,8 @@ def test_memory_stays_at_a_few_pieces(tmp_path: Path, save: Callable[[Path, dict
     source.mkdir()
     save(source, {"table.weight": torch.full(shape, 0.5, dtype=torch.float32)})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "PIECE", 1 << 20)
-        patch.setattr(checkpoint, "MAPPED_BYTES", 8 << 20)
+        patch.setattr(sources, "PIECE", 1 << 20)
+        patch.setattr(sources, "MAPPED_BYTES", 8 << 20)
         reset_peak_rss()
         before = rss()
         open_store(spec, source, tmp_path / "offload")

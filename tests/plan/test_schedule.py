@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexgen_triton.models.opt import OPTConfig, model_spec
+from flexgen_triton.plan.link import Linker, simulate
 from flexgen_triton.plan.plan import Plan, make_plan
 from flexgen_triton.plan.policy import Policy
-from flexgen_triton.plan.schedule import Lane, Linker, Op, Ring, Slot, simulate
+from flexgen_triton.plan.schedule import Generator, Lane, Op, Ring, Slot
 from flexgen_triton.plan.spec import Batch, Workload
 
 CONFIG = OPTConfig(hidden_size=128, num_hidden_layers=3, num_attention_heads=2, ffn_dim=512, vocab_size=1000)
@@ -266,8 +267,6 @@ def test_a_removed_dependency_is_noticed(percent, copies):
 
 def test_a_finished_batch_is_skipped_and_nothing_else_is():
     plan = plan_of("all-disk", copies=True, overlap=True, sep_layer=True, batches=3)
-    from flexgen_triton.plan.schedule import Generator
-
     ops = list(Generator(plan.program, lambda i, k: not (k == 1 and i >= 4)))
     computed = {(op.i, op.k) for op in ops if op.lane is Lane.COMPUTE}
     assert computed == {(i, k) for i in range(12) for k in range(3) if k != 1 or i < 4}
@@ -277,8 +276,6 @@ def test_a_finished_batch_is_skipped_and_nothing_else_is():
 
 def test_when_every_batch_has_finished_the_schedule_ends():
     plan = plan_of("mixed", copies=True, overlap=True, sep_layer=True, batches=3)
-    from flexgen_triton.plan.schedule import Generator
-
     steps = {op.i for op in Generator(plan.program, lambda i, k: i < 3) if op.lane is Lane.COMPUTE}
     assert steps == {0, 1, 2}
 

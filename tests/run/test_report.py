@@ -9,8 +9,9 @@ from flexgen_triton.figures import step_seconds
 from flexgen_triton.models.opt import SIZES, model_spec
 from flexgen_triton.plan.cost import seconds
 from flexgen_triton.plan.hardware import T4
+from flexgen_triton.plan.link import Span, simulate
 from flexgen_triton.plan.plan import make_plan
-from flexgen_triton.plan.schedule import Lane, Op, Span, simulate
+from flexgen_triton.plan.schedule import Lane, Op
 from flexgen_triton.plan.spec import Workload
 from flexgen_triton.run.trace import Timeline
 
