@@ -62,13 +62,15 @@ def random_prompts(count: int, length: int, vocab: int, seed: int) -> list[list[
     return ids
 
 
-def measure(llm: LLM, prompts: Sequence[Prompt], *, gen_len: int, steps: int, base: int) -> dict[str, Any]:
-    """Generate and return the figures, with the answers under "outputs"."""
+def measure(
+    llm: LLM, prompts: Sequence[Prompt], params: SamplingParams | list[SamplingParams], *, gen_len: int, base: int
+) -> dict[str, Any]:
+    """Generate and return the figures, with the answers under "outputs"; `base` is the memory in use before."""
     reset_peak_rss()
     on_gpu = llm.engine.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    outputs = llm.generate(prompts, SamplingParams(max_tokens=steps, ignore_eos=True))
+    outputs = llm.generate(prompts, params)
     report = llm.last_report
     assert report is not None
     timeline, plans = report.timeline, report.plans
@@ -103,12 +105,13 @@ def measure(llm: LLM, prompts: Sequence[Prompt], *, gen_len: int, steps: int, ba
 def run_demo(console: Console, offload_dir: Path) -> dict[str, Any]:
     """The shipped model on the shipped prompts, weights on disk, cache on the host, under the three strategies."""
     prompts, gen_len = demo.prompts(), 32
+    params = [SamplingParams(gen_len, temperature=0.7, seed=n, ignore_eos=True) for n in range(len(prompts))]
     results: dict[str, dict[str, Any]] = {}
     for name, settings in STRATEGIES.items():
         policy = Policy(w_gpu_percent=0, cache_gpu_percent=0, cache_cpu_percent=100, **settings)  # type: ignore[arg-type]
         base = rss()
         with progress_bar() as report, LLM(DEMO, policy=policy, offload_dir=offload_dir, progress=report) as llm:
-            results[name] = measure(llm, prompts, gen_len=gen_len, steps=gen_len, base=base)
+            results[name] = measure(llm, prompts, params, gen_len=gen_len, base=base)
     answers = {name: [o.outputs[0].token_ids for o in r["outputs"]] for name, r in results.items()}
     first = next(iter(results.values()))
     for output in first["outputs"][:6]:
@@ -253,7 +256,8 @@ def run(console: Console, **o: Any) -> None:
         )
         if not prompts:
             raise ValueError(f"{o['prompts']} holds no prompts; it needs at least one line of text")
-        result = measure(llm, prompts, gen_len=o["gen_len"], steps=steps, base=base)
+        params = SamplingParams(max_tokens=steps, ignore_eos=True)
+        result = measure(llm, prompts, params, gen_len=o["gen_len"], base=base)
         write_results(console, llm, result, o)
 
 
