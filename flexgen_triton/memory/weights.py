@@ -165,7 +165,7 @@ class Weights:
 
     def rows(self, tensor: str, ids: Tensor) -> Tensor:
         """Rows `ids` [T] (on the CPU) of a table, gathered where they lie: [T, width] on the device."""
-        distinct, where = ids.unique(return_inverse=True)  # a position is the same row for every sequence
+        distinct, where = torch.unique(ids, return_inverse=True)  # a position is the same row for every sequence
         out: Tensor | None = None
         for first, count, place in self._lookup[tensor]:
             here = ((distinct >= first) & (distinct < first + count)).nonzero().flatten()
