@@ -88,7 +88,7 @@ def links() -> Iterator[rows.Row]:
 
 def correctness(scratch: Path) -> Iterator[rows.Row]:
     """Greedy tokens of tiny fp32 models under mixed policies, all of them transformers' own."""
-    from conftest import MODELS, NEW_TOKENS, make_tiny
+    from tiny_models import MODELS, NEW_TOKENS, make_tiny
 
     torch.backends.cuda.matmul.allow_tf32 = False
     percents = ((100, 0, 100, 0, 100, 0), (0, 100, 0, 100, 0, 100), (0, 0, 0, 0, 0, 0), (20, 30, 25, 30, 40, 30))

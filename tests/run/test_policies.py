@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MODELS, NEW_TOKENS, Tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny_models import MODELS, NEW_TOKENS, Tiny
 
 from flexgen_triton import LLM, Policy, SamplingParams
 from flexgen_triton.run.block import Request
