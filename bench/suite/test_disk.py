@@ -57,9 +57,9 @@ def test_read(benchmark, judge, big, part):
             for at in range(0, SIZE, part):
                 disk.read([Read(file, at, arena.buffer)])
 
-        roof = max(plain_rate(big, 1), plain_rate(big, 4))
         benchmark.pedantic(run, rounds=3, warmup_rounds=1)
-        judge(SIZE / benchmark.stats.stats.median / 1e9, "GB/s", max(roof, plain_rate(big, 4)) / 1e9)
+        roof = max(plain_rate(big, n) for n in (1, 4, 1, 4, 4))
+        judge(SIZE / benchmark.stats.stats.median / 1e9, "GB/s", roof / 1e9)
 
 
 def test_write(benchmark, judge, tmp_path, big):
@@ -73,5 +73,5 @@ def test_write(benchmark, judge, tmp_path, big):
                 disk.write([Write(file, at, arena.buffer)])
 
         benchmark.pedantic(run, rounds=3, warmup_rounds=1)
-        roof = max(plain_rate(big, n, write=True) for n in (1, 4, 4))
+        roof = max(plain_rate(big, n, write=True) for n in (1, 4, 1, 4, 4))
         judge(SIZE / benchmark.stats.stats.median / 1e9, "GB/s", roof / 1e9)
