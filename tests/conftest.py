@@ -8,7 +8,6 @@ import pytest
 from hypothesis import settings
 from tiny_models import MODELS, Tiny, make_tiny
 
-
 settings.register_profile("ci", derandomize=True)  # CI judges the change, not the draw
 if os.environ.get("CI"):
     settings.load_profile("ci")
