@@ -164,7 +164,3 @@ class Workload:
     @property
     def steps(self) -> int:
         return max(b.new_tokens for b in self.batches)
-
-    @property
-    def num_sequences(self) -> int:
-        return sum(b.size for b in self.batches)

@@ -36,7 +36,6 @@ class RunReport:
     timeline: Timeline
     plans: tuple[Plan, ...]
     step_ends: tuple[tuple[float, ...], ...]  # by block: seconds at which each token step ended, from its start
-    block_starts: tuple[float, ...]
 
     @property
     def prefill_s(self) -> float:
@@ -117,7 +116,7 @@ class Engine:
         total = sum(p.workload.steps for p in plans)
         done = 0
         spans: list[Span] = []
-        step_ends, starts = [], []
+        step_ends = []
         buffers = Buffers(plans, device=self.device, offload_dir=self._offload_dir)
         try:
             for plan, batches in zip(plans, blocks, strict=True):
@@ -130,11 +129,10 @@ class Engine:
                 found = self._run_block(plan, batches, buffers, on_step, keep_logits)
                 spans += [Span(s.op, s.start + start, s.end + start) for s in found]
                 step_ends.append(_step_ends(found))
-                starts.append(start)
                 done += plan.workload.steps
         finally:
             buffers.close()
-        return RunReport(Timeline.of(spans), plans, tuple(step_ends), tuple(starts))
+        return RunReport(Timeline.of(spans), plans, tuple(step_ends))
 
     def _remaining(self) -> dict[Tier, int]:
         """Bytes there are for a plan, whose resident weights are already loaded."""

@@ -72,8 +72,8 @@ def test_names_are_found_with_and_without_an_owner():
     ],
 )
 def test_a_config_that_cannot_be_run(change, words):
-    good = {"model_type": "opt", "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 3 - 2, "ffn_dim": 8}
-    fields = {**good, "num_attention_heads": 3, "hidden_size": 96, **change}
+    good = {"model_type": "opt", "hidden_size": 96, "num_hidden_layers": 1, "num_attention_heads": 3, "ffn_dim": 8}
+    fields = {**good, **change}
     fields = {k: v for k, v in fields.items() if v is not None}
     with pytest.raises(ModelError, match=words):
         OPTConfig.from_json(fields)
