@@ -1,0 +1,115 @@
+"""P16, the 4-bit format of weights and of K and V: its layout, and the plain torch functions that define it.
+
+Every number is `code * scale + minimum`, code in 0..15, one scale and minimum (fp16) for a group of numbers: the
+asymmetric min/max quantisation of FlexGen (Sheng et al., ICML 2023, section 5), but along the dimension that products
+sum over. Four codes share a 16-bit word and lie far apart, in four *planes*, so that unpacking word i of a row gives the
+i-th number of each plane and neighbours stay neighbours.
+
+**Weights** W [N, K], groups of G along K. Rows come in blocks of 256 and K is padded to whole groups, so
+`codes` int16 [N/256, K/4, 256] and `scales` fp16 [N/256, K/G, 2, 256] (scale, minimum). In block b, word row g * G/4 + i,
+column n holds q[256 b + n, g * G + j * G/4 + i] in bits 4j..4j+3. Padding has code 0.
+
+**K and V** x [..., D], D padded to a power of two P of at least 64, groups of 64 along it: `codes` int16 [..., P/4] and
+`scales` fp16 [..., P/64, 2]. Word i holds q[..., j * P/4 + i] in bits 4j..4j+3. Padding has code 0 and a minimum of 0.
+
+Knows torch only, and nothing of the engine.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK_ROWS = 256
+WEIGHT_GROUPS = (32, 64, 128)
+KV_GROUP = 64
+LEVELS = 15
+SMALLEST_SCALE = 2.0**-24  # of fp16's numbers: a constant group keeps its value in the minimum
+
+
+def kv_width(head_dim: int) -> int:
+    """Codes of one head's K or V: the head dimension padded to a power of two of at least 64."""
+    return max(KV_GROUP, 1 << (head_dim - 1).bit_length())
+
+
+def quantize_groups(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes (int32), scale and minimum (fp16) of groups along the last dimension: [..., G] -> [..., G], [...], [...].
+
+    Scale and minimum are rounded to fp16 first and the codes taken against the rounded values.
+    """
+    x = x.float()
+    low, high = torch.aminmax(x, dim=-1)
+    scale = ((high - low) / LEVELS).clamp_min(SMALLEST_SCALE).half().float()
+    low = low.half().float()
+    codes = torch.round((x - low[..., None]) / scale[..., None]).clamp_(0, LEVELS).int()
+    return codes, scale.half(), low.half()
+
+
+def _pack(codes: Tensor) -> Tensor:
+    """Four planes of codes to words: int32 [..., 4, n] -> int16 [..., n]."""
+    shifts = torch.tensor([0, 4, 8, 12], dtype=torch.int32, device=codes.device).view(4, 1)
+    return (codes << shifts).sum(-2).to(torch.int32).to(torch.int16)
+
+
+def _unpack(words: Tensor) -> Tensor:
+    """Words to four planes of codes: int16 [..., n] -> int32 [..., 4, n]."""
+    shifts = torch.tensor([0, 4, 8, 12], dtype=torch.int32, device=words.device).view(4, 1)
+    return (words.int()[..., None, :] >> shifts) & LEVELS
+
+
+def quantize_weight(weight: Tensor, group_size: int = 64) -> tuple[Tensor, Tensor]:
+    """A matrix [N, K] of any float dtype to P16: codes int16 [N/256, K/4, 256], scales fp16 [N/256, K/G, 2, 256]."""
+    rows, columns = weight.shape
+    codes, scale, low = quantize_groups(_grouped(weight, group_size))  # [N, K/G, G], [N, K/G]
+    real = torch.arange(codes.shape[1] * group_size, device=weight.device) < columns
+    codes = codes * real.view(1, -1, group_size)
+    blocks, groups = -(-rows // BLOCK_ROWS), codes.shape[1]
+    extra = blocks * BLOCK_ROWS - rows
+    words = _pack(codes.view(rows, groups, 4, group_size // 4)).flatten(1)  # [N, K/4]
+    words = F.pad(words, (0, 0, 0, extra)).view(blocks, BLOCK_ROWS, -1)
+    scales = F.pad(torch.stack((scale, low), -1), (0, 0, 0, 0, 0, extra)).view(blocks, BLOCK_ROWS, groups, 2)
+    return words.transpose(1, 2).contiguous(), scales.permute(0, 2, 3, 1).contiguous()
+
+
+def _grouped(weight: Tensor, group_size: int) -> Tensor:
+    """[N, K] as [N, K/G, G]; the last group is filled with a value that it has."""
+    extra = -weight.shape[1] % group_size
+    if extra:
+        weight = torch.cat((weight, weight[:, -1:].expand(-1, extra)), 1)
+    return weight.reshape(weight.shape[0], -1, group_size)
+
+
+def dequantize_weight(codes: Tensor, scales: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """The matrix [N, K] that P16 codes and scales stand for, rounded once, to `dtype`."""
+    groups = scales.shape[1]
+    planes = _unpack(codes.transpose(1, 2))  # [blocks, 256, 4, K/4]
+    size = planes.shape[-1] * 4 // groups
+    q = planes.unflatten(-1, (groups, size // 4)).transpose(2, 3).flatten(3).float()  # [blocks, 256, K/G, G]
+    scale, low = scales.float().permute(2, 0, 3, 1)[..., None]  # [blocks, 256, K/G, 1] each
+    return (q * scale + low).flatten(2).flatten(0, 1)[:rows, :columns].to(dtype)
+
+
+def quantize_kv(x: Tensor) -> tuple[Tensor, Tensor]:
+    """K or V [..., D] to P16: codes int16 [..., P/4] and scales fp16 [..., P/64, 2]."""
+    dim = x.shape[-1]
+    width = kv_width(dim)
+    codes, scales = [], []
+    for at in range(0, width, KV_GROUP):
+        part = x[..., at : min(at + KV_GROUP, dim)]
+        if not part.shape[-1]:
+            codes.append(torch.zeros(*x.shape[:-1], KV_GROUP, dtype=torch.int32, device=x.device))
+            scales.append(torch.zeros(*x.shape[:-1], 2, dtype=torch.float16, device=x.device))
+            continue
+        q, scale, low = quantize_groups(part)
+        codes.append(F.pad(q, (0, KV_GROUP - part.shape[-1])))
+        scales.append(torch.stack((scale, low), -1))
+    planes = torch.cat(codes, -1).unflatten(-1, (4, width // 4))
+    return _pack(planes), torch.stack(scales, -2)
+
+
+def dequantize_kv(codes: Tensor, scales: Tensor, head_dim: int, dtype: torch.dtype) -> Tensor:
+    """K or V [..., D] that P16 codes and scales stand for, rounded once, to `dtype`."""
+    q = _unpack(codes).flatten(-2).float().unflatten(-1, (-1, KV_GROUP))  # [..., P/64, 64]
+    x = q * scales[..., :1].float() + scales[..., 1:].float()
+    return x.flatten(-2)[..., :head_dim].to(dtype)
