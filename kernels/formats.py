@@ -2,12 +2,12 @@
 
 Every number is `code * scale + minimum`, code in 0..15, one scale and minimum (fp16) for a group of numbers: the
 asymmetric min/max quantisation of FlexGen (Sheng et al., ICML 2023, section 5), but along the dimension that products
-sum over. Four codes share a 16-bit word and lie far apart, in four *planes*, so that unpacking word i of a row gives the
-i-th number of each plane and neighbours stay neighbours.
+sum over. Four codes share a 16-bit word and lie far apart, in four *planes*, so that unpacking word i of a row gives
+the i-th number of each plane and neighbours stay neighbours.
 
 **Weights** W [N, K], groups of G along K. Rows come in blocks of 256 and K is padded to whole groups, so
-`codes` int16 [N/256, K/4, 256] and `scales` fp16 [N/256, K/G, 2, 256] (scale, minimum). In block b, word row g * G/4 + i,
-column n holds q[256 b + n, g * G + j * G/4 + i] in bits 4j..4j+3. Padding has code 0.
+`codes` int16 [N/256, K/4, 256] and `scales` fp16 [N/256, K/G, 2, 256] (scale, minimum). In block b, word row
+g * G/4 + i, column n holds q[256 b + n, g * G + j * G/4 + i] in bits 4j..4j+3. Padding has code 0.
 
 **K and V** x [..., D], D padded to a power of two P of at least 64, groups of 64 along it: `codes` int16 [..., P/4] and
 `scales` fp16 [..., P/64, 2]. Word i holds q[..., j * P/4 + i] in bits 4j..4j+3. Padding has code 0 and a minimum of 0.
@@ -16,6 +16,8 @@ Knows torch only, and nothing of the engine.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +28,20 @@ WEIGHT_GROUPS = (32, 64, 128)
 KV_GROUP = 64
 LEVELS = 15
 SMALLEST_SCALE = 2.0**-24  # of fp16's numbers: a constant group keeps its value in the minimum
+
+
+class KVSegment(NamedTuple):
+    """Cached tokens of B sequences, in blocks of T tokens; a cache is the union of a few of them.
+
+    In 16 or 32 bits `k` and `v` are a single tensor [blocks, B, Hkv, T, D]; in P16 they are codes int16
+    [blocks, B, Hkv, T, P/4] and scales fp16 [blocks, B, Hkv, T, P/64, 2]. Strided views: only the dimensions behind T
+    are dense, and a token follows the one before it. `lens` int32 [B] counts each sequence's valid tokens, the first
+    ones; what lies behind them is arbitrary.
+    """
+
+    k: tuple[Tensor, ...]
+    v: tuple[Tensor, ...]
+    lens: Tensor
 
 
 def kv_width(head_dim: int) -> int:
