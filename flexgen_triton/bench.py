@@ -20,7 +20,7 @@ from . import (
     environment,  # noqa: F401  # isort: split
     figures,
 )
-from .llm import DEFAULT_OFFLOAD_DIR, DEMO, LLM, Prompt, RequestOutput, choose_dtype, find_model
+from .llm import DEFAULT_OFFLOAD_DIR, DEMO, LLM, Prompt, RequestOutput, choose_dtype, find_model, stored_as
 from .memory.arena import peak_rss, reset_peak_rss, rss
 from .models.opt import model_spec
 from .models.sampling import SamplingParams
@@ -133,7 +133,7 @@ def run_demo(console: Console, offload_dir: Path) -> dict[str, Any]:
 def dry_plan(model: str, path: str | None, dtype: str, policy: Policy, prompt_len: int, gen_len: int) -> Plan:
     """The plan as it would be run with one GPU and weights in a store of our own; touches nothing."""
     source = find_model(model, path)
-    spec = model_spec(source.config, source.name, choose_dtype(dtype, source))
+    spec = stored_as(model_spec(source.config, source.name, choose_dtype(dtype, source)), policy)
     workload = Workload.uniform(prompt_len, gen_len, policy.gpu_batch_size, policy.num_gpu_batches)
     return make_plan(spec, policy, workload, copies=torch.cuda.is_available())
 
@@ -182,9 +182,10 @@ FLAG: dict[str, Any] = {"is_flag": False, "flag_value": True, "type": bool, "sho
 @click.option("--sep-layer", default=True, help="Attention and MLP are layers of their own.", **FLAG)
 @click.option("--pin-weight", default=True, help="Keep the host's weights in pinned memory.", **FLAG)
 @click.option("--cpu-cache-compute", is_flag=True)
-@click.option("--attn-sparsity", type=float, default=1.0, show_default=True)
-@click.option("--compress-weight", is_flag=True)
-@click.option("--compress-cache", is_flag=True)
+@click.option("--attn-sparsity", type=float, default=1.0, show_default=True, help="Share of V that decode reads.")
+@click.option("--compress-weight", is_flag=True, help="Weights in 4 bits.")
+@click.option("--compress-cache", is_flag=True, help="KV cache in 4 bits.")
+@click.option("--group-size", type=int, default=64, show_default=True, help="Weights that share a scale: 32, 64, 128.")
 @click.option("--overlap", default=True, help="Load ahead while computing.", **FLAG)
 @click.option("--log-file", default="auto", show_default=True)
 @click.option("--no-log", is_flag=True)
@@ -224,9 +225,8 @@ def run(console: Console, **o: Any) -> None:
         cpu_cache_compute=o["cpu_cache_compute"],
         attn_sparsity=o["attn_sparsity"],
         compress_weight=o["compress_weight"],
-        comp_weight_config=CompressionConfig(),
+        comp_weight_config=CompressionConfig(group_size=o["group_size"]),
         compress_cache=o["compress_cache"],
-        comp_cache_config=CompressionConfig(),
     )
     model = o["model"] or DEMO
     plan = dry_plan(model, o["path"], o["dtype"], policy, o["prompt_len"], o["gen_len"]) if o["dry_run"] else None

@@ -63,13 +63,24 @@ def percent_text(plan: Plan) -> str:
     return " ".join(f"{x:g}" for x in (*shares, p.act_gpu_percent, p.act_cpu_percent))
 
 
+def formats_text(plan: Plan) -> str:
+    """What is not as the model has it: ", 4-bit weights (groups of 64), 4-bit cache, 10 % of V"."""
+    policy = plan.policy
+    texts = [
+        f", 4-bit weights (groups of {policy.weight_group})" if policy.weight_group else "",
+        ", 4-bit cache" if policy.is_cache_4bit else "",
+        f", {policy.attn_sparsity:.0%} of V" if policy.attn_sparsity < 1 else "",
+    ]
+    return "".join(texts)
+
+
 def print_plan(console: Console, plan: Plan) -> None:
     """What goes where, before anything is touched."""
     policy, workload = plan.policy, plan.workload
     console.print(
         f"[bold]{plan.model.name}[/] {plan.model.dtype}, {len(plan.layers)} layers, "
         f"{policy.gpu_batch_size} x {policy.num_gpu_batches} sequences ({policy.strategy}), "
-        f"percent {percent_text(plan)}, {workload.steps} token steps"
+        f"percent {percent_text(plan)}, {workload.steps} token steps{formats_text(plan)}"
     )
     table = Table("GiB", "GPU", "host", "disk", title="plan")
     for kind, by_tier in plan.placement.items():

@@ -17,7 +17,7 @@ from .models.checkpoint import open_store
 from .models.opt import OPT, ModelError, OPTConfig, config_by_name, model_spec
 from .models.sampling import SamplingParams
 from .plan.policy import Policy, PolicyError
-from .plan.spec import DTYPE_BYTES, ModelSpec
+from .plan.spec import DTYPE_BYTES, ModelSpec, to_4bit
 from .run.block import Request
 from .run.engine import Engine, RunReport
 
@@ -120,6 +120,23 @@ def choose_dtype(asked: str, source: ModelSource) -> str:
     return dtype
 
 
+def check_device(dtype: str, device: torch.device) -> None:
+    """Raise ModelError where the device cannot compute in `dtype`."""
+    if device.type != "cuda" or dtype != "bfloat16":
+        return
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        name = torch.cuda.get_device_name(device)
+        raise ModelError(
+            f"bfloat16 needs a GPU of compute capability 8.0, {name} has {major}.{minor}; use --dtype float16"
+        )
+
+
+def stored_as(spec: ModelSpec, policy: Policy) -> ModelSpec:
+    """The model in the format that the policy asks for."""
+    return spec if policy.weight_group is None else to_4bit(spec, policy.weight_group)
+
+
 class LLM:
     """A model ready to generate. Use as a context manager, or `close()` it.
 
@@ -146,14 +163,16 @@ class LLM:
         self.source = find_model(model, path)
         self.policy = policy or Policy()
         self.offload_dir = Path(offload_dir).expanduser()
-        self.spec: ModelSpec = model_spec(self.source.config, self.source.name, choose_dtype(dtype, self.source))
+        spec = model_spec(self.source.config, self.source.name, choose_dtype(dtype, self.source))
+        self.spec: ModelSpec = stored_as(spec, self.policy)
+        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        check_device(self.spec.dtype, target)
         self._progress = progress
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self.offload_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         store = open_store(
             self.spec, self.source.directory, self.offload_dir, progress=self._phase("convert"), seed=seed
         )
-        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.engine = Engine(
             OPT(self.source.config),
             self.spec,

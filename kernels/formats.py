@@ -50,7 +50,7 @@ def kv_width(head_dim: int) -> int:
 
 
 def quantize_groups(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes (int32), scale and minimum (fp16) of groups along the last dimension: [..., G] -> [..., G], [...], [...].
+    """Codes (uint8), scale and minimum (fp16) of groups along the last dimension: [..., G] -> [..., G], [...], [...].
 
     Scale and minimum are rounded to fp16 first and the codes taken against the rounded values.
     """
@@ -58,14 +58,14 @@ def quantize_groups(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     low, high = torch.aminmax(x, dim=-1)
     scale = ((high - low) / LEVELS).clamp_min(SMALLEST_SCALE).half().float()
     low = low.half().float()
-    codes = torch.round((x - low[..., None]) / scale[..., None]).clamp_(0, LEVELS).int()
-    return codes, scale.half(), low.half()
+    codes = (x - low[..., None]).div_(scale[..., None]).round_().clamp_(0, LEVELS)
+    return codes.to(torch.uint8), scale.half(), low.half()
 
 
 def _pack(codes: Tensor) -> Tensor:
-    """Four planes of codes to words: int32 [..., 4, n] -> int16 [..., n]."""
-    shifts = torch.tensor([0, 4, 8, 12], dtype=torch.int32, device=codes.device).view(4, 1)
-    return (codes << shifts).sum(-2).to(torch.int32).to(torch.int16)
+    """Four planes of codes to words: uint8 [..., 4, n] -> int16 [..., n]."""
+    pairs = codes[..., ::2, :] | (codes[..., 1::2, :] << 4)  # a word's low byte and its high byte
+    return pairs.transpose(-1, -2).contiguous().view(torch.int16).squeeze(-1)
 
 
 def _unpack(words: Tensor) -> Tensor:
@@ -78,8 +78,7 @@ def quantize_weight(weight: Tensor, group_size: int = 64) -> tuple[Tensor, Tenso
     """A matrix [N, K] of any float dtype to P16: codes int16 [N/256, K/4, 256], scales fp16 [N/256, K/G, 2, 256]."""
     rows, columns = weight.shape
     codes, scale, low = quantize_groups(_grouped(weight, group_size))  # [N, K/G, G], [N, K/G]
-    real = torch.arange(codes.shape[1] * group_size, device=weight.device) < columns
-    codes = codes * real.view(1, -1, group_size)
+    codes[:, -1, group_size - codes.shape[1] * group_size + columns :] = 0
     blocks, groups = -(-rows // BLOCK_ROWS), codes.shape[1]
     extra = blocks * BLOCK_ROWS - rows
     words = _pack(codes.view(rows, groups, 4, group_size // 4)).flatten(1)  # [N, K/4]
@@ -114,7 +113,7 @@ def quantize_kv(x: Tensor) -> tuple[Tensor, Tensor]:
     for at in range(0, width, KV_GROUP):
         part = x[..., at : min(at + KV_GROUP, dim)]
         if not part.shape[-1]:
-            codes.append(torch.zeros(*x.shape[:-1], KV_GROUP, dtype=torch.int32, device=x.device))
+            codes.append(torch.zeros(*x.shape[:-1], KV_GROUP, dtype=torch.uint8, device=x.device))
             scales.append(torch.zeros(*x.shape[:-1], 2, dtype=torch.float16, device=x.device))
             continue
         q, scale, low = quantize_groups(part)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flexgen_triton import LLM, Policy, SamplingParams
-from flexgen_triton.llm import choose_dtype, find_model
+from flexgen_triton.llm import check_device, choose_dtype, find_model
 from flexgen_triton.models.opt import ModelError
 
 ROOT = Path(__file__).parents[1]
@@ -103,3 +103,12 @@ def test_random_weights_of_a_directorys_shape(tiny, tmp_path):
         with pytest.raises(ModelError, match="token ids"):
             llm.generate(["text"], GREEDY)
     assert [len(o.outputs[0].token_ids) for o in outputs] == [5, 5]
+
+
+def test_bfloat16_is_refused_where_the_gpu_has_none(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a T4")
+    with pytest.raises(ModelError, match=r"bfloat16 needs .* 8\.0, a T4 has 7\.5; use --dtype float16"):
+        check_device("bfloat16", torch.device("cuda"))
+    check_device("float16", torch.device("cuda"))
+    check_device("bfloat16", torch.device("cpu"))

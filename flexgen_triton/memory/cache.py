@@ -1,14 +1,15 @@
 """The KV cache of one block of the schedule, over three tiers by sequences.
 
-Layout on every tier, `[blocks, sequences, chunk]`, a chunk being K and V of one block of tokens of one sequence,
-`[2, KV heads, tokens, head_dim]` (plan/layout.py). On disk only full blocks are kept; the open one stays on the host.
-Attention is handed lists of segments; it never asks which tier they came from.
+Layout on every tier, `[blocks, sequences, chunk]`, a chunk being the fields of K and V of one block of tokens of one
+sequence (plan/layout.py). On disk only full blocks are kept; the open one stays on the host. What writes K and V is
+handed the places they go to, attention the segments they lie in; neither asks which tier those are on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import groupby, pairwise
+from itertools import accumulate, groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +21,34 @@ from .buffers import Buffers
 from .disk import DiskFile, DiskQueue, Read, Write
 
 Home = tuple[int, int]  # layer, GPU batch
-Segment = tuple[Tensor, Tensor]  # K and V [blocks, n, 2, Hkv, tokens, D], valid tokens of each sequence [n]
+Fields = tuple[Tensor, ...]  # of K and V, each [blocks, n, 2, Hkv, tokens, width]
+
+
+class Segment(NamedTuple):
+    """Cached tokens of n sequences; `lens` int32 [n] counts the valid ones of each."""
+
+    fields: Fields
+    lens: Tensor
+
+
+class PromptTarget(NamedTuple):
+    """Where prompts' K and V go: of sequence s, `counts[s]` packed rows from `rows[s]` on, to the first positions."""
+
+    fields: Fields
+    rows: Sequence[int]
+    counts: Sequence[int]
+
+
+class TokenTarget(NamedTuple):
+    """Where one new token of each sequence goes: rows `[first, first + n)` to a position of each sequence.
+
+    `at` int32 [n] holds the positions on the device.
+    """
+
+    fields: Fields
+    first: int
+    positions: Sequence[int]
+    at: Tensor
 
 
 def _most(counts: Sequence[int]) -> int:
@@ -30,8 +58,8 @@ def _most(counts: Sequence[int]) -> int:
 class Cache:
     """Homes of K and V for every layer and GPU batch of a plan, and the transfers between them and attention."""
 
-    def __init__(self, plan: Plan, buffers: Buffers, disk: DiskQueue, dtype: torch.dtype) -> None:
-        self._plan, self._buffers, self._disk, self._dtype = plan, buffers, disk, dtype
+    def __init__(self, plan: Plan, buffers: Buffers, disk: DiskQueue) -> None:
+        self._plan, self._buffers, self._disk = plan, buffers, disk
         self._layout = plan.cache_layout
         self._gpu: dict[Home, Tensor] = {}  # uint8, dense
         self._host: dict[Home, Tensor] = {}
@@ -54,13 +82,28 @@ class Cache:
 
     # Views
 
-    def _chunks(self, buffer: Tensor, size: int) -> Tensor:
-        """Dense uint8 blocks of `size` > 0 sequences as [blocks, size, 2, Hkv, tokens, D]."""
-        layout = self._layout
-        shape = (2, layout.num_kv_heads, layout.block_tokens, layout.head_dim)
-        wide = buffer.view(self._dtype).view(-1, size, layout.stride // layout.itemsize)
-        chunk = wide[..., : layout.token_bytes * layout.block_tokens // layout.itemsize]
-        return chunk.view(len(wide), size, *shape)
+    def _chunks(self, buffer: Tensor, size: int) -> Fields:
+        """Dense uint8 blocks of `size` > 0 sequences as fields [blocks, size, 2, Hkv, tokens, width]."""
+        return self._fields(buffer, size, self._layout.block_tokens, self._layout.stride)
+
+    def _tokens(self, buffer: Tensor, size: int) -> Fields:
+        """A slot of one new token for each of `size` sequences, as fields [1, size, 2, Hkv, 1, width]."""
+        nbytes = self._layout.token_bytes
+        return self._fields(buffer[: size * nbytes], size, 1, nbytes)
+
+    def _fields(self, buffer: Tensor, size: int, tokens: int, stride: int) -> Fields:
+        """Chunks of `tokens` tokens, `stride` bytes apart, as fields: views of the buffer."""
+        heads, half = self._layout.num_kv_heads, self._layout.token_bytes * tokens // 2
+        views, at = [], 0
+        for field in self._layout.fields:
+            dtype = getattr(torch, field.dtype)
+            typed = buffer.view(dtype)
+            shape = (len(buffer) // (size * stride), size, 2, heads, tokens, field.width)
+            steps = (size * stride, stride, half, tokens * field.nbytes, field.nbytes, dtype.itemsize)
+            offset = typed.storage_offset() + at // dtype.itemsize
+            views.append(typed.as_strided(shape, [n // dtype.itemsize for n in steps], offset))
+            at += heads * tokens * field.nbytes
+        return tuple(views)
 
     def _split(self, buffer: Tensor, *parts: tuple[int, Group]) -> list[Tensor]:
         """Cut a slot into dense ranges of (blocks, group)."""
@@ -74,7 +117,7 @@ class Cache:
     def _valid(self, tag: tuple[int, ...], counts: Sequence[int]) -> Tensor:
         """Token counts as a tensor on the device, made once per token step."""
         if tag not in self._lens:
-            self._lens[tag] = torch.tensor(counts, device=self._buffers.device)
+            self._lens[tag] = torch.tensor(counts, dtype=torch.int32, device=self._buffers.device)
         return self._lens[tag]
 
     def start_step(self) -> None:
@@ -152,10 +195,16 @@ class Cache:
 
     def _store_token(self, op: Op, out: Tensor) -> None:
         _, host, disk = self._plan.groups[op.k].cache
-        new = self._tokens(out, host.size + disk.size).cpu()
-        self._append(self._host[op.j, op.k], host, host.cached(op.i), new[: host.size])
+        new = [field[0, ..., 0, :].cpu() for field in self._tokens(out, host.size + disk.size)]  # [n, 2, Hkv, width]
         opened = [n % self._layout.block_tokens for n in disk.cached(op.i)]
-        self._append(self._open[op.j, op.k], disk, opened, new[host.size :])
+        for buffer, group, positions in (
+            (self._host[op.j, op.k], host, host.cached(op.i)),
+            (self._open[op.j, op.k], disk, opened),
+        ):
+            if group.size:
+                first = group.first - host.first
+                rows = [field[first : first + group.size] for field in new]
+                append_tokens(self._chunks(buffer, group.size), positions, rows)
 
     def write(self, op: Op, staged: Tensor | None) -> None:
         """disk_out: prefill's full blocks from `staged`, or the open blocks that this token step has filled."""
@@ -175,146 +224,133 @@ class Cache:
             requests.append(Write(self._file, at, self._open[home][low:high]))
         self._disk.write(requests)
 
-    # What attention reads and writes
+    # Where new K and V go, and what attention reads
 
-    def put_prompt(self, op: Op, k: Tensor, v: Tensor, out: Tensor | None) -> None:
-        """After prefill: packed K and V [T, Hkv, D] to resident homes and, for the rest, to the slot `out`."""
+    def prompt_targets(self, op: Op, out: Tensor | None) -> list[PromptTarget]:
+        """After prefill: where packed rows of K and V go, resident homes and, for the rest, the slot `out`."""
         gpu, host, disk = self._plan.groups[op.k].cache
         home, layout = (op.j, op.k), self._layout
-        if self._plan.workload.batches[op.k].new_tokens == 1:
-            return
-        cuts = (0, gpu.tokens(0), gpu.tokens(0) + host.tokens(0), len(k))
-        packed = [(k[a:b], v[a:b]) for a, b in pairwise(cuts)]
-        full = max((layout.full(n) for n in disk.prompt_lens), default=0)
+        batch = self._plan.workload.batches[op.k]
+        if batch.new_tokens == 1:
+            return []
         opened, hosted = self._open[home], self._host[home]
+        full = [layout.full(n) for n in disk.prompt_lens]
         blocks: Tensor | None = None
         if self._plan.copies and out is not None:
-            used = max((layout.blocks(n) for n in host.prompt_lens), default=0)
-            blocks, opened, hosted = self._split(out, (full, disk), (1, disk), (used, host))
+            used = [layout.blocks(n) for n in host.prompt_lens]
+            blocks, opened, hosted = self._split(out, (_most(full), disk), (1, disk), (_most(used), host))
         elif out is not None:
-            blocks = self._split(out, (full, disk))[0]
-        self._scatter_prompt(self._gpu[home], gpu, *packed[0])
-        self._scatter_prompt(hosted, host, *packed[1])
-        self._scatter_prompt_to_disk(blocks, opened, disk, *packed[2])
+            blocks = self._split(out, (_most(full), disk))[0]
+        first = [0, *accumulate(batch.prompt_lens)]  # packed row of each sequence
+        targets = []
+        for group, buffer in ((gpu, self._gpu[home]), (host, hosted)):
+            if group.size:
+                rows = first[group.first : group.stop]
+                targets.append(PromptTarget(self._chunks(buffer, group.size), rows, group.prompt_lens))
+        if disk.size:
+            rows = first[disk.first : disk.stop]
+            whole = [n * layout.block_tokens for n in full]
+            if blocks is not None and len(blocks):
+                targets.append(PromptTarget(self._chunks(blocks, disk.size), rows, whole))
+            rest = [n - m for n, m in zip(disk.prompt_lens, whole, strict=True)]
+            rows = [r + m for r, m in zip(rows, whole, strict=True)]
+            targets.append(PromptTarget(self._chunks(opened, disk.size), rows, rest))
+        return targets
 
-    def _runs(self, group: Group) -> Iterator[tuple[int, int, int, int]]:
-        """(first sequence, sequences, tokens each, first packed row) of the runs of equal prompt length."""
-        first = at = 0
-        for length, same in groupby(group.prompt_lens):
-            n = len(list(same))
-            yield first, n, length, at
-            first, at = first + n, at + n * length
+    def token_targets(self, op: Op, out: Tensor | None) -> list[TokenTarget]:
+        """In decode: where one token of every sequence goes; `out` is the slot on the way to the host."""
+        gpu, host, disk = self._plan.groups[op.k].cache
+        home = (op.j, op.k)
+        opened = [n % self._layout.block_tokens for n in disk.cached(op.i)]
+        places = [(gpu, self._gpu[home], gpu.cached(op.i))]
+        if not self._plan.copies:
+            places += [(host, self._host[home], host.cached(op.i)), (disk, self._open[home], tuple(opened))]
+        targets = []
+        for group, buffer, positions in places:
+            if group.size:
+                at = self._valid((op.i, op.k, group.first, 6), positions)
+                targets.append(TokenTarget(self._chunks(buffer, group.size), group.first, positions, at))
+        away = host.size + disk.size
+        if self._plan.copies and away:
+            assert out is not None
+            zeros = [0] * away
+            at = self._valid((op.i, op.k, host.first, 7), zeros)
+            targets.append(TokenTarget(self._tokens(out, away), host.first, zeros, at))
+        return targets
 
-    def _scatter_prompt(self, buffer: Tensor, group: Group, k: Tensor, v: Tensor) -> None:
-        if not group.size:
-            return
-        home, tokens = self._chunks(buffer, group.size), self._layout.block_tokens
-        for first, n, length, at in self._runs(group):
-            for c, packed in enumerate((k, v)):
-                rows = (
-                    packed[at : at + n * length].reshape(n, length, *packed.shape[1:]).transpose(1, 2)
-                )  # [n, Hkv, L, D]
-                for low in range(0, length, tokens):
-                    piece = rows[:, :, low : low + tokens]
-                    home[low // tokens, first : first + n, c, :, : piece.shape[2]] = piece
-
-    def _scatter_prompt_to_disk(
-        self, blocks: Tensor | None, opened: Tensor, group: Group, k: Tensor, v: Tensor
-    ) -> None:
-        if not group.size:
-            return
-        tokens = self._layout.block_tokens
-        home = self._chunks(opened, group.size)[0]
-        dense = self._chunks(blocks, group.size) if blocks is not None and len(blocks) else None
-        for first, n, length, at in self._runs(group):
-            for c, packed in enumerate((k, v)):
-                rows = packed[at : at + n * length].reshape(n, length, *packed.shape[1:]).transpose(1, 2)
-                for b in range(length // tokens):
-                    assert dense is not None
-                    dense[b, first : first + n, c] = rows[:, :, b * tokens : (b + 1) * tokens]
-                rest = rows[:, :, length // tokens * tokens :]
-                home[first : first + n, c, :, : rest.shape[2]] = rest
-
-    def put_token(
-        self, op: Op, k: Tensor, v: Tensor, slot: Tensor | None, out: Tensor | None
-    ) -> list[tuple[Group, list[Segment]]]:
-        """In decode: append K and V [B, Hkv, D] and return, per group of sequences, what attention must read.
+    def segments(self, op: Op, slot: Tensor | None, out: Tensor | None) -> list[tuple[Group, list[Segment]]]:
+        """In decode, the new tokens written: what attention reads, by group of sequences, the newest token last.
 
         `slot` is this block's slot of the cache ring, `out` its slot on the way to the host.
         """
         gpu, host, disk = self._plan.groups[op.k].cache
-        new = torch.stack((k, v), 1)  # [B, 2, Hkv, D]
-        if out is not None:
-            self._tokens(out, host.size + disk.size).copy_(new[gpu.size :])
-        segments = [(gpu, self._resident(op, self._gpu, gpu, new))]
+        found = [(gpu, self._resident(op, self._gpu, gpu))]
         if self._plan.copies:
-            segments += self._staged(op, slot, new)
+            found += self._staged(op, slot, out)
         else:
-            segments += [(host, self._resident(op, self._host, host, new)), (disk, self._in_place(op, slot, new))]
-        return [(group, found) for group, found in segments if group.size]
+            found += [(host, self._resident(op, self._host, host)), (disk, self._in_place(op, slot))]
+        return [(group, segments) for group, segments in found if group.size]
 
-    def _tokens(self, buffer: Tensor, size: int) -> Tensor:
-        """A slot of new tokens as [size, 2, Hkv, D]."""
-        layout = self._layout
-        shape = (size, 2, layout.num_kv_heads, layout.head_dim)
-        return buffer[: size * layout.token_bytes].view(self._dtype).view(shape)
-
-    def _append(self, buffer: Tensor, group: Group, positions: Sequence[int], new: Tensor) -> None:
-        """Write new [n, 2, Hkv, D] at each sequence's position of a dense home."""
-        if not group.size:
-            return
-        home, tokens = self._chunks(buffer, group.size), self._layout.block_tokens
-        if len(set(positions)) == 1:
-            home[positions[0] // tokens, :, :, :, positions[0] % tokens] = new
-            return
-        at = torch.tensor(positions, device=buffer.device)
-        home[at // tokens, torch.arange(group.size, device=buffer.device), :, :, at % tokens] = new
-
-    def _resident(self, op: Op, homes: dict[Home, Tensor], group: Group, new: Tensor) -> list[Segment]:
+    def _resident(self, op: Op, homes: dict[Home, Tensor], group: Group) -> list[Segment]:
         if not group.size:
             return []
-        cached, buffer = group.cached(op.i), homes[op.j, op.k]
-        self._append(buffer, group, cached, new[group.first : group.stop])
-        blocks = self._layout.blocks(cached[0] + 1)
-        lens = self._valid((op.i, op.k, group.first, 0), [n + 1 for n in cached])
-        return [(self._chunks(buffer, group.size)[:blocks], lens)]
+        counts = [n + 1 for n in group.cached(op.i)]
+        lens = self._valid((op.i, op.k, group.first, 0), counts)
+        blocks = self._layout.blocks(counts[0])
+        return [_segment(self._chunks(homes[op.j, op.k], group.size), lens, blocks)]
 
-    def _in_place(self, op: Op, slot: Tensor | None, new: Tensor) -> list[Segment]:
+    def _in_place(self, op: Op, slot: Tensor | None) -> list[Segment]:
         """The disk's sequences where host memory is the device's: full blocks from the ring, the open one at home."""
         group, tokens = self._plan.groups[op.k].cache[2], self._layout.block_tokens
         if not group.size:
             return []
-        opened = [n % tokens for n in group.cached(op.i)]
-        buffer = self._open[op.j, op.k]
-        self._append(buffer, group, opened, new[group.first :])
-        lens = self._valid((op.i, op.k, group.first, 1), [n + 1 for n in opened])
-        return [*self._full_segment(op, slot), (self._chunks(buffer, group.size), lens)]
+        lens = self._valid((op.i, op.k, group.first, 1), [n % tokens + 1 for n in group.cached(op.i)])
+        opened = Segment(self._chunks(self._open[op.j, op.k], group.size), lens)
+        return [*self._full_segment(op, slot), opened]
 
     def _full_segment(self, op: Op, slot: Tensor | None) -> list[Segment]:
         group, full = self._plan.groups[op.k].cache[2], self._full(op)
-        if not max(full, default=0):
+        if not _most(full):
             return []
         assert slot is not None
         lens = self._valid((op.i, op.k, group.first, 2), [n * self._layout.block_tokens for n in full])
-        return [(self._chunks(self._split(slot, (full[0], group))[0], group.size), lens)]
+        return [Segment(self._chunks(self._split(slot, (full[0], group))[0], group.size), lens)]
 
-    def _staged(self, op: Op, slot: Tensor | None, new: Tensor) -> list[tuple[Group, list[Segment]]]:
+    def _staged(self, op: Op, slot: Tensor | None, out: Tensor | None) -> list[tuple[Group, list[Segment]]]:
         """Host and disk sequences from the device's ring; the new token is a segment of its own."""
         _, host, disk = self._plan.groups[op.k].cache
-        if slot is None:
+        if slot is None or out is None:
             return []
         full, used, tokens = self._full(op), self._used(op), self._layout.block_tokens
         _, opened, hosted = self._split(slot, (_most(full), disk), (1, disk), (_most(used), host))
+        new = self._tokens(out, host.size + disk.size)
         found: list[tuple[Group, list[Segment]]] = []
         if host.size:
             lens = self._valid((op.i, op.k, host.first, 3), host.cached(op.i))
-            found.append((host, [(self._chunks(hosted, host.size), lens), self._new_segment(op, host, new)]))
+            found.append((host, [Segment(self._chunks(hosted, host.size), lens), self._newest(op, host, new)]))
         if disk.size:
             lens = self._valid((op.i, op.k, disk.first, 4), [n % tokens for n in disk.cached(op.i)])
-            at_open = (self._chunks(opened, disk.size), lens)
-            found.append((disk, [*self._full_segment(op, slot), at_open, self._new_segment(op, disk, new)]))
+            at_open = Segment(self._chunks(opened, disk.size), lens)
+            found.append((disk, [*self._full_segment(op, slot), at_open, self._newest(op, disk, new)]))
         return found
 
-    def _new_segment(self, op: Op, group: Group, new: Tensor) -> Segment:
+    def _newest(self, op: Op, group: Group, new: Fields) -> Segment:
+        first = group.first - self._plan.groups[op.k].cache[1].first
         ones = self._valid((op.i, op.k, group.first, 5), [1] * group.size)
-        return new[group.first : group.stop].unsqueeze(3).unsqueeze(0), ones
+        return Segment(tuple(field[:, first : first + group.size] for field in new), ones)
+
+
+def _segment(fields: Fields, lens: Tensor, blocks: int) -> Segment:
+    return Segment(tuple(field[:blocks] for field in fields), lens)
+
+
+def append_tokens(fields: Fields, positions: Sequence[int], new: Sequence[Tensor]) -> None:
+    """Write one token of every sequence, [n, 2, Hkv, width] by field, at its position."""
+    tokens = fields[0].shape[4]
+    at = torch.tensor(positions, device=fields[0].device)
+    sequences = torch.arange(len(at), device=at.device)
+    for field, rows in zip(fields, new, strict=True):
+        if len(set(positions)) == 1:
+            field[positions[0] // tokens, :, :, :, positions[0] % tokens] = rows
+        else:
+            field[at // tokens, sequences, :, :, at % tokens] = rows

@@ -41,6 +41,7 @@ class Weights:
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self._store, self._disk, self._dtype, self._device = store, disk, dtype, device
+        self._dtypes = {t.name: getattr(torch, t.dtype) for layer in plan.layers for t in layer.tensors}
         self._placements, self._tables, self._copies = plan.placements, plan.tables, plan.copies
         self._files = [DiskFile.open(path) for path in store.files]
         self._verified: set[tuple[int, int]] = set()
@@ -147,7 +148,7 @@ class Weights:
             found.setdefault(segment.tensor, []).append((segment.row, self._typed(buffer, segment)))
 
     def _typed(self, buffer: Tensor, s: Segment) -> Tensor:
-        return buffer[s.at : s.at + s.rows * s.row_bytes].view(self._dtype).view(s.rows, -1)
+        return buffer[s.at : s.at + s.rows * s.row_bytes].view(self._dtypes[s.tensor]).view(s.rows, -1)
 
     # Looking rows up
 

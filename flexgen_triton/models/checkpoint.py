@@ -30,7 +30,8 @@ from ..memory.store import (
     write_safetensors,
 )
 from ..plan.placement import Extent, packed_layout
-from ..plan.spec import ModelSpec, ModuleSpec
+from ..plan.spec import BLOCK_ROWS, ModelSpec, ModuleSpec, Packing, TensorSpec
+from . import ops
 from .sources import (
     BinWeights,
     CheckpointError,
@@ -139,7 +140,7 @@ def _open_weights(spec: ModelSpec, files: Sequence[Path], seed: int) -> Weights:
 
 
 def _check_space(spec: ModelSpec, directory: Path) -> None:
-    headers = sum(len(_module_header(m, spec.dtype)) for m in spec.modules)
+    headers = sum(len(_module_header(m)) for m in spec.modules)
     needed, free = spec.weight_bytes + headers, free_bytes(directory)
     if needed > free:
         raise CheckpointError(
@@ -148,12 +149,12 @@ def _check_space(spec: ModelSpec, directory: Path) -> None:
         )
 
 
-def _tensor_table(module: ModuleSpec, dtype: str) -> list[tuple[str, str, tuple[int, ...]]]:
-    return [(t.name, dtype, t.shape) for t in module.tensors]
+def _tensor_table(module: ModuleSpec) -> list[tuple[str, str, tuple[int, ...]]]:
+    return [(t.name, t.dtype, t.shape) for t in module.tensors]
 
 
-def _module_header(module: ModuleSpec, dtype: str) -> bytes:
-    return pack_header(_tensor_table(module, dtype))
+def _module_header(module: ModuleSpec) -> bytes:
+    return pack_header(_tensor_table(module))
 
 
 def _convert(spec: ModelSpec, weights: Weights, work: Path, progress: Progress | None) -> None:
@@ -162,11 +163,10 @@ def _convert(spec: ModelSpec, weights: Weights, work: Path, progress: Progress |
     files, sizes, checks = [], [], []
     for module in spec.modules:
         files.append(work / f"{module.name}.safetensors")
-        pieces = _module_bytes(module, weights, spec.dtype)
-        size, check = write_safetensors(files[-1], _tensor_table(module, spec.dtype), pieces)
+        size, check = write_safetensors(files[-1], _tensor_table(module), _module_bytes(module, weights))
         sizes.append(size)
         checks.append(check)
-        done += sum(t.numel for t in module.tensors) * spec.itemsize
+        done += sum(t.nbytes for t in module.tensors)
         if progress:
             progress(done, spec.weight_bytes)
     extents = {m.name: e for m, e in zip(spec.modules, _layout(spec), strict=True)}
@@ -175,18 +175,51 @@ def _convert(spec: ModelSpec, weights: Weights, work: Path, progress: Progress |
 
 def _layout(spec: ModelSpec) -> list[tuple[Extent, ...]]:
     """packed_layout, moved where a header outgrows one page."""
-    layout = packed_layout(spec.modules, spec.itemsize, 0)
-    starts = [len(_module_header(m, spec.dtype)) for m in spec.modules]
+    layout = packed_layout(spec.modules, 0)
+    starts = [len(_module_header(m)) for m in spec.modules]
     return [tuple(replace(e, offset=e.offset + n) for e in es) for es, n in zip(layout, starts, strict=True)]
 
 
-def _module_bytes(module: ModuleSpec, weights: Weights, dtype: str) -> Iterator[memoryview]:
+def _module_bytes(module: ModuleSpec, weights: Weights) -> Iterator[memoryview]:
     """A module's tensors one after another, their sources concatenated, converted a piece at a time."""
+    scales: list[Tensor] = []
     for tensor in module.tensors:
-        width = prod(tensor.shape[1:])
-        for source, first, rows in source_ranges(tensor):
-            for piece in weights.pieces(source, first * width, (first + rows) * width):
-                yield _as_bytes(_cast(piece, getattr(torch, dtype), f"{weights.where}: {source}"))
+        if tensor.packing is None:
+            for source, piece in _pieces(tensor, weights):
+                yield _as_bytes(_cast(piece, getattr(torch, tensor.dtype), f"{weights.where}: {source}"))
+        elif tensor.packing.half == "codes":  # its scales are the next tensor
+            scales.clear()
+            for rows in _row_blocks(tensor.packing, (piece for _, piece in _pieces(tensor, weights))):
+                codes, found = ops.quantize_weight(rows, tensor.packing.group_size)
+                scales.append(found)
+                yield _as_bytes(codes)
+        else:
+            yield from map(_as_bytes, scales)
+
+
+def _pieces(tensor: TensorSpec, weights: Weights) -> Iterator[tuple[str, Tensor]]:
+    """A tensor's elements in order, with the name of the source they come from."""
+    width = prod(tensor.source_shape[1:])
+    for source, first, rows in source_ranges(tensor):
+        for piece in weights.pieces(source, first * width, (first + rows) * width):
+            yield source, piece
+
+
+def _row_blocks(packing: Packing, pieces: Iterator[Tensor]) -> Iterator[Tensor]:
+    """Elements of a matrix as blocks of whole rows [256, K] fp32, the last one of what is left."""
+    rows, columns = packing.shape
+    block = torch.empty(min(rows, BLOCK_ROWS) * columns)
+    filled = 0
+    for piece in pieces:
+        while len(piece):
+            taken = piece[: len(block) - filled]
+            block[filled : filled + len(taken)] = taken
+            filled, piece = filled + len(taken), piece[len(taken) :]
+            if filled == len(block):
+                yield block.view(-1, columns)
+                filled = 0
+    if filled:
+        yield block[:filled].view(-1, columns)
 
 
 def _cast(piece: Tensor, dtype: torch.dtype, name: str) -> Tensor:
@@ -200,7 +233,7 @@ def _cast(piece: Tensor, dtype: torch.dtype, name: str) -> Tensor:
 
 
 def _as_bytes(tensor: Tensor) -> memoryview:
-    return tensor.contiguous().view(torch.uint8).numpy().data
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def _publish(work: Path, target: Path) -> None:

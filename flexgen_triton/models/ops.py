@@ -1,20 +1,26 @@
 """The operations models are made of, and the one place that picks an implementation by the tensor's device.
 
-On the CPU, 16-bit matrices are multiplied in fp32 unless the processor has bf16 arithmetic: without it torch emulates
-16-bit products several times slower than it widens the weights, a cache-sized panel of rows at a time.
+On a GPU they are the Triton kernels of `kernels/` and cuBLAS. On the CPU they are torch's own and, for 4-bit matrices
+and for attention over the cache, compiled loops. There 16-bit matrices are multiplied in fp32 unless the processor has
+bf16 arithmetic: without it torch emulates 16-bit products several times slower than it widens the weights, a
+cache-sized panel of rows at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels.formats import KVSegment, quantize_kv
+from ..kernels.formats import quantize_weight as quantize_weight
+from ..memory.cache import Fields, PromptTarget, Segment, TokenTarget, append_tokens
 from ..plan.plan import WIDEN_BYTES
+from ..plan.spec import BLOCK_ROWS
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
@@ -23,8 +29,15 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "silu": F.silu,
 }
+FUSED_ACTIVATIONS = {name: "gelu_tanh" if name in ("gelu_new", "gelu_pytorch_tanh") else name for name in ACTIVATIONS}
 LAYER_NORM_EPS = 1e-5
-ATTENTION_CHUNK_BYTES = 8 << 20  # of fp32 K and V that decode attention on the CPU widens at a time
+
+Rows = list[tuple[int, Tensor]]  # (first row, rows) of the segments of a tensor
+
+
+def uses_triton(x: Tensor) -> bool:
+    """Whether operations on x run as Triton kernels."""
+    return x.device.type == "cuda"
 
 
 class Matrix:
@@ -35,7 +48,7 @@ class Matrix:
 
     __slots__ = ("row", "rows", "segments")
 
-    def __init__(self, segments: Sequence[tuple[int, Tensor]]) -> None:
+    def __init__(self, segments: Rows) -> None:
         self.segments = sorted(segments, key=lambda s: s[0])
         self.row = self.segments[0][0]
         self.rows = sum(len(t) for _, t in self.segments)
@@ -45,6 +58,49 @@ class Matrix:
         if len(self.segments) == 1:
             return self.segments[0][1].view(-1)
         return torch.cat([t.view(-1) for _, t in self.segments])
+
+
+class Matrix4:
+    """A 4-bit matrix [N, K] (kernels/formats.py) in segments of whole 256-row blocks.
+
+    `segments` are (first row, rows, codes int16 [blocks, K/4, 256], scales fp16 [blocks, K/G, 2, 256]). Codes and
+    scales come in segments of their own, whose rows are blocks, and are cut where either is.
+    """
+
+    __slots__ = ("_dense", "columns", "rows", "segments")
+
+    def __init__(self, shape: tuple[int, int], group_size: int, codes: Rows, scales: Rows) -> None:
+        self.rows, self.columns = shape
+        groups = scales[0][1].shape[1] // (2 * BLOCK_ROWS)
+        cuts = sorted({at for at, _ in (*codes, *scales)} | {-(-self.rows // BLOCK_ROWS)})
+        self.segments = [
+            (
+                low * BLOCK_ROWS,
+                min(high * BLOCK_ROWS, self.rows) - low * BLOCK_ROWS,
+                _rows_between(codes, low, high).view(high - low, groups * group_size // 4, BLOCK_ROWS),
+                _rows_between(scales, low, high).view(high - low, groups, 2, BLOCK_ROWS),
+            )
+            for low, high in pairwise(cuts)
+        ]
+        self._dense: Tensor | None = None
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The matrix dequantised, [N, K]: made once and kept as long as this load of the weights is."""
+        if self._dense is None:
+            from ..kernels.quant import dequantize_weight
+
+            device = self.segments[0][2].device
+            self._dense = torch.empty(self.rows, self.columns, dtype=dtype, device=device)
+            for row, rows, codes, scales in self.segments:
+                dequantize_weight(codes, scales, rows, self.columns, dtype, out=self._dense[row : row + rows])
+        return self._dense
+
+
+Weight = Matrix | Matrix4
+
+
+def _rows_between(segments: Rows, low: int, high: int) -> Tensor:
+    return next(t[low - at : high - at] for at, t in segments if at <= low and high <= at + len(t))
 
 
 @lru_cache(maxsize=1)
@@ -60,11 +116,66 @@ def _widens(weight: Tensor) -> bool:
     return weight.dtype == torch.float16 or not _cpu_has_bf16()
 
 
-def linear(x: Tensor, weight: Matrix, bias: Tensor | None = None) -> Tensor:
-    """`x @ W.T + bias`: [M, K] -> [M, N], in x's dtype, accumulated in fp32."""
+def linear(
+    x: Tensor,
+    weight: Weight,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """`activation(x @ W.T + bias) + residual`: [M, K] -> [M, N], in x's dtype, accumulated in fp32."""
+    if isinstance(weight, Matrix4):
+        multiply = _linear4 if uses_triton(x) else _linear4_on_cpu
+        return multiply(x, weight, bias, activation, residual)
     out = torch.empty(len(x), weight.rows, dtype=x.dtype, device=x.device)
     linear_into(x, weight, out, bias)
+    return _finish(out, None, activation, residual)
+
+
+def _finish(out: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None) -> Tensor:
+    if bias is not None:
+        out += bias
+    if activation is not None:
+        out = ACTIVATIONS[activation](out)
+    return out if residual is None else residual + out
+
+
+def _linear4(
+    x: Tensor, weight: Matrix4, bias: Tensor | None, activation: str | None, residual: Tensor | None
+) -> Tensor:
+    """Fused on 4 bits for few rows; for many, and in fp32, cuBLAS on a matrix dequantised once for all GPU batches."""
+    from ..kernels.chips import chip_of
+    from ..kernels.matmul_q4 import crossover, matmul_q4
+
+    if (x.is_cuda and x.dtype == torch.float32) or len(x) >= crossover(chip_of(x.device)):
+        return _finish(F.linear(x, weight.dense(x.dtype), bias), None, activation, residual)
+    out = torch.empty(len(x), weight.rows, dtype=x.dtype, device=x.device)
+    for row, rows, codes, scales in weight.segments:
+        here = slice(row, row + rows)
+        matmul_q4(
+            x,
+            codes,
+            scales,
+            rows,
+            bias=None if bias is None else bias[here],
+            activation=FUSED_ACTIVATIONS[activation] if activation else None,
+            residual=None if residual is None else residual[:, here],
+            out=out[:, here],
+        )
     return out
+
+
+def _linear4_on_cpu(
+    x: Tensor, weight: Matrix4, bias: Tensor | None, activation: str | None, residual: Tensor | None
+) -> Tensor:
+    from ..kernels.cpu_matmul_q4 import linear_q4
+
+    wide = x.float()
+    out = torch.empty(len(x), weight.rows)
+    for row, rows, codes, scales in weight.segments:
+        linear_q4(wide, codes, scales, rows, out[:, row : row + rows])
+    return _finish(out, bias, activation, residual).to(x.dtype)
 
 
 def linear_into(x: Tensor, weight: Matrix, out: Tensor, bias: Tensor | None = None) -> None:
@@ -106,6 +217,10 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
 
 def prefill_attention(q: Tensor, k: Tensor, v: Tensor, lens: Sequence[int]) -> Tensor:
     """Causal attention over packed sequences: q [T, H, D], k and v [T, Hkv, D], `lens` summing to T -> [T, H, D]."""
+    if uses_triton(q) and not (q.is_cuda and q.dtype == torch.float32):
+        from ..kernels.attention_prefill import prefill_attention as attend
+
+        return attend(q, k, v, lens)  # type: ignore[no-any-return]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     at = 0
     for length, same in groupby(lens):
@@ -125,60 +240,86 @@ def _batch(x: Tensor, n: int, length: int) -> Tensor:
     return x.float() if x.device.type == "cpu" else x
 
 
-CacheSegment = tuple[Tensor, Tensor]  # K and V [blocks, B, 2, Hkv, tokens, D], valid tokens of each sequence [B]
+# The cache
 
 
-def decode_attention(q: Tensor, segments: Sequence[CacheSegment]) -> Tensor:
-    """Attention of one new token per sequence over its cached tokens, the union of the segments.
+def write_tokens(k: Tensor, v: Tensor, target: TokenTarget) -> None:
+    """Write one token of each of the target's sequences to the cache, in its format; k and v [B, Hkv, D]."""
+    rows = slice(target.first, target.first + len(target.positions))
+    if uses_triton(k):
+        from ..kernels.elementwise import append_kv
 
-    q [B, H, D] -> [B, H, D]. Tokens past a sequence's valid count are masked; they must be finite.
+        append_kv(k[rows], v[rows], *_k_and_v(target.fields), target.at)
+        return
+    new = [_cached(x[rows], target.fields) for x in (k, v)]
+    append_tokens(target.fields, target.positions, [torch.stack(pair, 1) for pair in zip(*new, strict=True)])
+
+
+def write_prompt(k: Tensor, v: Tensor, target: PromptTarget) -> None:
+    """Write packed k and v [T, Hkv, D] of prompts to the first positions of the cache, in its format."""
+    for first, n, step in _runs(target.rows, target.counts):
+        for c, x in enumerate((k, v)):
+            shape, strides = (n, target.counts[first], *x.shape[1:]), (step * x.stride(0), *x.stride())
+            new = x.as_strided(shape, strides, x.storage_offset() + target.rows[first] * x.stride(0))
+            for field, new_field in zip(target.fields, _cached(new, target.fields), strict=True):
+                _write_run(field[:, first : first + n, c], new_field)
+
+
+def _runs(rows: Sequence[int], counts: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """(first sequence, how many, packed rows from one to the next) of neighbours alike in count and step."""
+    steps = [b - a for a, b in pairwise(rows)]
+    keys = list(zip(counts, [*steps, steps[-1] if steps else 0], strict=True))
+    first = 0
+    for (count, step), same in groupby(keys):
+        n = len(list(same))
+        if count:
+            yield first, n, step
+        first += n
+
+
+def _write_run(field: Tensor, new: Tensor) -> None:
+    """new [n, L, Hkv, width] to the first positions of field [blocks, n, Hkv, tokens, width]."""
+    tokens = field.shape[3]
+    for low in range(0, new.shape[1], tokens):
+        piece = new[:, low : low + tokens].transpose(1, 2)
+        field[low // tokens, :, :, : piece.shape[2]] = piece
+
+
+def _cached(x: Tensor, fields: Fields) -> tuple[Tensor, ...]:
+    """K or V [..., D] as the cache holds it, by field [..., width]."""
+    if len(fields) == 1:
+        return (x,)
+    codes, scales = quantize_kv(x)
+    return codes, scales.flatten(-2)
+
+
+def _k_and_v(fields: Fields) -> tuple[Fields, Fields]:
+    """K's and V's fields as the kernels take them: scales and minima [..., P/64, 2]."""
+    if len(fields) == 2:
+        fields = fields[0], fields[1].view(*fields[1].shape[:-1], -1, 2)
+    return tuple(f[:, :, 0] for f in fields), tuple(f[:, :, 1] for f in fields)
+
+
+def _kv_segments(segments: Iterable[Segment]) -> list[KVSegment]:
+    return [KVSegment(*_k_and_v(fields), lens) for fields, lens in segments]
+
+
+def decode_attention(q: Tensor, segments: Sequence[Segment]) -> Tensor:
+    """Attention of one new token per sequence over its cached tokens, the union of the segments: [B, H, D] -> same."""
+    if uses_triton(q):
+        from ..kernels.attention_decode import decode_attention as attend
+    else:
+        from ..kernels.cpu_attention import decode_attention as attend
+    return attend(q, _kv_segments(segments))  # type: ignore[no-any-return]
+
+
+def sparse_decode_attention(q: Tensor, segments: Sequence[Segment], keep: Tensor) -> Tensor:
+    """The same, reading V of the newest token and of the `keep` [B] earlier ones of largest weight per head.
+
+    Weights are those of the whole softmax, not renormalised (FlexGen, section 5).
     """
-    return _decode_attention_on_cpu(q, segments) if q.device.type == "cpu" else _decode_attention(q, segments)
-
-
-def _decode_attention_on_cpu(q: Tensor, segments: Sequence[CacheSegment]) -> Tensor:
-    """A few sequences at a time: their K and V widened into one dense workspace, then torch's own attention."""
-    num_seqs, num_heads, dim = q.shape
-    kv_heads = segments[0][0].shape[3]
-    counts = [kv.shape[0] * kv.shape[4] for kv, _ in segments]
-    valid = torch.cat([torch.arange(c) < n[:, None] for c, (_, n) in zip(counts, segments, strict=True)], 1)
-    mask = torch.zeros(num_seqs, 1, 1, sum(counts)).masked_fill_(~valid[:, None, None], float("-inf"))
-    chunk = max(1, min(num_seqs, ATTENTION_CHUNK_BYTES // (8 * kv_heads * sum(counts) * dim)))
-    workspace = torch.empty(2, chunk, kv_heads, sum(counts), dim)
-    out = torch.empty_like(q)
-    for low in range(0, num_seqs, chunk):
-        rows = slice(low, min(low + chunk, num_seqs))
-        wide = workspace[:, : rows.stop - low]
-        at = 0
-        for (kv, _), count in zip(segments, counts, strict=True):
-            blocks, _, _, _, tokens, _ = kv.shape
-            target = wide[:, :, :, at : at + count].view(2, rows.stop - low, kv_heads, blocks, tokens, dim)
-            target.copy_(kv[:, rows].permute(2, 1, 3, 0, 4, 5))
-            at += count
-        query = q[rows, :, None].float()
-        grouped = num_heads != kv_heads
-        y = F.scaled_dot_product_attention(query, wide[0], wide[1], attn_mask=mask[rows], enable_gqa=grouped)
-        out[rows] = y[:, :, 0]
-    return out
-
-
-def _decode_attention(q: Tensor, segments: Sequence[CacheSegment]) -> Tensor:
-    num_seqs, num_heads, dim = q.shape
-    kv_heads = segments[0][0].shape[3]
-    query = (q * dim**-0.5).view(num_seqs, kv_heads, num_heads // kv_heads, dim)  # [B, Hkv, R, D]
-    scores, values = [], []
-    for kv, lens in segments:
-        blocks, _, _, _, tokens, _ = kv.shape
-        wide = kv.to(q.dtype)
-        s = torch.matmul(query, wide[:, :, 0].transpose(-1, -2)).float()  # [blocks, B, Hkv, R, tokens]
-        position = torch.arange(blocks * tokens, device=q.device).view(blocks, 1, tokens)
-        s.masked_fill_((position >= lens[:, None])[:, :, None, None], float("-inf"))
-        scores.append(s.permute(1, 2, 3, 0, 4).flatten(3))  # [B, Hkv, R, blocks * tokens]
-        values.append(wide[:, :, 1].permute(1, 2, 0, 3, 4).flatten(2, 3))  # [B, Hkv, blocks * tokens, D]
-    weights = torch.cat(scores, -1).softmax(-1).to(q.dtype)
-    out = torch.zeros_like(query)
-    at = 0
-    for value in values:
-        out += torch.matmul(weights[..., at : at + value.shape[2]], value)
-        at += value.shape[2]
-    return out.view(num_seqs, num_heads, dim)
+    if uses_triton(q):
+        from ..kernels.attention_sparse import sparse_decode_attention as attend
+    else:
+        from ..kernels.cpu_attention import sparse_decode_attention as attend
+    return attend(q, _kv_segments(segments), keep)  # type: ignore[no-any-return]

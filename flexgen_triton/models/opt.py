@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..plan.spec import DTYPE_BYTES, ModelSpec, ModuleSpec, TensorSpec
 from . import ops
-from .ops import Matrix
+from .ops import Matrix, Weight
 
 POSITION_OFFSET = 2  # OPT's position table starts with two rows that are never used
 MIN_HEAD_PART_BYTES = 32 << 20
@@ -118,13 +118,17 @@ def model_spec(config: OPTConfig, name: str, dtype: str) -> ModelSpec:
         ffn=config.ffn_dim,
         vocab=config.vocab_size,
         max_positions=config.max_position_embeddings,
-        modules=tuple(modules),
+        modules=tuple(m.stored_as(dtype) for m in modules),
     )
 
 
-def _matrix(name: str, shape: tuple[int, int], *sources: str, gathered: bool = False) -> TensorSpec:
+def _matrix(name: str, shape: tuple[int, int], *sources: str) -> TensorSpec:
     rows = (shape[0] // len(sources),) * len(sources)
-    return TensorSpec(name, shape, sources, rows, gathered)
+    return TensorSpec(name, shape, sources, rows)
+
+
+def _table(name: str, shape: tuple[int, int], source: str) -> TensorSpec:
+    return TensorSpec(name, shape, (source,), shape[:1], gathered=True, exact=True)
 
 
 def _linear(config: OPTConfig, name: str, shape: tuple[int, int], *sources: str) -> list[TensorSpec]:
@@ -145,10 +149,9 @@ def _norm(config: OPTConfig, name: str, source: str) -> list[TensorSpec]:
 def _embed(config: OPTConfig) -> ModuleSpec:
     hidden, width = config.hidden_size, config.embed_dim
     rows = config.max_position_embeddings + POSITION_OFFSET
-    tensors = [_matrix("positions.weight", (rows, hidden), "decoder.embed_positions.weight", gathered=True)]
+    tensors = [_table("positions.weight", (rows, hidden), "decoder.embed_positions.weight")]
     if not config.tie_word_embeddings:
-        shape = (config.vocab_size, width)
-        tensors.append(_matrix("tokens.weight", shape, "decoder.embed_tokens.weight", gathered=True))
+        tensors.append(_table("tokens.weight", (config.vocab_size, width), "decoder.embed_tokens.weight"))
     if width != hidden:
         tensors.append(_matrix("project_in.weight", (hidden, width), "decoder.project_in.weight"))
     return ModuleSpec("embed", 0, tuple(tensors), 2.0 * hidden * width if width != hidden else 0.0)
@@ -189,7 +192,7 @@ def _head(config: OPTConfig, itemsize: int) -> list[ModuleSpec]:
             first += _norm(config, "final_norm", "decoder.final_layer_norm")
         if n == 0 and width != config.hidden_size:
             first.append(_matrix("project_out.weight", (width, config.hidden_size), "decoder.project_out.weight"))
-        rows = TensorSpec(name, (high - low, width), (source,), (high - low,), row=low)
+        rows = TensorSpec(name, (high - low, width), (source,), (high - low,), row=low, exact=True)
         modules.append(ModuleSpec("head", n, (*first, rows), 2.0 * (high - low) * width))
     return modules
 
@@ -199,50 +202,65 @@ class OPT:
 
     def __init__(self, config: OPTConfig) -> None:
         self.config = config
-        self._activation = ops.ACTIVATIONS[config.activation_function]
         self._projected = config.embed_dim != config.hidden_size
         self._head_weight = "tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
 
-    def embed(self, w: Mapping[str, Matrix], rows: Rows, tokens: Tensor, positions: Tensor) -> Tensor:
+    def embed(self, w: Mapping[str, Weight], rows: Rows, tokens: Tensor, positions: Tensor) -> Tensor:
         """Token and position embeddings: ids [T], positions [T] -> [T, E]."""
         x = rows("tokens.weight", tokens)
         if self._projected:
             x = ops.linear(x, w["project_in.weight"])
         return x + rows("positions.weight", positions + POSITION_OFFSET)
 
-    def attention(self, w: Mapping[str, Matrix], x: Tensor, attend: Attend) -> Tensor:
+    def attention(self, w: Mapping[str, Weight], x: Tensor, attend: Attend) -> Tensor:
         """Self-attention with its residual: [T, E] -> [T, E]."""
         heads, dim = self.config.num_attention_heads, self.config.head_dim
         before = self.config.do_layer_norm_before
         h = self._norm(w, "attention_norm", x) if before else x
         qkv = self._linear(w, "qkv", h).view(len(x), 3, heads, dim)
         out = attend(qkv[:, 0], qkv[:, 1], qkv[:, 2]).reshape(len(x), heads * dim)
-        y = x + self._linear(w, "out", out)
+        y = self._linear(w, "out", out, residual=x)
         return y if before else self._norm(w, "attention_norm", y)
 
-    def mlp(self, w: Mapping[str, Matrix], x: Tensor) -> Tensor:
+    def mlp(self, w: Mapping[str, Weight], x: Tensor) -> Tensor:
         """Feed-forward network with its residual: [T, E] -> [T, E]."""
         before = self.config.do_layer_norm_before
         h = self._norm(w, "mlp_norm", x) if before else x
-        y = x + self._linear(w, "fc2", self._activation(self._linear(w, "fc1", h)))
+        inner = self._linear(w, "fc1", h, activation=self.config.activation_function)
+        y = self._linear(w, "fc2", inner, residual=x)
         return y if before else self._norm(w, "mlp_norm", y)
 
-    def head_input(self, w: Mapping[str, Matrix], x: Tensor) -> Tensor:
+    def head_input(self, w: Mapping[str, Weight], x: Tensor) -> Tensor:
         """What every part of the head multiplies: final norm and projection, [B, E] -> [B, width]."""
         if self.config.final_layer_norm:
             x = self._norm(w, "final_norm", x)
         return ops.linear(x, w["project_out.weight"]) if self._projected else x
 
-    def logits(self, w: Mapping[str, Matrix], x: Tensor, out: Tensor) -> None:
+    def logits(self, w: Mapping[str, Weight], x: Tensor, out: Tensor) -> None:
         """Write the logits of this part's rows of the vocabulary: [B, width] -> out[:, rows] [B, V] fp32."""
         weight = w[self._head_weight]
+        assert isinstance(weight, Matrix), self._head_weight
         ops.linear_into(x, weight, out[:, weight.row : weight.row + weight.rows])
 
-    def _linear(self, w: Mapping[str, Matrix], name: str, x: Tensor) -> Tensor:
-        bias = w[f"{name}.bias"].vector() if self.config.enable_bias else None
-        return ops.linear(x, w[f"{name}.weight"], bias)
+    def _linear(
+        self,
+        w: Mapping[str, Weight],
+        name: str,
+        x: Tensor,
+        *,
+        activation: str | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        bias = _vector(w, f"{name}.bias") if self.config.enable_bias else None
+        return ops.linear(x, w[f"{name}.weight"], bias, activation=activation, residual=residual)
 
-    def _norm(self, w: Mapping[str, Matrix], name: str, x: Tensor) -> Tensor:
+    def _norm(self, w: Mapping[str, Weight], name: str, x: Tensor) -> Tensor:
         if not self.config.layer_norm_elementwise_affine:
             return ops.layer_norm(x, None, None)
-        return ops.layer_norm(x, w[f"{name}.weight"].vector(), w[f"{name}.bias"].vector())
+        return ops.layer_norm(x, _vector(w, f"{name}.weight"), _vector(w, f"{name}.bias"))
+
+
+def _vector(w: Mapping[str, Weight], name: str) -> Tensor:
+    weight = w[name]
+    assert isinstance(weight, Matrix), name
+    return weight.vector()

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..memory.store import SAFETENSORS_DTYPES, Store, StoreError, TensorEntry, read_safetensors_header
 from ..plan.placement import PAGE, Extent
-from ..plan.spec import ModelSpec, TensorSpec
+from ..plan.spec import STORED_BYTES, ModelSpec, TensorSpec
 
 PIECE = 2 << 20  # elements that are converted at a time
 MAPPED_BYTES = 256 << 20  # of a .bin file, before its mapping is dropped: mapped pages count as this process's memory
@@ -132,18 +132,20 @@ class SafetensorsWeights:
 
     def usable_in_place(self, spec: ModelSpec) -> bool:
         """Whether all that the model needs has its dtype and lies at a multiple of its elements."""
+        if spec.is_4bit:
+            return False
         entries = [self._found[s][1] for m in spec.modules for t in m.tensors for s in t.sources]
         return all(e.dtype == SAFETENSORS_DTYPES[spec.dtype] and e.begin % spec.itemsize == 0 for e in entries)
 
     def store_in_place(self, spec: ModelSpec) -> Store:
         """A store that is these files."""
-        extents = {m.name: tuple(e for t in m.tensors for e in self._extents(t, spec.itemsize)) for m in spec.modules}
+        extents = {m.name: tuple(e for t in m.tensors for e in self._extents(t)) for m in spec.modules}
         sizes = tuple(f.stat().st_size for f in self.files)
         return Store(self.files, sizes, extents, spec.dtype, PAGE, (None,) * len(sizes))
 
-    def _extents(self, tensor: TensorSpec, itemsize: int) -> Iterator[Extent]:
+    def _extents(self, tensor: TensorSpec) -> Iterator[Extent]:
         """One extent per source; a vector is one row, numbered by its first element."""
-        row, width = tensor.row, prod(tensor.shape[1:]) * itemsize
+        row, width = tensor.row, prod(tensor.shape[1:]) * STORED_BYTES[tensor.dtype]
         for source, first, rows in source_ranges(tensor):
             n, entry = self._found[source]
             count, row_bytes = (rows, width) if len(tensor.shape) > 1 else (1, rows * width)
@@ -250,7 +252,7 @@ def source_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     for tensor in (t for m in spec.modules for t in m.tensors):
         for source, first, rows in source_ranges(tensor):
             used = shapes.get(source, (0,))[0]
-            shapes[source] = (max(used, first + rows), *tensor.shape[1:])
+            shapes[source] = (max(used, first + rows), *tensor.source_shape[1:])
     return shapes
 
 

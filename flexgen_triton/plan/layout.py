@@ -1,8 +1,10 @@
 """How the KV cache and the hidden states of a GPU batch are divided over the tiers and laid out in memory.
 
 Sequences of a batch stand longest first: the first ones on the GPU, the next on the host, the last on disk. K and V of
-`block_tokens` tokens of one sequence are one chunk `[2, KV heads, block_tokens, head_dim]`; a group of n sequences
-keeps its chunks block-major, `[blocks, n, chunk]`, so any number of leading blocks is one contiguous range.
+`block_tokens` tokens of one sequence are one chunk; a group of n sequences keeps its chunks block-major, `[blocks, n,
+chunk]`, so any number of leading blocks is one contiguous range. A chunk is all of K, then all of V, each of them one
+field after another, `[KV heads, block_tokens, width]`: a 16-bit cache has one field, the head's numbers; a 4-bit one
+has two, codes and scales (kernels/formats.py).
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .placement import PAGE, Tier
-from .spec import Batch, ModelSpec
+from .policy import CACHE_GROUP
+from .spec import CODES_PER_WORD, STORED_BYTES, Batch, ModelSpec
 
 BLOCK_TOKENS = 64
 SHORT_BLOCK_TOKENS = 8  # for sequences so short that a 64-token block would be mostly padding
@@ -74,21 +77,37 @@ def make_groups(batch: Batch, counts: tuple[int, int, int]) -> tuple[Group, Grou
 
 
 @dataclass(frozen=True, slots=True)
+class Field:
+    """What a chunk holds of one token and head: `width` elements."""
+
+    dtype: str
+    width: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.width * STORED_BYTES[self.dtype]
+
+
+def cache_fields(spec: ModelSpec, *, is_4bit: bool) -> tuple[Field, ...]:
+    """A head's K or V: as computed, or in 4 bits, padded to a power of two, with scale and minimum of every 64."""
+    if not is_4bit:
+        return (Field(spec.dtype, spec.head_dim),)
+    width = max(CACHE_GROUP, 1 << (spec.head_dim - 1).bit_length())
+    return Field("int16", width // CODES_PER_WORD), Field("float16", 2 * width // CACHE_GROUP)
+
+
+@dataclass(frozen=True, slots=True)
 class CacheLayout:
     """Sizes of KV chunks, in bytes; `stride` from one sequence's chunk to the next is a whole number of pages."""
 
     num_kv_heads: int
-    head_dim: int
-    itemsize: int
+    fields: tuple[Field, ...]
     block_tokens: int
-
-    @classmethod
-    def of(cls, spec: ModelSpec, block_tokens: int) -> CacheLayout:
-        return cls(spec.num_kv_heads, spec.head_dim, spec.itemsize, block_tokens)
 
     @property
     def token_bytes(self) -> int:
-        return 2 * self.num_kv_heads * self.head_dim * self.itemsize
+        """K and V of one token in one layer."""
+        return 2 * self.num_kv_heads * sum(f.nbytes for f in self.fields)
 
     @property
     def stride(self) -> int:

@@ -27,7 +27,7 @@ class Tier(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """Rows of one tensor as consecutive bytes of one file. A vector is a single row."""
+    """Rows (along the first dimension) of one tensor as consecutive bytes of one file. A vector is a single row."""
 
     tensor: str
     row: int
@@ -153,19 +153,19 @@ def place_layer(extents: Sequence[Extent], gpu_percent: float, cpu_percent: floa
     return LayerPlacement(make_share(gpu, align), make_share(host, align), make_share(disk, align))
 
 
-def whole_tensor(tensor: TensorSpec, itemsize: int, file: int, offset: int) -> Extent:
+def whole_tensor(tensor: TensorSpec, file: int, offset: int) -> Extent:
     """A whole tensor laid out at `offset` of `file`."""
     rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
-    return Extent(tensor.name, tensor.row, rows, tensor.numel * itemsize // rows, file, offset)
+    return Extent(tensor.name, tensor.row, rows, tensor.nbytes // rows, file, offset)
 
 
-def packed_layout(modules: Sequence[ModuleSpec], itemsize: int, header: int = PAGE) -> list[list[Extent]]:
+def packed_layout(modules: Sequence[ModuleSpec], header: int = PAGE) -> list[list[Extent]]:
     """The layout of a store of our own: one file per module, its tensors one after another behind the header."""
     layout = []
     for file, module in enumerate(modules):
         offset, extents = header, []
         for tensor in module.tensors:
-            extents.append(whole_tensor(tensor, itemsize, file, offset))
+            extents.append(whole_tensor(tensor, file, offset))
             offset = extents[-1].end
         layout.append(extents)
     return layout

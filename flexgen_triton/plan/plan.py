@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
 
-from .layout import CacheLayout, Group, block_tokens_for, make_groups, pad, split_counts
+from .layout import CacheLayout, Group, block_tokens_for, cache_fields, make_groups, pad, split_counts
 from .placement import Extent, LayerPlacement, Run, Tier, packed_layout, place_layer
 from .policy import Policy, PolicyError
 from .schedule import CacheTraffic, Generator, HiddenTraffic, Program, WeightTraffic
@@ -67,7 +67,8 @@ class Plan:
         )
         self.parts: tuple[tuple[Part, ...], ...] = tuple(self._cut_parts(p) for p in self.placements)
         batches = workload.batches
-        self.cache_layout = CacheLayout.of(model, block_tokens_for(max(b.max_len for b in batches)))
+        fields = cache_fields(model, is_4bit=policy.is_cache_4bit)
+        self.cache_layout = CacheLayout(model.num_kv_heads, fields, block_tokens_for(max(b.max_len for b in batches)))
         sizes = [b.size for b in batches]
         cache_counts = split_counts(sizes, (policy.cache_gpu_percent, policy.cache_cpu_percent))
         hidden_counts = split_counts(sizes, (policy.act_gpu_percent, policy.act_cpu_percent))
@@ -77,8 +78,7 @@ class Plan:
         )
 
         self._layer_work = tuple(
-            (layer.flops_per_token, sum(t.numel for t in layer.tensors if not t.gathered) * model.itemsize)
-            for layer in self.layers
+            (layer.flops_per_token, sum(t.nbytes for t in layer.tensors if not t.gathered)) for layer in self.layers
         )
         # asked several times per op, by neighbours in the schedule
         self.cache_traffic = lru_cache(maxsize=64)(self._cache_traffic)
@@ -126,7 +126,7 @@ class Plan:
             read_slot=read_slot,
             host_load=sum(used) * layout.stride + open_bytes,
             slot=read_slot + open_bytes + layout.dense(max(used, default=0), host.size),
-            out=0 if last else new,
+            out=new,  # attention reads it there
             host_store=0 if last else new,
             disk_write=written,
         )
@@ -177,7 +177,7 @@ class Plan:
             else:
                 context = sum(batch.cached(i)) + batch.size
                 flops += heads * context
-                nbytes += context * model.kv_bytes_per_token
+                nbytes += context * self.cache_layout.token_bytes
         return flops, nbytes, tokens
 
     # The program, and the memory it needs
@@ -242,7 +242,7 @@ class Plan:
         for batch, groups in zip(self.workload.batches, self.groups, strict=True):
             for g in groups.cache:
                 tokens = sum(p + batch.new_tokens - 1 for p in g.prompt_lens)
-                cache[g.tier] += attention_layers * tokens * self.model.kv_bytes_per_token
+                cache[g.tier] += attention_layers * tokens * self.cache_layout.token_bytes
             for g in groups.hidden:
                 hidden[g.tier] += g.tokens(0) * self.model.hidden * self.model.itemsize
         return {
@@ -276,9 +276,24 @@ class Plan:
         model = self.model
         tokens = max(b.prompt_tokens for b in self.workload.batches)
         rows = max(b.size for b in self.workload.batches)
-        widened = 2 * WIDEN_BYTES if model.itemsize == 2 else 0
+        widened = 2 * WIDEN_BYTES if model.itemsize == 2 or model.is_4bit else 0
         block = tokens * (2 * model.ffn + 8 * model.hidden) * max(model.itemsize, 4)
-        return max(block, rows * model.vocab * 8) + widened + self.logits_bytes
+        return max(block, rows * model.vocab * 8) + widened + self._dense_bytes + self._score_bytes + self.logits_bytes
+
+    @property
+    def _dense_bytes(self) -> int:
+        """A 4-bit layer dequantised, which a GPU keeps for all GPU batches that use this load of it."""
+        if not self.copies:
+            return 0
+        parameters = (sum(t.num_parameters for t in layer.tensors if t.packing) for layer in self.layers)
+        return max(parameters) * self.model.itemsize
+
+    @property
+    def _score_bytes(self) -> int:
+        """Sparse attention's scores, fp32, and their largest: of every sequence, head and token."""
+        if self.policy.attn_sparsity == 1:
+            return 0
+        return max(b.size * b.max_len for b in self.workload.batches) * self.model.num_heads * 8
 
     @cached_property
     def device_bytes(self) -> int:
@@ -325,6 +340,6 @@ def make_plan(
                 f"at most {max(model.max_positions - batch.prompt_lens[0], 0)} new tokens fit"
             )
     if extents is None:
-        layout = packed_layout(model.modules, model.itemsize)
+        layout = packed_layout(model.modules)
         extents = {m.name: layout[n] for n, m in enumerate(model.modules)}
     return Plan(model=model, policy=policy, workload=workload, extents=extents, align=align, copies=copies)

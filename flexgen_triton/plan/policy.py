@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+WEIGHT_GROUPS = (32, 64, 128)
+CACHE_GROUP = 64
+
 
 class PolicyError(ValueError):
     """A policy that cannot be obeyed; the message says which field, its value and what would do."""
@@ -11,7 +14,12 @@ class PolicyError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class CompressionConfig:
-    """Group quantisation, with FlexGen's fields and meanings."""
+    """Group quantisation, with FlexGen's fields: 4 bits with a scale and a minimum for each group of `group_size`.
+
+    Groups run along what a product sums over: a weight's input dimension (1), the cache's head dimension (2). FlexGen
+    groups weights along their output dimension (0); its scripts say so, and get groups along the other one, which a
+    fused kernel can use.
+    """
 
     num_bits: int = 4
     group_size: int = 64
@@ -44,7 +52,7 @@ class Policy:
     compress_weight: bool = False
     comp_weight_config: CompressionConfig = field(default_factory=CompressionConfig)
     compress_cache: bool = False
-    comp_cache_config: CompressionConfig = field(default_factory=CompressionConfig)
+    comp_cache_config: CompressionConfig = field(default_factory=lambda: CompressionConfig(group_dim=2))
 
     def __post_init__(self) -> None:
         for name in ("gpu_batch_size", "num_gpu_batches"):
@@ -61,12 +69,25 @@ class Policy:
                 )
         if self.cpu_cache_compute:
             raise PolicyError("cpu_cache_compute (attention on the CPU) is not available yet; leave it off")
-        if self.attn_sparsity != 1.0:
-            raise PolicyError(f"attn_sparsity is {self.attn_sparsity:g}; sparse attention is not available yet, use 1")
+        if not 0 < self.attn_sparsity <= 1:
+            raise PolicyError(
+                f"attn_sparsity is {self.attn_sparsity:g}; it is the share of V that attention reads, above 0 and at "
+                "most 1"
+            )
         if self.compress_weight:
-            raise PolicyError("compress_weight (4-bit weights) is not available yet; leave it off")
+            _check_format("comp_weight_config", self.comp_weight_config, WEIGHT_GROUPS, (0, 1))
         if self.compress_cache:
-            raise PolicyError("compress_cache (4-bit cache) is not available yet; leave it off")
+            _check_format("comp_cache_config", self.comp_cache_config, (CACHE_GROUP,), (2,))
+
+    @property
+    def weight_group(self) -> int | None:
+        """Group size of 4-bit weights; None where weights keep their dtype."""
+        config = self.comp_weight_config
+        return config.group_size if self.compress_weight and config.enabled else None
+
+    @property
+    def is_cache_4bit(self) -> bool:
+        return self.compress_cache and self.comp_cache_config.enabled
 
     @property
     def w_disk_percent(self) -> float:
@@ -90,3 +111,17 @@ class Policy:
         if not self.overlap:
             return "sequential"
         return "overlap, single batch" if self.num_gpu_batches == 1 else "overlap, multi-batch"
+
+
+def _check_format(name: str, config: CompressionConfig, groups: tuple[int, ...], dims: tuple[int, ...]) -> None:
+    """Raise PolicyError for a format that does not exist."""
+    if config.num_bits != 4:
+        raise PolicyError(f"{name}: num_bits is {config.num_bits}; only 4 is available")
+    if config.symmetric:
+        raise PolicyError(f"{name}: symmetric quantisation is not available; groups have a minimum and a scale")
+    if config.group_size not in groups:
+        available = " or ".join(map(str, groups))
+        raise PolicyError(f"{name}: group_size is {config.group_size}; available is {available}")
+    if config.group_dim not in dims:
+        available = " or ".join(map(str, dims))
+        raise PolicyError(f"{name}: group_dim is {config.group_dim}; available is {available}")

@@ -356,7 +356,7 @@ class Generator:
         """Take a result home; what goes to disk leaves from staging or, without any, from its home on the host."""
         on_disk, on_host = homes
         source = out if stage else on_host
-        if self.program.copies and out:
+        if self.program.copies and out and moved:
             staged: tuple[Slot, ...] = ()
             gone: tuple[Slot, ...] = ()
             if stage:

@@ -5,10 +5,26 @@ Knows shapes, bytes and floating-point operations. Does not know where anything 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from math import prod
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+STORED_BYTES = DTYPE_BYTES | {"int16": 2}  # four 4-bit codes to an int16
+
+# The 4-bit format of a matrix [N, K] (kernels/formats.py): blocks of 256 rows, groups along K
+BLOCK_ROWS = 256
+CODES_PER_WORD = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """The 4-bit matrix [N, K] that a tensor holds one half of: its "codes", or the "scales" of their groups."""
+
+    matrix: str  # its name in the model
+    shape: tuple[int, int]
+    group_size: int
+    half: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,19 +32,34 @@ class TensorSpec:
     """One weight as the engine sees it, and the checkpoint tensors it is concatenated from along dimension 0.
 
     A table cut over several modules (a large output projection) is one TensorSpec in each, with its first row in `row`.
-    A `gathered` tensor is looked up row by row where it lies (an embedding) and is never streamed for that use.
+    A `gathered` tensor is looked up row by row where it lies (an embedding) and is never streamed for that use. An
+    `exact` one is never compressed.
     """
 
     name: str  # unique in the model: "3.qkv.weight"
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # as stored
     sources: tuple[str, ...]  # names in a Hugging Face checkpoint, without any "model." prefix
     source_rows: tuple[int, ...]  # rows (or elements, for a vector) that each source contributes
     gathered: bool = False
     row: int = 0
+    exact: bool = False
+    dtype: str = ""  # as stored; a model's tensors have one
+    packing: Packing | None = None  # of a 4-bit matrix, whose two halves are tensors of their own
 
     @property
-    def numel(self) -> int:
+    def source_shape(self) -> tuple[int, ...]:
+        """The shape in the checkpoint, sources concatenated."""
+        return self.packing.shape if self.packing else self.shape
+
+    @property
+    def num_parameters(self) -> int:
+        if self.packing:
+            return prod(self.packing.shape) if self.packing.half == "codes" else 0
         return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * STORED_BYTES[self.dtype]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +77,10 @@ class ModuleSpec:
     @property
     def name(self) -> str:
         return "embed" if self.kind == "embed" else f"{self.kind}.{self.index}"
+
+    def stored_as(self, dtype: str) -> ModuleSpec:
+        """With all tensors in `dtype`."""
+        return replace(self, tensors=tuple(replace(t, dtype=dtype) for t in self.tensors))
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,16 +133,15 @@ class ModelSpec:
 
     @property
     def num_parameters(self) -> int:
-        return sum(t.numel for m in self.modules for t in m.tensors)
+        return sum(t.num_parameters for m in self.modules for t in m.tensors)
 
     @property
     def weight_bytes(self) -> int:
-        return self.num_parameters * self.itemsize
+        return sum(t.nbytes for m in self.modules for t in m.tensors)
 
     @property
-    def kv_bytes_per_token(self) -> int:
-        """Bytes of K and V of one token in one layer."""
-        return 2 * self.num_kv_heads * self.head_dim * self.itemsize
+    def is_4bit(self) -> bool:
+        return any(t.packing for m in self.modules for t in m.tensors)
 
     def layers(self, sep_layer: bool) -> tuple[LayerSpec, ...]:
         """The schedule's layers: attention and MLP apart (`sep_layer`) or one per decoder block."""
@@ -120,6 +154,43 @@ class ModelSpec:
             else:
                 layers.append(LayerSpec((module,)))
         return tuple(layers)
+
+
+def to_4bit(spec: ModelSpec, group_size: int) -> ModelSpec:
+    """The model with every matrix of its decoder blocks and projections in 4 bits, in groups of `group_size` along K.
+
+    Embeddings and the output projection, which often are one table, keep their 16 bits.
+    """
+
+    def tensors(module: ModuleSpec) -> Iterator[TensorSpec]:
+        for t in module.tensors:
+            if len(t.shape) == 2 and not t.exact:
+                yield from _halves(t, group_size)
+            else:
+                yield t
+
+    return replace(spec, modules=tuple(replace(m, tensors=tuple(tensors(m))) for m in spec.modules))
+
+
+def _halves(tensor: TensorSpec, group_size: int) -> tuple[TensorSpec, TensorSpec]:
+    """Codes [blocks, K/4, 256] and scales [blocks, K/G, 2, 256] of a matrix [N, K]; a block of rows is one row here."""
+    rows, columns = tensor.shape
+    blocks, groups = -(-rows // BLOCK_ROWS), -(-columns // group_size)
+    shapes = {
+        "codes": ("int16", (blocks, groups * group_size // CODES_PER_WORD, BLOCK_ROWS)),
+        "scales": ("float16", (blocks, groups, 2, BLOCK_ROWS)),
+    }
+    codes, scales = (
+        replace(
+            tensor,
+            name=f"{tensor.name}.{half}",
+            shape=shape,
+            dtype=dtype,
+            packing=Packing(tensor.name, (rows, columns), group_size, half),
+        )
+        for half, (dtype, shape) in shapes.items()
+    )
+    return codes, scales
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,13 +10,14 @@ from torch import Tensor
 
 from ..memory.activations import Activations
 from ..memory.buffers import Buffers
-from ..memory.cache import Cache
+from ..memory.cache import Cache, Segment
 from ..memory.disk import DiskQueue
-from ..memory.weights import Weights
+from ..memory.weights import Segments, Weights
 from ..models import ops
-from ..models.ops import Matrix
+from ..models.ops import Matrix, Matrix4, Weight
 from ..models.opt import OPT
 from ..models.sampling import Sampler, SamplingParams
+from ..plan.layout import Group
 from ..plan.plan import Plan
 from ..plan.schedule import Op, Slot
 
@@ -58,7 +59,7 @@ class Block:
         keep_logits: Callable[[int, Tensor], None] | None = None,
     ) -> None:
         self._plan, self._batches, self._model, self._weights, self._buffers = plan, batches, model, weights, buffers
-        self._cache = Cache(plan, buffers, disk, dtype)
+        self._cache = Cache(plan, buffers, disk)
         self._activations = Activations(plan, buffers, disk, dtype)
         self._device = buffers.device
         self._on_step, self._keep_logits = on_step, keep_logits
@@ -66,7 +67,8 @@ class Block:
         self._next: list[list[int]] = [[t for s in batch for t in s.prompt] for batch in batches]
         self._head_input: dict[int, Tensor] = {}
         self._logits: dict[int, Tensor] = {}
-        self._view: tuple[tuple[int, int], Mapping[str, Matrix]] | None = None
+        self._view: tuple[tuple[int, int], Mapping[str, Weight]] | None = None
+        self._keep: dict[tuple[int, int], Tensor] = {}
         self._step = -1
 
     @property
@@ -149,13 +151,25 @@ class Block:
         if op.i != self._step:
             self._step = op.i
             self._cache.start_step()
+            self._keep.clear()
 
-    def _tensors(self, op: Op) -> Mapping[str, Matrix]:
+    def _tensors(self, op: Op) -> Mapping[str, Weight]:
         """Layer j's weights, made once for all GPU batches that use this load of them."""
         if self._view is None or self._view[0] != (op.i, op.j):
+            self._view = None  # what it may have dequantised goes first
             found = self._weights.view(op.j, self._slot(op, "weight"))
-            self._view = (op.i, op.j), {name: Matrix(segments) for name, segments in found.items()}
+            self._view = (op.i, op.j), dict(self._named(op.j, found))
         return self._view[1]
+
+    def _named(self, j: int, found: Segments) -> Iterator[tuple[str, Weight]]:
+        for tensor in self._plan.layers[j].tensors:
+            packing = tensor.packing
+            if packing is None:
+                if tensor.name in found:  # not an embedding's table
+                    yield tensor.name, Matrix(found[tensor.name])
+            elif packing.half == "codes":
+                scales = found[f"{packing.matrix}.scales"]
+                yield packing.matrix, Matrix4(packing.shape, packing.group_size, found[tensor.name], scales)
 
     def _enter(self, op: Op) -> Tensor:
         """The hidden state that enters this layer; the parts of the head after the first share one input."""
@@ -164,7 +178,7 @@ class Block:
             return torch.empty(0)
         return self._activations.get(op, self._slot(op, "hidden"))
 
-    def _embed(self, op: Op, w: Mapping[str, Matrix]) -> Tensor:
+    def _embed(self, op: Op, w: Mapping[str, Weight]) -> Tensor:
         batch = self._plan.workload.batches[op.k]
         if op.i == 0:
             positions = torch.cat([torch.arange(n) for n in batch.prompt_lens])
@@ -173,13 +187,28 @@ class Block:
         return self._model.embed(w, self._weights.rows, torch.tensor(self._next[op.k]), positions)
 
     def _attend(self, op: Op, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = self._slot(op, "cache_out")
         if op.i == 0:
-            self._cache.put_prompt(op, k, v, self._slot(op, "cache_out"))
+            for target in self._cache.prompt_targets(op, out):
+                ops.write_prompt(k, v, target)
             return ops.prefill_attention(q, k, v, self._plan.workload.batches[op.k].prompt_lens)
-        groups = self._cache.put_token(op, k, v, self._slot(op, "cache"), self._slot(op, "cache_out"))
-        return torch.cat([ops.decode_attention(q[g.first : g.stop], segments) for g, segments in groups])
+        for place in self._cache.token_targets(op, out):
+            ops.write_tokens(k, v, place)
+        groups = self._cache.segments(op, self._slot(op, "cache"), out)
+        return torch.cat([self._attend_group(op, group, q, segments) for group, segments in groups])
 
-    def _head(self, op: Op, w: Mapping[str, Matrix], x: Tensor, *, part: int) -> None:
+    def _attend_group(self, op: Op, group: Group, q: Tensor, segments: Sequence[Segment]) -> Tensor:
+        q = q[group.first : group.stop]
+        sparsity = self._plan.policy.attn_sparsity
+        if sparsity == 1:
+            return ops.decode_attention(q, segments)
+        tag = op.k, group.first
+        if tag not in self._keep:
+            counts = [int(sparsity * n) for n in group.cached(op.i)]
+            self._keep[tag] = torch.tensor(counts, dtype=torch.int32, device=self._device)
+        return ops.sparse_decode_attention(q, segments, self._keep[tag])
+
+    def _head(self, op: Op, w: Mapping[str, Weight], x: Tensor, *, part: int) -> None:
         batch = self._plan.workload.batches[op.k]
         if part == 0:
             if op.i == 0:

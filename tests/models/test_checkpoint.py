@@ -63,8 +63,8 @@ def make_spec(dtype: str = "float16", blocks: int = 2) -> ModelSpec:
         for n, (low, high) in enumerate(pairwise((0, 60, VOCAB)))
     ]
     embed = ModuleSpec("embed", 0, (matrix("positions.weight", 30, HIDDEN, "decoder.positions.weight"),), 0.0)
-    modules = (embed, *(m for n in range(blocks) for m in block(n)), *head)
-    return ModelSpec("someone/Tiny model", "opt", dtype, HIDDEN, blocks, 3, 3, 16, FFN, VOCAB, 28, modules)
+    modules = [m.stored_as(dtype) for m in (embed, *(m for n in range(blocks) for m in block(n)), *head)]
+    return ModelSpec("someone/Tiny model", "opt", dtype, HIDDEN, blocks, 3, 3, 16, FFN, VOCAB, 28, tuple(modules))
 
 
 def make_weights(spec: ModelSpec, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -195,9 +195,7 @@ def test_a_bin_checkpoint_is_converted_to_the_same_tensors(
     source, weights = make_checkpoint(tmp_path, spec, save, prefix=prefix)
     store = open_store(spec, source, tmp_path / "offload")
     assert_same(contents(spec, store), expected(spec, weights))
-    assert store.extents == {
-        m.name: tuple(e) for m, e in zip(spec.modules, packed_layout(spec.modules, spec.itemsize), strict=True)
-    }
+    assert store.extents == {m.name: tuple(e) for m, e in zip(spec.modules, packed_layout(spec.modules), strict=True)}
 
 
 @pytest.mark.parametrize("save", [save_safetensors, save_bin])
@@ -243,7 +241,7 @@ def test_safetensors_are_preferred_to_bin(tmp_path: Path) -> None:
 
 def test_a_module_of_many_tensors_has_a_header_of_several_pages(tmp_path: Path) -> None:
     tensors = tuple(matrix(f"a rather long name of tensor {n}.weight", 2, 3, f"t{n}") for n in range(60))
-    spec = replace(make_spec(), modules=(ModuleSpec("embed", 0, tensors, 0.0),))
+    spec = replace(make_spec(), modules=(ModuleSpec("embed", 0, tensors, 0.0).stored_as("float16"),))
     source, weights = make_checkpoint(tmp_path, spec, save_bin)
     store = open_store(spec, source, tmp_path / "offload")
     assert store.extents["embed"][0].offset > PAGE
@@ -290,7 +288,7 @@ def test_rows_of_a_random_table_do_not_depend_on_how_it_is_cut(tmp_path: Path, m
     monkeypatch.setattr(sources, "PIECE", 1000)
     spec = make_spec()
     whole_head = ModuleSpec("head", 0, (matrix("tokens.weight", VOCAB, HIDDEN, "decoder.tokens.weight"),), 1.0)
-    whole = replace(spec, modules=(*spec.modules[:-2], whole_head))
+    whole = replace(spec, modules=(*spec.modules[:-2], whole_head.stored_as(spec.dtype)))
     cut, uncut = contents(spec, open_store(spec, None, tmp_path)), contents(whole, open_store(whole, None, tmp_path))
     parts = torch.cat([cut["head.0", "tokens.weight"], cut["head.1", "tokens.weight"]])
     assert torch.equal(parts, uncut["head.0", "tokens.weight"])
@@ -635,9 +633,8 @@ def test_no_code_of_a_pickle_runs(tmp_path: Path, zipped: bool) -> None:
 def test_memory_stays_at_a_few_pieces(tmp_path: Path, save: Callable[[Path, dict[str, Tensor]], None]) -> None:
     """A checkpoint of 96 MiB in one tensor, read through mappings of at most 8 MiB."""
     shape = (6 << 10, 4 << 10)
-    spec = replace(
-        make_spec(), modules=(ModuleSpec("embed", 0, (matrix("table.weight", *shape, "table.weight"),), 0.0),)
-    )
+    table = ModuleSpec("embed", 0, (matrix("table.weight", *shape, "table.weight"),), 0.0)
+    spec = replace(make_spec(), modules=(table.stored_as("float16"),))
     source = tmp_path / "checkpoint"
     source.mkdir()
     save(source, {"table.weight": torch.full(shape, 0.5, dtype=torch.float32)})

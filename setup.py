@@ -1,0 +1,21 @@
+"""What pyproject.toml cannot say: a wheel carries the kernels inside the package (flexgen_triton/kernels/__init__.py)."""
+
+import shutil
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.build_py import build_py
+
+
+class BuildWithKernels(build_py):
+    """Copies the top-level kernels/ folder to where a wheel has it; an editable install finds it where it is."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            target = Path(self.build_lib) / "flexgen_triton" / "kernels"
+            for file in Path("kernels").glob("*.py"):
+                shutil.copy(file, target)
+
+
+setup(cmdclass={"build_py": BuildWithKernels})

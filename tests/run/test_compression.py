@@ -1,0 +1,121 @@
+"""Policies are invisible with 4-bit weights, a 4-bit cache and sparse attention too: the reference is a plain model.
+
+Its weights and its K and V went through the format's references; it knows no tiers and no schedule.
+"""
+
+from __future__ import annotations
+
+import itertools
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from reference_opt import Options, ReferenceOPT
+from test_policies import PERCENTS, STRATEGIES, shares
+from tiny_models import MODELS, NEW_TOKENS, Tiny, make_tiny
+
+from flexgen_triton import LLM, Policy, SamplingParams
+from flexgen_triton.run.block import Request
+
+GREEDY = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True)
+FORMATS = {  # 4-bit weights, 4-bit cache, share of V
+    "weights": (True, False, 1.0),
+    "cache": (False, True, 1.0),
+    "sparse": (False, False, 0.2),
+    "weights and cache": (True, True, 1.0),
+    "all": (True, True, 0.1),
+}
+ROUNDING = 2e-5  # relative, of fp32 sums over a few hundred terms
+FLIP = 2e-2  # relative: K or V that lies between two codes may fall to either of them
+FLIPPED = 0.2  # the share of logit rows in which one did
+
+
+@lru_cache(maxsize=64)
+def expected(path: Path, prompts: tuple[tuple[int, ...], ...], *fmt: float) -> list[tuple[list[int], torch.Tensor]]:
+    weights, cache, sparsity = fmt
+    options = Options(weight_group=64 if weights else None, kv_quantised=bool(cache), sparsity=sparsity)
+    model = ReferenceOPT.load(path, options)
+    return [model.generate(list(p), NEW_TOKENS) for p in prompts]
+
+
+def check(tiny: Tiny, policy: Policy, offload_dir: Path, *, copies: bool) -> None:
+    """Tokens equal, logits within rounding; with a 4-bit cache a few within one code of one number."""
+    fmt = policy.compress_weight, policy.compress_cache, policy.attn_sparsity
+    want = expected(tiny.path, tuple(map(tuple, tiny.prompts)), *fmt)
+    with LLM(str(tiny.path), policy=policy, dtype="float32", offload_dir=offload_dir, copies=copies) as llm:
+        requests = [Request(list(p), GREEDY) for p in tiny.prompts]
+        numbers = {id(r): n for n, r in enumerate(requests)}
+        seen: dict[int, list[torch.Tensor]] = {n: [] for n in range(len(requests))}
+
+        def keep(batch, logits):
+            for request, row in zip(batch, logits, strict=True):
+                seen[numbers[id(request)]].append(row)
+
+        llm.engine.generate(requests, keep_logits=keep)
+    assert [r.tokens for r in requests] == [tokens for tokens, _ in want]
+    errors = torch.cat(
+        [(torch.stack(seen[n]) - logits).abs().amax(1) / logits.abs().amax() for n, (_, logits) in enumerate(want)]
+    )
+    if not policy.compress_cache:
+        assert errors.max() < ROUNDING
+    assert errors.max() < FLIP
+    assert (errors > ROUNDING).float().mean() <= FLIPPED, errors
+
+
+def make_policy(shape: tuple[object, ...], fmt: str, **fields: bool) -> Policy:
+    weights, cache, sparsity = FORMATS[fmt]
+    return Policy(*shape, compress_weight=weights, compress_cache=cache, attn_sparsity=sparsity, **fields)  # type: ignore
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """One folder for all: a model is converted once."""
+    return tmp_path_factory.mktemp("offload")
+
+
+@pytest.mark.parametrize("copies", [False, True], ids=["in place", "copied"])
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("percent", PERCENTS)
+def test_every_tier(tiny, store, percent, fmt, copies):
+    check(tiny, make_policy((2, 2, *PERCENTS[percent]), fmt), store, copies=copies)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("fmt", ["weights and cache", "all"])
+def test_every_strategy(tiny, store, strategy, fmt):
+    num_batches, overlap = STRATEGIES[strategy]
+    check(tiny, make_policy((2, num_batches, *PERCENTS["a bit of each"]), fmt, overlap=overlap), store, copies=True)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("sep_layer", "copies"), list(itertools.product([True, False], repeat=2)))
+def test_every_architecture(tiny_models, store, name, sep_layer, copies):
+    policy = make_policy((3, 2, 20, 30, 25, 30, 40, 30), "all", sep_layer=sep_layer)
+    check(tiny_models[name], policy, store, copies=copies)
+
+
+def test_heads_narrower_than_a_group_are_padded(tmp_path):
+    """32 numbers a head, where a group of the 4-bit cache has 64."""
+    fields = {"hidden_size": 64, "num_attention_heads": 2, "ffn_dim": 96, "vocab_size": 203}
+    check(
+        make_tiny(tmp_path / "narrow", fields), make_policy((3, 2, 0, 50, 20, 40, 50, 0), "all"), tmp_path, copies=True
+    )
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    weights=shares(),
+    cache=shares(),
+    activations=shares(),
+    size=st.integers(1, 7),
+    num_batches=st.integers(1, 4),
+    fmt=st.sampled_from(sorted(FORMATS)),
+    flags=st.tuples(*[st.booleans()] * 3),
+)
+def test_any_policy_is_invisible(tiny, store, weights, cache, activations, size, num_batches, fmt, flags):
+    overlap, sep_layer, copies = flags
+    policy = make_policy((size, num_batches, *weights, *cache, *activations), fmt, overlap=overlap, sep_layer=sep_layer)
+    check(tiny, policy, store, copies=copies)
