@@ -12,10 +12,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from flexgen_triton.kernels.formats import dequantize_kv, dequantize_weight, quantize_kv, quantize_weight
 from torch import Tensor
 from transformers import OPTConfig, OPTForCausalLM
 from transformers.activations import ACT2FN
+
+from flexgen_triton.kernels.formats import dequantize_kv, dequantize_weight, quantize_kv, quantize_weight
 
 POSITION_OFFSET = 2  # the position table's first two rows are never used
 LINEARS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2", "project_in", "project_out")

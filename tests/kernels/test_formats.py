@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from flexgen_triton.kernels import formats
 
+from flexgen_triton.kernels import formats
 from flexgen_triton.plan.layout import cache_fields
 from flexgen_triton.plan.spec import BLOCK_ROWS
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from flexgen_triton.kernels import formats
 from safetensors import safe_open
 
+from flexgen_triton.kernels import formats
 from flexgen_triton.models.checkpoint import open_store, store_name
 from flexgen_triton.models.opt import SIZES, model_spec
 from flexgen_triton.plan.spec import to_4bit

@@ -12,14 +12,14 @@ WEIGHTS, CACHE = "comp_weight_config", "comp_cache_config"
 REFUSED = {
     "8-bit weights": ({"compress_weight": True, WEIGHTS: CompressionConfig(num_bits=8)}, "num_bits is 8; only 4"),
     "2-bit cache": ({"compress_cache": True, CACHE: CompressionConfig(2, group_dim=2)}, "num_bits is 2; only 4"),
-    "groups of 48": ({"compress_weight": True, WEIGHTS: CompressionConfig(4, 48)}, "is 48; available is 32 or 64 or 128"),
+    "groups of 48": ({"compress_weight": True, WEIGHTS: CompressionConfig(4, 48)}, "48; available is 32 or 64 or 128"),
     "cache groups of 32": ({"compress_cache": True, CACHE: CompressionConfig(4, 32, 2)}, "is 32; available is 64"),
     "symmetric": ({"compress_weight": True, WEIGHTS: CompressionConfig(symmetric=True)}, "symmetric .* not available"),
     "weights along the cache's dimension": (
         {"compress_weight": True, WEIGHTS: CompressionConfig(4, 64, 2)},
         "group_dim is 2; available is 0 or 1",
     ),
-    "cache along tokens": ({"compress_cache": True, CACHE: CompressionConfig(4, 64, 0)}, "group_dim is 0; available is 2"),
+    "cache along tokens": ({"compress_cache": True, CACHE: CompressionConfig(4, 64, 0)}, "dim is 0; available is 2"),
     "no V": ({"attn_sparsity": 0.0}, "attn_sparsity is 0; .* above 0 and at most 1"),
     "more than all V": ({"attn_sparsity": 1.5}, "attn_sparsity is 1.5; .* above 0 and at most 1"),
 }
