@@ -20,7 +20,6 @@ from tiny_models import MODELS, NEW_TOKENS, Tiny, make_tiny
 from flexgen_triton import LLM, Policy, SamplingParams
 from flexgen_triton.run.block import Request
 
-GREEDY = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True)
 FORMATS = {  # 4-bit weights, 4-bit cache, share of V
     "weights": (True, False, 1.0),
     "cache": (False, True, 1.0),
@@ -29,24 +28,27 @@ FORMATS = {  # 4-bit weights, 4-bit cache, share of V
     "all": (True, True, 0.1),
 }
 ROUNDING = 2e-5  # relative, of fp32 sums over a few hundred terms
-FLIP = 2e-2  # relative: K or V that lies between two codes may fall to either of them
-FLIPPED = 0.2  # the share of logit rows in which one did
+FLIP = 5e-2  # relative: a number of K or V that lies between two codes may fall to either, and stays there
+FLIPPED = 0.5  # the share of sequences in which one may
 
 
 @lru_cache(maxsize=64)
-def expected(path: Path, prompts: tuple[tuple[int, ...], ...], *fmt: float) -> list[tuple[list[int], torch.Tensor]]:
+def expected(
+    path: Path, prompts: tuple[tuple[int, ...], ...], new_tokens: int, *fmt: float
+) -> list[tuple[list[int], torch.Tensor]]:
     weights, cache, sparsity = fmt
     options = Options(weight_group=64 if weights else None, kv_quantised=bool(cache), sparsity=sparsity)
     model = ReferenceOPT.load(path, options)
-    return [model.generate(list(p), NEW_TOKENS) for p in prompts]
+    return [model.generate(list(p), new_tokens) for p in prompts]
 
 
-def check(tiny: Tiny, policy: Policy, offload_dir: Path, *, copies: bool) -> None:
+def check(tiny: Tiny, policy: Policy, offload_dir: Path, *, copies: bool, new_tokens: int = NEW_TOKENS) -> None:
     """Tokens equal, logits within rounding; with a 4-bit cache a few within one code of one number."""
     fmt = policy.compress_weight, policy.compress_cache, policy.attn_sparsity
-    want = expected(tiny.path, tuple(map(tuple, tiny.prompts)), *fmt)
+    want = expected(tiny.path, tuple(map(tuple, tiny.prompts)), new_tokens, *fmt)
+    greedy = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
     with LLM(str(tiny.path), policy=policy, dtype="float32", offload_dir=offload_dir, copies=copies) as llm:
-        requests = [Request(list(p), GREEDY) for p in tiny.prompts]
+        requests = [Request(list(p), greedy) for p in tiny.prompts]
         numbers = {id(r): n for n, r in enumerate(requests)}
         seen: dict[int, list[torch.Tensor]] = {n: [] for n in range(len(requests))}
 
@@ -56,13 +58,12 @@ def check(tiny: Tiny, policy: Policy, offload_dir: Path, *, copies: bool) -> Non
 
         llm.engine.generate(requests, keep_logits=keep)
     assert [r.tokens for r in requests] == [tokens for tokens, _ in want]
-    errors = torch.cat(
+    errors = torch.stack(
         [(torch.stack(seen[n]) - logits).abs().amax(1) / logits.abs().amax() for n, (_, logits) in enumerate(want)]
-    )
-    if not policy.compress_cache:
-        assert errors.max() < ROUNDING
-    assert errors.max() < FLIP
-    assert (errors > ROUNDING).float().mean() <= FLIPPED, errors
+    )  # [prompts, new_tokens]
+    assert errors[:, 0].max() < ROUNDING, "prefill reads no cache"
+    assert errors.max() < (FLIP if policy.compress_cache else ROUNDING), errors
+    assert (errors.amax(1) > ROUNDING).float().mean() <= FLIPPED, errors
 
 
 def make_policy(shape: tuple[object, ...], fmt: str, **fields: bool) -> Policy:

@@ -1,0 +1,28 @@
+"""The engine on the Triton kernels, run by Triton's interpreter on the CPU: the tokens of the plain model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from test_compression import FORMATS, check, make_policy
+
+from flexgen_triton.models import ops
+
+PERCENT = (20, 30, 30, 40, 40, 30)
+SHORT = [[5, 9, 17, 4, 33, 8, 100, 2, 61, 7, 12], [44, 21], [77]]  # the interpreter takes milliseconds a program
+
+
+@pytest.fixture(autouse=True)
+def on_triton(monkeypatch):
+    monkeypatch.setattr(ops, "uses_triton", lambda x: True)
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_the_kernels_give_the_plain_models_tokens(tiny, tmp_path, fmt):
+    check(replace(tiny, prompts=SHORT), make_policy((3, 1, *PERCENT), fmt), tmp_path, copies=True, new_tokens=3)
+
+
+def test_the_kernels_give_them_for_heads_of_80(tiny_models, tmp_path):
+    short = replace(tiny_models["heads of 80, gelu"], prompts=SHORT[:2])
+    check(short, make_policy((2, 1, *PERCENT), "all"), tmp_path, copies=True, new_tokens=2)
