@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: a wheel carries the kernels inside the package (flexgen_triton/kernels/__init__.py)."""
+"""What pyproject.toml cannot say: a wheel carries the kernels inside the package, in flexgen_triton/kernels."""
 
 import shutil
 from pathlib import Path

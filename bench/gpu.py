@@ -1,8 +1,8 @@
 """Every check that needs a GPU, in one command: `python bench/gpu.py`.
 
-The links' rates, then correctness (tokens under every kind of policy against transformers' on the CPU, in fp32), then
-the engine under policies from all-resident to all-offloaded, each judged by its own bound. `bench/peers.py` runs there
-too.
+The links' rates, the kernels (kernel_speed.py), then correctness (tokens under every kind of policy against
+transformers' on the CPU, in fp32), then the engine under policies from all-resident to all-offloaded, each judged by
+its own bound. `bench/peers.py` runs there too.
 Results go to bench/results/<machine>/gpu-<commit>.json (or `--out`), after every check, so that a run that is cut short
 keeps what it has. Exits with 2 where there is no GPU and with 1 when a check fails.
 """
@@ -13,9 +13,10 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import rows
 import torch
@@ -23,13 +24,20 @@ import torch
 sys.path.insert(0, str(rows.ROOT))
 sys.path.insert(0, str(rows.ROOT / "tests"))
 
+import kernel_speed
+
 from flexgen_triton import LLM, Policy, SamplingParams
 from flexgen_triton.bench import random_prompts
 from flexgen_triton.figures import lanes_json, timing
 from flexgen_triton.memory.arena import Arena
+from flexgen_triton.run.block import Request
+
+if TYPE_CHECKING:
+    from tiny_models import Tiny
 
 GIB = 1 << 30
 CUDA = torch.device("cuda")
+DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +55,9 @@ class Case:
         shares = (p.w_gpu_percent, p.w_cpu_percent, p.cache_gpu_percent, p.cache_cpu_percent)
         percent = " ".join(f"{x:g}" for x in (*shares, p.act_gpu_percent, p.act_cpu_percent))
         shape = f"{p.gpu_batch_size}x{p.num_gpu_batches} {self.prompt_len}/{self.gen_len}"
-        return f"{self.model} {shape} [{percent}]{'' if p.overlap else ' sequential'}"
+        formats = ("4-bit weights",) * p.compress_weight + ("4-bit cache",) * p.compress_cache
+        sparse = (f"{p.attn_sparsity:.0%} of V",) * (p.attn_sparsity < 1)
+        return " ".join((self.model, shape, f"[{percent}]", *("sequential",) * (not p.overlap), *formats, *sparse))
 
 
 CASES = (
@@ -59,6 +69,10 @@ CASES = (
     Case("opt-6.7b", Policy(48, 3, 20, 80, 0, 100, 0, 100), 512, 32),
     Case("opt-6.7b", Policy(48, 3, 20, 80, 0, 100, 0, 100, overlap=False), 512, 8),
     Case("opt-6.7b", Policy(48, 3, 20, 80, 0, 100, 0, 100, pin_weight=False), 512, 8),
+    Case("opt-6.7b", Policy(48, 3, 20, 80, 0, 100, 0, 100, compress_weight=True), 512, 32),
+    Case("opt-6.7b", Policy(48, 3, 20, 80, 0, 100, 0, 100, compress_weight=True, compress_cache=True), 512, 32),
+    Case("opt-6.7b", Policy(48, 3, 20, 80, 0, 100, 0, 100, attn_sparsity=0.1), 512, 16),
+    Case("opt-6.7b", Policy(16, 1, 100, 0, 100, 0, 100, 0, compress_weight=True, compress_cache=True), 512, 32),
 )
 
 
@@ -110,6 +124,60 @@ def correctness(scratch: Path) -> Iterator[rows.Row]:
         yield rows.Row(f"tokens equal to transformers': {name}", right / total, "share", roof=1.0, share=right / total)
 
 
+FORMATS = {  # 4-bit weights, 4-bit cache, share of V
+    "4-bit weights": (True, False, 1.0),
+    "4-bit cache": (False, True, 1.0),
+    "20 % of V": (False, False, 0.2),
+    "4-bit weights and cache, 10 % of V": (True, True, 0.1),
+}
+
+
+def compression(scratch: Path) -> Iterator[rows.Row]:
+    """Tokens in fp32 and logits in fp16, against a plain model whose numbers went through the format's references.
+
+    In fp16 a row of logits is right when its error is within 4 times that of the plain model rounded to fp16.
+    """
+    from reference_opt import Options, ReferenceOPT
+    from tiny_models import MODELS, NEW_TOKENS, make_tiny
+
+    torch.backends.cuda.matmul.allow_tf32 = False
+    for n, (name, fields) in enumerate(MODELS.items()):
+        tiny = make_tiny(scratch / f"formats-{n}", fields)
+        for fmt, (weights, cache, sparsity) in FORMATS.items():
+            options = Options(weight_group=64 if weights else None, kv_quantised=cache, sparsity=sparsity)
+            plain, rounded = (ReferenceOPT.load(tiny.path, replace(options, dtype=d)) for d in DTYPES.values())
+            want = [plain.generate(p, NEW_TOKENS)[0] for p in tiny.prompts]
+            fits = {"compress_weight": weights, "compress_cache": cache, "attn_sparsity": sparsity}
+            policies = [Policy(3, 2, *p, **fits) for p in ((100, 0, 100, 0, 100, 0), (20, 30, 25, 40, 40, 30))]
+            tokens, logits = [], []
+            for policy in policies:
+                tokens += [got == w for (got, _), w in zip(run(tiny, policy, "float32", scratch), want, strict=True)]
+                for prompt, (got, rows_) in zip(tiny.prompts, run(tiny, policy, "float16", scratch), strict=True):
+                    ids = torch.tensor(prompt + got[:-1])
+                    exact, near = (m.score(ids, len(prompt))[len(prompt) - 1 :] for m in (plain, rounded))
+                    allowed = 4 * (near - exact).abs().max()
+                    logits += [bool((a - b).abs().max() <= allowed) for a, b in zip(rows_, exact, strict=True)]
+            for what, right in (("tokens, fp32", tokens), ("logits, fp16", logits)):
+                share = sum(right) / len(right)
+                yield rows.Row(f"{what}: {name}, {fmt}", share, "share", roof=1.0, share=share)
+
+
+def run(tiny: Tiny, policy: Policy, dtype: str, scratch: Path) -> list[tuple[list[int], torch.Tensor]]:
+    """Greedy tokens of every prompt and their logits [tokens, V], on the GPU."""
+    from tiny_models import NEW_TOKENS
+
+    requests = [Request(list(p), SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True)) for p in tiny.prompts]
+    seen: dict[int, list[torch.Tensor]] = {id(r): [] for r in requests}
+
+    def keep(batch: Sequence[Request], logits: torch.Tensor) -> None:
+        for request, row in zip(batch, logits.cpu(), strict=True):
+            seen[id(request)].append(row)
+
+    with LLM(str(tiny.path), policy=policy, dtype=dtype, offload_dir=scratch, device="cuda") as llm:
+        llm.engine.generate(requests, keep_logits=keep)
+    return [(r.tokens, torch.stack(seen[id(r)])) for r in requests]
+
+
 def engine(case: Case, store: Path) -> rows.Row:
     """Throughput of one case, judged by the busiest lane of the same run."""
     with LLM(case.model, path="_DUMMY_", policy=case.policy, offload_dir=store, device="cuda") as llm:
@@ -148,7 +216,7 @@ class Recorder:
     def add(self, row: rows.Row) -> None:
         self._rows.append(row)
         self.failed |= row.unit == "share" and row.share != 1.0
-        value = "failed" if row.value is None else f"{row.value:.4g} {row.unit}"
+        value = "no figure" if row.value is None else f"{row.value:.4g} {row.unit}"
         share = f", {row.share:.0%} of the roof" if row.share is not None else ""
         print(f"{row.name}: {value}{share} {row.note}", flush=True)
         rows.write_results(self._path, self._rows, self._header)
@@ -178,7 +246,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as folder:
         scratch = Path(folder)
         recorder.attempt("links", links)
+        recorder.attempt("kernels", kernel_speed.rows)
         recorder.attempt("correctness", lambda: correctness(scratch))
+        recorder.attempt("compression", lambda: compression(scratch))
         for case in CASES:
             recorder.attempt(case.name, lambda case=case: iter([engine(case, scratch / "store")]))
     return int(recorder.failed)

@@ -64,8 +64,8 @@ def quantize_groups(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _pack(codes: Tensor) -> Tensor:
     """Four planes of codes to words: uint8 [..., 4, n] -> int16 [..., n]."""
-    pairs = codes[..., ::2, :] | (codes[..., 1::2, :] << 4)  # a word's low byte and its high byte
-    return pairs.transpose(-1, -2).contiguous().view(torch.int16).squeeze(-1)
+    low, high = (codes[..., j, :] | (codes[..., j + 1, :] << 4) for j in (0, 2))
+    return (low.to(torch.int16) | (high.to(torch.int16) << 8)).contiguous()
 
 
 def _unpack(words: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ def quantize_weight(weight: Tensor, group_size: int = 64) -> tuple[Tensor, Tenso
     blocks, groups = -(-rows // BLOCK_ROWS), codes.shape[1]
     extra = blocks * BLOCK_ROWS - rows
     words = _pack(codes.view(rows, groups, 4, group_size // 4)).flatten(1)  # [N, K/4]
-    words = F.pad(words, (0, 0, 0, extra)).view(blocks, BLOCK_ROWS, -1)
+    words = F.pad(words, (0, 0, 0, extra)).view(blocks, BLOCK_ROWS, words.shape[1])
     scales = F.pad(torch.stack((scale, low), -1), (0, 0, 0, 0, 0, extra)).view(blocks, BLOCK_ROWS, groups, 2)
     return words.transpose(1, 2).contiguous(), scales.permute(0, 2, 3, 1).contiguous()
 
@@ -92,7 +92,7 @@ def _grouped(weight: Tensor, group_size: int) -> Tensor:
     extra = -weight.shape[1] % group_size
     if extra:
         weight = torch.cat((weight, weight[:, -1:].expand(-1, extra)), 1)
-    return weight.reshape(weight.shape[0], -1, group_size)
+    return weight.reshape(weight.shape[0], weight.shape[1] // group_size, group_size)
 
 
 def dequantize_weight(codes: Tensor, scales: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:

@@ -71,6 +71,11 @@ def test_k_and_v_are_within_half_a_step(dim):
     assert float(code * scale + low) == float(back[1, 2, dim - 1])
 
 
+def test_nothing_is_quantised_to_nothing():
+    assert [t.shape for t in formats.quantize_kv(torch.zeros(0, 3, 80))] == [(0, 3, 32), (0, 3, 2, 2)]
+    assert [t.shape for t in formats.quantize_weight(torch.zeros(0, 64))] == [(0, 16, 256), (0, 1, 2, 256)]
+
+
 @pytest.mark.parametrize("dim", [33, 64, 80, 128, 130])
 def test_the_plan_counts_what_the_format_takes(dim):
     class Spec:
