@@ -1,14 +1,18 @@
 """The KV cache of one block of the schedule, over three tiers by sequences.
 
-Layout on every tier, `[blocks, sequences, chunk]`, a chunk being the fields of K and V of one block of tokens of one
-sequence (plan/layout.py). On disk only full blocks are kept; the open one stays on the host. What writes K and V is
+Layout on every tier, `[blocks, K and V, sequences, half]`, a half being the fields of K or V of one block of tokens of
+one sequence (plan/layout.py). On disk only full blocks are kept; the open one stays on the host. What writes K and V is
 handed the places they go to, attention the segments they lie in; neither asks which tier those are on.
+
+Where host memory is apart from the device's, sparse attention is sent K alone of the host's sequences and is handed
+their V at home: it fetches the few rows it needs. The disk's sequences are read whole: a head's row of V is at most a
+few hundred bytes, and picking rows out of pages of 4096 would spare next to nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import accumulate, groupby
+from collections.abc import Sequence
+from itertools import accumulate, groupby, pairwise
 from typing import NamedTuple
 
 import torch
@@ -21,13 +25,17 @@ from .buffers import Buffers
 from .disk import DiskFile, DiskQueue, Read, Write
 
 Home = tuple[int, int]  # layer, GPU batch
-Fields = tuple[Tensor, ...]  # of K and V, each [blocks, n, 2, Hkv, tokens, width]
+Fields = tuple[Tensor, ...]  # of K and V, each [blocks, n, 2, Hkv, tokens, width], or of one, without the 2
 
 
 class Segment(NamedTuple):
-    """Cached tokens of n sequences; `lens` int32 [n] counts the valid ones of each."""
+    """Cached tokens of n sequences, each field [blocks, n, Hkv, tokens, width]; `lens` int32 [n] counts the valid ones.
 
-    fields: Fields
+    V may lie in host memory where K does not.
+    """
+
+    k: Fields
+    v: Fields
     lens: Tensor
 
 
@@ -82,37 +90,39 @@ class Cache:
 
     # Views
 
-    def _chunks(self, buffer: Tensor, size: int) -> Fields:
+    def _blocks(self, buffer: Tensor, size: int) -> Fields:
         """Dense uint8 blocks of `size` > 0 sequences as fields [blocks, size, 2, Hkv, tokens, width]."""
-        return self._fields(buffer, size, self._layout.block_tokens, self._layout.stride)
+        return self._fields(buffer, size, self._layout.block_tokens, self._layout.half)
+
+    def _keys(self, buffer: Tensor, size: int) -> Fields:
+        """The same of K alone: [blocks, size, Hkv, tokens, width]."""
+        return _half(self._fields(buffer, size, self._layout.block_tokens, self._layout.half, halves=1), 0)
 
     def _tokens(self, buffer: Tensor, size: int) -> Fields:
         """A slot of one new token for each of `size` sequences, as fields [1, size, 2, Hkv, 1, width]."""
         nbytes = self._layout.token_bytes
-        return self._fields(buffer[: size * nbytes], size, 1, nbytes)
+        return self._fields(buffer[: size * nbytes], size, 1, nbytes // 2)
 
-    def _fields(self, buffer: Tensor, size: int, tokens: int, stride: int) -> Fields:
-        """Chunks of `tokens` tokens, `stride` bytes apart, as fields: views of the buffer."""
-        heads, half = self._layout.num_kv_heads, self._layout.token_bytes * tokens // 2
+    def _fields(self, buffer: Tensor, size: int, tokens: int, half: int, halves: int = 2) -> Fields:
+        """A buffer [blocks, halves, size, `half` bytes] as fields [blocks, size, halves, Hkv, tokens, width]."""
+        heads, block = self._layout.num_kv_heads, halves * size * half
         views, at = [], 0
         for field in self._layout.fields:
             dtype = getattr(torch, field.dtype)
             typed = buffer.view(dtype)
-            shape = (len(buffer) // (size * stride), size, 2, heads, tokens, field.width)
-            steps = (size * stride, stride, half, tokens * field.nbytes, field.nbytes, dtype.itemsize)
+            shape = (len(buffer) // block, size, halves, heads, tokens, field.width)
+            steps = (block, half, size * half, tokens * field.nbytes, field.nbytes, dtype.itemsize)
             offset = typed.storage_offset() + at // dtype.itemsize
             views.append(typed.as_strided(shape, [n // dtype.itemsize for n in steps], offset))
             at += heads * tokens * field.nbytes
         return tuple(views)
 
-    def _split(self, buffer: Tensor, *parts: tuple[int, Group]) -> list[Tensor]:
-        """Cut a slot into dense ranges of (blocks, group)."""
-        cuts, at = [], 0
-        for blocks, group in parts:
-            end = at + self._layout.dense(blocks, group.size)
-            cuts.append(buffer[at:end])
-            at = end
-        return cuts
+    def _split(self, op: Op, slot: Tensor, full: int, used: int, halves: int = 2) -> list[Tensor]:
+        """Cut a slot: full and open blocks of the disk's sequences, `halves` of the blocks in use by the host's."""
+        _, host, disk = self._plan.groups[op.k].cache
+        dense = self._layout.dense
+        ends = [0, *accumulate((dense(full, disk.size), dense(1, disk.size), dense(used, host.size, halves)))]
+        return [slot[low:high] for low, high in pairwise(ends)]
 
     def _valid(self, tag: tuple[int, ...], counts: Sequence[int]) -> Tensor:
         """Token counts as a tensor on the device, made once per token step."""
@@ -134,13 +144,6 @@ class Cache:
 
     # Transfers
 
-    def _disk_ranges(self, home: Home, counts: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-        """(offset in the scratch file, start, end in a dense slot) of the blocks that sequences have."""
-        row = len(counts) * self._layout.stride
-        for block, n in block_runs(counts):
-            low = block * row
-            yield self._offsets[home] + low, low, low + n * self._layout.stride
-
     @property
     def _file(self) -> DiskFile:
         assert self._buffers.scratch is not None
@@ -148,33 +151,33 @@ class Cache:
 
     def read(self, op: Op, into: Tensor) -> None:
         """disk_in: the disk's full blocks, dense, to the start of `into`."""
-        ranges = self._disk_ranges((op.j, op.k), self._full(op))
-        self._disk.read([Read(self._file, at, into[low:high]) for at, low, high in ranges])
+        at = self._offsets[op.j, op.k]
+        ranges = self._layout.ranges(self._full(op))
+        self._disk.read([Read(self._file, at + low, into[low:high]) for low, high in ranges])
 
     def load(self, op: Op, staged: Tensor | None, into: Tensor) -> None:
-        """h2d: staged full blocks, open blocks and the host's blocks, to a slot of the device's cache ring."""
-        _, host, disk = self._plan.groups[op.k].cache
-        full, used = self._full(op), self._used(op)
-        blocks, opened, hosted = self._split(
-            into, (max(full, default=0), disk), (1, disk), (max(used, default=0), host)
-        )
+        """h2d: staged full blocks, open blocks and the host's blocks or their K, to a slot of the device's ring."""
+        full, used, home = self._full(op), self._used(op), self._host[op.j, op.k]
+        blocks, opened, hosted = self._split(op, into, _most(full), _most(used), self._plan.host_halves)
         if staged is not None:
             self._copy_blocks(staged, blocks, full)
         opened.copy_(self._open[op.j, op.k], non_blocking=True)
-        self._copy_blocks(self._host[op.j, op.k], hosted, used)
+        if self._plan.host_halves == 2:
+            self._copy_blocks(home, hosted, used)
+        else:
+            self._copy_keys(home, hosted, used)
 
     def _copy_blocks(self, source: Tensor, target: Tensor, counts: Sequence[int]) -> None:
-        """Copy the blocks that sequences have between dense ranges; one copy where every sequence has them all."""
-        stride = self._layout.stride
-        row = len(counts) * stride
-        for n, run in groupby(block_runs(counts), key=lambda block: block[1]):
-            blocks = [b for b, _ in run]
-            low, high = blocks[0] * row, (blocks[-1] + 1) * row
-            if n == len(counts):
-                target[low:high].copy_(source[low:high], non_blocking=True)
-                continue
-            for at in range(low, high, row):
-                target[at : at + n * stride].copy_(source[at : at + n * stride], non_blocking=True)
+        """Copy the blocks that sequences have, [blocks, 2, n, half]; one copy where every sequence has them all."""
+        for low, high in self._layout.ranges(counts):
+            target[low:high].copy_(source[low:high], non_blocking=True)
+
+    def _copy_keys(self, source: Tensor, target: Tensor, counts: Sequence[int]) -> None:
+        """Copy K of the blocks that sequences have, [blocks, 2, n, half] -> [blocks, n, half]: a copy for each."""
+        row = len(counts) * self._layout.half
+        for block, n in block_runs(counts):
+            keys = source[2 * block * row :][: n * self._layout.half]
+            target[block * row :][: len(keys)].copy_(keys, non_blocking=True)
 
     def store(self, op: Op, out: Tensor, staged: Tensor | None) -> None:
         """d2h: what attention handed over, to the host's homes and to a staging slot on the way to disk."""
@@ -187,7 +190,7 @@ class Cache:
         _, host, disk = self._plan.groups[op.k].cache
         full = [self._layout.full(n) for n in disk.prompt_lens]
         used = [self._layout.blocks(n) for n in host.prompt_lens]
-        blocks, opened, hosted = self._split(out, (_most(full), disk), (1, disk), (_most(used), host))
+        blocks, opened, hosted = self._split(op, out, _most(full), _most(used))
         if staged is not None:
             self._copy_blocks(blocks, staged, full)
         self._open[op.j, op.k].copy_(opened, non_blocking=True)
@@ -204,24 +207,24 @@ class Cache:
             if group.size:
                 first = group.first - host.first
                 rows = [field[first : first + group.size] for field in new]
-                append_tokens(self._chunks(buffer, group.size), positions, rows)
+                append_tokens(self._blocks(buffer, group.size), positions, rows)
 
     def write(self, op: Op, staged: Tensor | None) -> None:
         """disk_out: prefill's full blocks from `staged`, or the open blocks that this token step has filled."""
-        home, layout = (op.j, op.k), self._layout
+        opened, at, layout = self._open[op.j, op.k], self._offsets[op.j, op.k], self._layout
         disk = self._plan.groups[op.k].cache[2]
         if staged is not None:
-            ranges = self._disk_ranges(home, [layout.full(n) for n in disk.prompt_lens])
-            self._disk.write([Write(self._file, at, staged[low:high]) for at, low, high in ranges])
+            ranges = layout.ranges([layout.full(n) for n in disk.prompt_lens])
+            self._disk.write([Write(self._file, at + low, staged[low:high]) for low, high in ranges])
             return
         filled = [(layout.full(n), s) for s, n in enumerate(disk.cached(op.i)) if (n + 1) % layout.block_tokens == 0]
         requests = []
         for _, run in groupby(enumerate(filled), key=lambda e: (e[1][0], e[1][1] - e[0])):
             neighbours = [entry for _, entry in run]
             block, first = neighbours[0]
-            low, high = first * layout.stride, (first + len(neighbours)) * layout.stride
-            at = self._offsets[home] + block * disk.size * layout.stride + low
-            requests.append(Write(self._file, at, self._open[home][low:high]))
+            for low in (first * layout.half, (disk.size + first) * layout.half):  # K's and V's
+                buffer = opened[low:][: len(neighbours) * layout.half]
+                requests.append(Write(self._file, at + layout.dense(block, disk.size) + low, buffer))
         self._disk.write(requests)
 
     # Where new K and V go, and what attention reads
@@ -238,23 +241,23 @@ class Cache:
         blocks: Tensor | None = None
         if self._plan.copies and out is not None:
             used = [layout.blocks(n) for n in host.prompt_lens]
-            blocks, opened, hosted = self._split(out, (_most(full), disk), (1, disk), (_most(used), host))
+            blocks, opened, hosted = self._split(op, out, _most(full), _most(used))
         elif out is not None:
-            blocks = self._split(out, (_most(full), disk))[0]
+            blocks = self._split(op, out, _most(full), 0)[0]
         first = [0, *accumulate(batch.prompt_lens)]  # packed row of each sequence
         targets = []
         for group, buffer in ((gpu, self._gpu[home]), (host, hosted)):
             if group.size:
                 rows = first[group.first : group.stop]
-                targets.append(PromptTarget(self._chunks(buffer, group.size), rows, group.prompt_lens))
+                targets.append(PromptTarget(self._blocks(buffer, group.size), rows, group.prompt_lens))
         if disk.size:
             rows = first[disk.first : disk.stop]
             whole = [n * layout.block_tokens for n in full]
             if blocks is not None and len(blocks):
-                targets.append(PromptTarget(self._chunks(blocks, disk.size), rows, whole))
+                targets.append(PromptTarget(self._blocks(blocks, disk.size), rows, whole))
             rest = [n - m for n, m in zip(disk.prompt_lens, whole, strict=True)]
             rows = [r + m for r, m in zip(rows, whole, strict=True)]
-            targets.append(PromptTarget(self._chunks(opened, disk.size), rows, rest))
+            targets.append(PromptTarget(self._blocks(opened, disk.size), rows, rest))
         return targets
 
     def token_targets(self, op: Op, out: Tensor | None) -> list[TokenTarget]:
@@ -269,7 +272,7 @@ class Cache:
         for group, buffer, positions in places:
             if group.size:
                 at = self._valid((op.i, op.k, group.first, 6), positions)
-                targets.append(TokenTarget(self._chunks(buffer, group.size), group.first, positions, at))
+                targets.append(TokenTarget(self._blocks(buffer, group.size), group.first, positions, at))
         away = host.size + disk.size
         if self._plan.copies and away:
             assert out is not None
@@ -297,7 +300,7 @@ class Cache:
         counts = [n + 1 for n in group.cached(op.i)]
         lens = self._valid((op.i, op.k, group.first, 0), counts)
         blocks = self._layout.blocks(counts[0])
-        return [_segment(self._chunks(homes[op.j, op.k], group.size), lens, blocks)]
+        return [_segment(self._blocks(homes[op.j, op.k], group.size), lens, blocks)]
 
     def _in_place(self, op: Op, slot: Tensor | None) -> list[Segment]:
         """The disk's sequences where host memory is the device's: full blocks from the ring, the open one at home."""
@@ -305,7 +308,7 @@ class Cache:
         if not group.size:
             return []
         lens = self._valid((op.i, op.k, group.first, 1), [n % tokens + 1 for n in group.cached(op.i)])
-        opened = Segment(self._chunks(self._open[op.j, op.k], group.size), lens)
+        opened = _segment(self._blocks(self._open[op.j, op.k], group.size), lens)
         return [*self._full_segment(op, slot), opened]
 
     def _full_segment(self, op: Op, slot: Tensor | None) -> list[Segment]:
@@ -314,7 +317,7 @@ class Cache:
             return []
         assert slot is not None
         lens = self._valid((op.i, op.k, group.first, 2), [n * self._layout.block_tokens for n in full])
-        return [Segment(self._chunks(self._split(slot, (full[0], group))[0], group.size), lens)]
+        return [_segment(self._blocks(self._split(op, slot, full[0], 0)[0], group.size), lens)]
 
     def _staged(self, op: Op, slot: Tensor | None, out: Tensor | None) -> list[tuple[Group, list[Segment]]]:
         """Host and disk sequences from the device's ring; the new token is a segment of its own."""
@@ -322,26 +325,42 @@ class Cache:
         if slot is None or out is None:
             return []
         full, used, tokens = self._full(op), self._used(op), self._layout.block_tokens
-        _, opened, hosted = self._split(slot, (_most(full), disk), (1, disk), (_most(used), host))
+        _, opened, hosted = self._split(op, slot, _most(full), _most(used), self._plan.host_halves)
         new = self._tokens(out, host.size + disk.size)
         found: list[tuple[Group, list[Segment]]] = []
         if host.size:
             lens = self._valid((op.i, op.k, host.first, 3), host.cached(op.i))
-            found.append((host, [Segment(self._chunks(hosted, host.size), lens), self._newest(op, host, new)]))
+            earlier = self._host_segment(op, hosted, lens, _most(used))
+            found.append((host, [earlier, self._newest(op, host, new)]))
         if disk.size:
             lens = self._valid((op.i, op.k, disk.first, 4), [n % tokens for n in disk.cached(op.i)])
-            at_open = Segment(self._chunks(opened, disk.size), lens)
+            at_open = _segment(self._blocks(opened, disk.size), lens)
             found.append((disk, [*self._full_segment(op, slot), at_open, self._newest(op, disk, new)]))
         return found
+
+    def _host_segment(self, op: Op, hosted: Tensor, lens: Tensor, blocks: int) -> Segment:
+        """What the device was sent of the host's sequences; V from its home where only K was."""
+        size = len(lens)
+        if self._plan.host_halves == 2:
+            return _segment(self._blocks(hosted, size), lens)
+        home = self._blocks(self._host[op.j, op.k], size)
+        return Segment(self._keys(hosted, size), _half([field[:blocks] for field in home], 1), lens)
 
     def _newest(self, op: Op, group: Group, new: Fields) -> Segment:
         first = group.first - self._plan.groups[op.k].cache[1].first
         ones = self._valid((op.i, op.k, group.first, 5), [1] * group.size)
-        return Segment(tuple(field[:, first : first + group.size] for field in new), ones)
+        return _segment([field[:, first : first + group.size] for field in new], ones)
 
 
-def _segment(fields: Fields, lens: Tensor, blocks: int) -> Segment:
-    return Segment(tuple(field[:blocks] for field in fields), lens)
+def _half(fields: Sequence[Tensor], number: int) -> Fields:
+    """K (0) or V (1) of fields [blocks, n, halves, ...]."""
+    return tuple(field[:, :, number] for field in fields)
+
+
+def _segment(fields: Sequence[Tensor], lens: Tensor, blocks: int | None = None) -> Segment:
+    """The first blocks of fields of K and V."""
+    fields = [field[:blocks] for field in fields]
+    return Segment(_half(fields, 0), _half(fields, 1), lens)
 
 
 def append_tokens(fields: Fields, positions: Sequence[int], new: Sequence[Tensor]) -> None:

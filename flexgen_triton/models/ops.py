@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import groupby, pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -162,8 +163,17 @@ def _linear4(
             activation=FUSED_ACTIVATIONS[activation] if activation else None,
             residual=None if residual is None else residual[:, here],
             out=out[:, here],
+            workspace=_workspace(x.device, torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0),
         )
     return out
+
+
+@lru_cache(maxsize=8)
+def _workspace(device: torch.device, stream: int) -> Any:
+    """What the 4-bit products of one stream share: they follow one another."""
+    from ..kernels.matmul_q4 import Workspace
+
+    return Workspace(device)
 
 
 def _linear4_on_cpu(
@@ -294,14 +304,20 @@ def _cached(x: Tensor, fields: Fields) -> tuple[Tensor, ...]:
 
 
 def _k_and_v(fields: Fields) -> tuple[Fields, Fields]:
-    """K's and V's fields as the kernels take them: scales and minima [..., P/64, 2]."""
-    if len(fields) == 2:
-        fields = fields[0], fields[1].view(*fields[1].shape[:-1], -1, 2)
-    return tuple(f[:, :, 0] for f in fields), tuple(f[:, :, 1] for f in fields)
+    """K's and V's fields [blocks, n, Hkv, tokens, width], as the kernels take them."""
+    return _for_kernels([f[:, :, 0] for f in fields]), _for_kernels([f[:, :, 1] for f in fields])
+
+
+def _for_kernels(fields: Sequence[Tensor]) -> Fields:
+    """K's or V's fields with scales and minima apart, [..., P/64, 2]."""
+    if len(fields) == 1:
+        return (fields[0],)
+    codes, scales = fields
+    return codes, scales.view(*scales.shape[:-1], -1, 2)
 
 
 def _kv_segments(segments: Iterable[Segment]) -> list[KVSegment]:
-    return [KVSegment(*_k_and_v(fields), lens) for fields, lens in segments]
+    return [KVSegment(_for_kernels(s.k), _for_kernels(s.v), s.lens) for s in segments]
 
 
 def decode_attention(q: Tensor, segments: Sequence[Segment]) -> Tensor:

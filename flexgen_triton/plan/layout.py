@@ -1,15 +1,15 @@
 """How the KV cache and the hidden states of a GPU batch are divided over the tiers and laid out in memory.
 
-Sequences of a batch stand longest first: the first ones on the GPU, the next on the host, the last on disk. K and V of
-`block_tokens` tokens of one sequence are one chunk; a group of n sequences keeps its chunks block-major, `[blocks, n,
-chunk]`, so any number of leading blocks is one contiguous range. A chunk is all of K, then all of V, each of them one
-field after another, `[KV heads, block_tokens, width]`: a 16-bit cache has one field, the head's numbers; a 4-bit one
-has two, codes and scales (kernels/formats.py).
+Sequences of a batch stand longest first: the first ones on the GPU, the next on the host, the last on disk. A group of
+n sequences keeps its cache as `[blocks, 2, n, half]`: of every block of tokens K of all sequences, then V of all. So
+any number of leading blocks is one contiguous range, and a block's K of the longest sequences is one too. A half is K
+or V of `block_tokens` tokens of one sequence, one field after another, `[KV heads, block_tokens, width]`: a 16-bit
+cache has one field, the head's numbers; a 4-bit one has two, codes and scales (kernels/formats.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from .placement import PAGE, Tier
@@ -78,7 +78,7 @@ def make_groups(batch: Batch, counts: tuple[int, int, int]) -> tuple[Group, Grou
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """What a chunk holds of one token and head: `width` elements."""
+    """What a half holds of one token and head: `width` elements."""
 
     dtype: str
     width: int
@@ -98,7 +98,7 @@ def cache_fields(spec: ModelSpec, *, is_4bit: bool) -> tuple[Field, ...]:
 
 @dataclass(frozen=True, slots=True)
 class CacheLayout:
-    """Sizes of KV chunks, in bytes; `stride` from one sequence's chunk to the next is a whole number of pages."""
+    """Sizes in bytes of K and V, and where they lie; a half is a whole number of pages."""
 
     num_kv_heads: int
     fields: tuple[Field, ...]
@@ -110,8 +110,9 @@ class CacheLayout:
         return 2 * self.num_kv_heads * sum(f.nbytes for f in self.fields)
 
     @property
-    def stride(self) -> int:
-        return pad(self.token_bytes * self.block_tokens)
+    def half(self) -> int:
+        """K, or V, of one block of one sequence."""
+        return pad(self.token_bytes // 2 * self.block_tokens)
 
     def blocks(self, tokens: int) -> int:
         return -(-tokens // self.block_tokens)
@@ -119,9 +120,22 @@ class CacheLayout:
     def full(self, tokens: int) -> int:
         return tokens // self.block_tokens
 
-    def dense(self, blocks: int, size: int) -> int:
-        """Bytes of `blocks` blocks of `size` sequences."""
-        return blocks * size * self.stride
+    def dense(self, blocks: int, size: int, halves: int = 2) -> int:
+        """Bytes of `blocks` blocks of `size` sequences: of K and V, or with one of the halves alone."""
+        return blocks * halves * size * self.half
+
+    def ranges(self, counts: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """(start, end) in `[blocks, 2, n, half]` of what sequences have; `counts` are their blocks, longest first."""
+        row = len(counts) * self.half
+        start = end = 0
+        for block, n in block_runs(counts):
+            for low in (2 * block * row, (2 * block + 1) * row):
+                if low != end:
+                    yield start, end
+                    start = low
+                end = low + n * self.half
+        if end:
+            yield start, end
 
 
 def block_runs(counts: Sequence[int]) -> list[tuple[int, int]]:

@@ -67,6 +67,8 @@ class Plan:
         )
         self.parts: tuple[tuple[Part, ...], ...] = tuple(self._cut_parts(p) for p in self.placements)
         batches = workload.batches
+        # what the device is sent of the host's cache: K and V, or K alone, sparse attention fetching the V it needs
+        self.host_halves = 1 if copies and policy.attn_sparsity < 1 else 2
         fields = cache_fields(model, is_4bit=policy.is_cache_4bit)
         self.cache_layout = CacheLayout(model.num_kv_heads, fields, block_tokens_for(max(b.max_len for b in batches)))
         sizes = [b.size for b in batches]
@@ -115,8 +117,9 @@ class Plan:
             return self._prefill_cache_traffic(host, disk, last=last)
         full = [layout.full(n) for n in disk.cached(i)]
         used = [layout.blocks(n) for n in host.cached(i)]
-        read, read_slot = sum(full) * layout.stride, layout.dense(max(full, default=0), disk.size)
-        written = 0 if last else sum((n + 1) % layout.block_tokens == 0 for n in disk.cached(i)) * layout.stride
+        read, read_slot = layout.dense(sum(full), 1), layout.dense(max(full, default=0), disk.size)
+        filled = sum((n + 1) % layout.block_tokens == 0 for n in disk.cached(i))
+        written = 0 if last else layout.dense(filled, 1)
         if not self.copies:
             return CacheTraffic(disk_read=read, read_slot=read_slot, slot=read_slot, disk_write=written)
         open_bytes = layout.dense(1, disk.size)
@@ -124,12 +127,24 @@ class Plan:
         return CacheTraffic(
             disk_read=read,
             read_slot=read_slot,
-            host_load=sum(used) * layout.stride + open_bytes,
-            slot=read_slot + open_bytes + layout.dense(max(used, default=0), host.size),
+            host_load=layout.dense(sum(used), 1, self.host_halves) + open_bytes,
+            slot=read_slot + open_bytes + layout.dense(max(used, default=0), host.size, self.host_halves),
+            gathered=self._gathered(host, i),
             out=new,  # attention reads it there
             host_store=0 if last else new,
             disk_write=written,
         )
+
+    def _gathered(self, host: Group, i: int) -> int:
+        """Bytes of V that sparse attention fetches from the host's home: for every query head the rows it keeps."""
+        if self.host_halves == 2:
+            return 0
+        row = self.cache_layout.token_bytes // (2 * self.model.num_kv_heads)
+        return sum(self.kept(n) for n in host.cached(i)) * self.model.num_heads * row
+
+    def kept(self, cached: int) -> int:
+        """Of so many cached tokens, those whose V sparse attention reads, per head."""
+        return int(self.policy.attn_sparsity * cached)
 
     def _prefill_cache_traffic(self, host: Group, disk: Group, *, last: bool) -> CacheTraffic:
         if last:  # one token asked: its K and V are never read again
@@ -137,13 +152,13 @@ class Plan:
         layout = self.cache_layout
         full = [layout.full(n) for n in disk.prompt_lens]
         used = [layout.blocks(n) for n in host.prompt_lens]
-        written, write_slot = sum(full) * layout.stride, layout.dense(max(full, default=0), disk.size)
+        written, write_slot = layout.dense(sum(full), 1), layout.dense(max(full, default=0), disk.size)
         if not self.copies:
             return CacheTraffic(out=write_slot, disk_write=written, write_slot=write_slot)
         open_bytes = layout.dense(1, disk.size)
         return CacheTraffic(
             out=write_slot + open_bytes + layout.dense(max(used, default=0), host.size),
-            host_store=written + open_bytes + sum(used) * layout.stride,
+            host_store=written + open_bytes + layout.dense(sum(used), 1),
             disk_write=written,
             write_slot=write_slot,
         )

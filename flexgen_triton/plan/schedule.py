@@ -77,6 +77,7 @@ class CacheTraffic:
     read_slot: int = 0  # ... and the room they take: sequences of unequal length leave gaps
     host_load: int = 0
     slot: int = 0
+    gathered: int = 0  # V that attention itself reads from the host's home
     out: int = 0
     host_store: int = 0
     disk_write: int = 0
@@ -392,6 +393,8 @@ class Generator:
                 outs[ring], gone = self._rings[ring].take(nbytes)
                 writes.append(outs[ring])
                 old.extend(gone)
+        if cache.gathered:
+            reads.append(Slot("cache_host", home))
         if program.has_cache[j] and not program.copies:
             writes.append(Slot("cache_host", home))  # host rows and open blocks are appended to in place
         flops, nbytes, tokens = program.work(i, j, k)

@@ -199,12 +199,11 @@ class Block:
 
     def _attend_group(self, op: Op, group: Group, q: Tensor, segments: Sequence[Segment]) -> Tensor:
         q = q[group.first : group.stop]
-        sparsity = self._plan.policy.attn_sparsity
-        if sparsity == 1:
+        if self._plan.policy.attn_sparsity == 1:
             return ops.decode_attention(q, segments)
         tag = op.k, group.first
         if tag not in self._keep:
-            counts = [int(sparsity * n) for n in group.cached(op.i)]
+            counts = [self._plan.kept(n) for n in group.cached(op.i)]
             self._keep[tag] = torch.tensor(counts, dtype=torch.int32, device=self._device)
         return ops.sparse_decode_attention(q, segments, self._keep[tag])
 
