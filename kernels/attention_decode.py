@@ -333,10 +333,13 @@ def decode_constants(
     `group` query heads share a K/V head. Every chip's own are compiled in the tests.
     """
     width, rows, tile, num_warps = kv_width(head_dim), triton.next_power_of_2(group), TILE, 1
-    if chip.has_mma:
-        rows = max(rows, 16 if chip.backend == "hip" else 8)  # of the matrix instructions
-    else:  # products go through a thread's registers: half the tile, or it spills
+    if not chip.has_mma:  # products go through a thread's registers
         rows, tile, num_warps = rows if rows == 1 else max(rows, 8), TILE // 2, 1 if rows <= 8 else 4
+    elif chip.backend == "hip":
+        rows = max(rows, 16)
+    else:
+        rows = max(rows, 8)
+        tile = TILE // 2 if rows > 8 and not q4 else TILE  # whole, it spills where tokens' places are computed singly
     sizes = {"D": head_dim, "T": block_len, "GROUP": group, "BLOCK_R": rows, "BLOCK_T": max(16, tile // width)}
     special = {"P": width, "ASM": chip.asm and dtype != torch.float32} if q4 else {"BLOCK_D": width}
     return {**sizes, **special, "num_warps": num_warps, "num_stages": NUM_STAGES}

@@ -373,10 +373,12 @@ def tile_of(chip: Chip, rows: int) -> Tile:
         return Tile("_small_kernel", 8, 128, 4, 2, 128, 4)
     # gfx942 has no asynchronous copies to fill more stages with, and the chips with 99 KB hold two programs of three.
     stages = 2 if chip.backend == "hip" else 3 if chip.shared_bytes < 128 << 10 else 4
+    if rows <= 16:
+        return Tile("_small_kernel", 16, 128, 4, stages, 128, 4)
     # On sm_100 Triton 3.7.1 compiles a product whose left operand was unpacked to a trap, hence no middle kernel there.
+    # A step of 128 spills a few registers in both: fp16 and G = 64, the smaller tile on sm_90, the larger on sm_86.
     if rows <= SMALL_ROWS or chip.name == "sm_100":
-        return Tile("_small_kernel", 16 if rows <= 16 else 32, 128, 4, stages, 128, 4 if rows <= 16 else 2)
-    # A step of 128 spills two registers on sm_86 where G is 64.
+        return Tile("_small_kernel", 32, 128, 4, stages, 64, 2)
     return Tile("_middle_kernel", 64, 128, 4, min(stages, 3), 64, 2)
 
 

@@ -73,7 +73,10 @@ def compile_cases(cases: Sequence[Case], workers: int = WORKERS) -> list[Compile
     """Compile and disassemble, in `workers` processes that share the cases alternately."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), str(ROOT)])
-    env |= {"OMP_NUM_THREADS": "1", "TRITON_DISABLE_LINE_INFO": "1"}  # which takes as long as the code to write and read
+    env |= {
+        "OMP_NUM_THREADS": "1",
+        "TRITON_DISABLE_LINE_INFO": "1",
+    }  # which takes as long as the code to write and read
     results: list[Compiled | None] = [None] * len(cases)
     with tempfile.TemporaryDirectory() as folder:
         running = []
