@@ -30,10 +30,11 @@ from transformers import AutoTokenizer, OPTForCausalLM
 sys.path.insert(0, str(rows.ROOT))
 sys.path.insert(0, str(rows.ROOT / "tests"))
 
-from reference_opt import Options, ReferenceOPT, grouped_along_n
+from reference_opt import Options, ReferenceOPT, grouped_along_k, grouped_along_n
 from train_demo import first_documents
 
 from flexgen_triton.demo import DEMO_DIR, heldout
+from flexgen_triton.kernels.formats import WHOLE
 
 MAX_CONTEXT = 2048
 
@@ -61,6 +62,7 @@ CASES = (
     Case("bf16", Options(dtype=torch.bfloat16)),
     Case("fp16, 10 % of V", Options(dtype=torch.float16, sparsity=0.1)),
     Case("4-bit weights, G=64", Options(weight_group=64)),
+    Case("the same, ranges not searched", Options(transform=partial(grouped_along_k, group_size=64, ranges=WHOLE))),
     Case("4-bit weights, G=128", Options(weight_group=128)),
     Case("4-bit weights, G=64 along N", Options(transform=partial(grouped_along_n, group_size=64))),
     Case("4-bit cache", Options(kv_quantised=True)),

@@ -17,6 +17,7 @@ Knows torch only, and nothing of the engine.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,8 @@ WEIGHT_GROUPS = (32, 64, 128)
 KV_GROUP = 64
 LEVELS = 15
 SMALLEST_SCALE = 2.0**-24  # of fp16's numbers: a constant group keeps its value in the minimum
+WHOLE = (1.0,)
+SEARCHED = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # ranges that are worth their time once, when a model is converted
 
 
 class KVSegment(NamedTuple):
@@ -49,17 +52,42 @@ def kv_width(head_dim: int) -> int:
     return max(KV_GROUP, 1 << (head_dim - 1).bit_length())
 
 
-def quantize_groups(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_groups(
+    x: Tensor, ranges: Sequence[float] = WHOLE, counts: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Codes (uint8), scale and minimum (fp16) of groups along the last dimension: [..., G] -> [..., G], [...], [...].
 
-    Scale and minimum are rounded to fp16 first and the codes taken against the rounded values.
+    Scale and minimum are rounded to fp16 first and the codes taken against the rounded values. Of several `ranges`,
+    shares of the group's own about its middle, each group takes the one of the least squared error, the first of
+    equals: a group's few largest numbers are cut off where the others gain more by a finer step. `counts` [..., G] is
+    0 for what only fills a group.
     """
     x = x.float()
-    low, high = torch.aminmax(x, dim=-1)
+    low, high = (t[..., None] for t in torch.aminmax(x, dim=-1))
+    best = _quantize(x, low, high)
+    if tuple(ranges) != WHOLE:
+        least = _squared_error(x, counts, *best)
+        for share in ranges[1:]:
+            cut = (high - low) * ((1 - share) / 2)
+            found = _quantize(x, low + cut, high - cut)
+            error = _squared_error(x, counts, *found)
+            better = error < least
+            best = tuple(torch.where(better, new, old) for new, old in zip(found, best, strict=True))
+            least = torch.minimum(error, least)
+    codes, scale, minimum = best
+    return codes.to(torch.uint8), scale[..., 0].half(), minimum[..., 0].half()
+
+
+def _quantize(x: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x [..., G] over the range from `low` to `high` [..., 1]: codes, scale and minimum, all fp32."""
     scale = ((high - low) / LEVELS).clamp_min(SMALLEST_SCALE).half().float()
     low = low.half().float()
-    codes = (x - low[..., None]).div_(scale[..., None]).round_().clamp_(0, LEVELS)
-    return codes.to(torch.uint8), scale.half(), low.half()
+    return (x - low).div_(scale).round_().clamp_(0, LEVELS), scale, low
+
+
+def _squared_error(x: Tensor, counts: Tensor | None, codes: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:
+    squares = (codes * scale).add_(minimum).sub_(x).square_()
+    return (squares if counts is None else squares.mul_(counts)).sum(-1, keepdim=True)
 
 
 def _pack(codes: Tensor) -> Tensor:
@@ -74,11 +102,13 @@ def _unpack(words: Tensor) -> Tensor:
     return (words.int()[..., None, :] >> shifts) & LEVELS
 
 
-def quantize_weight(weight: Tensor, group_size: int = 64) -> tuple[Tensor, Tensor]:
+def quantize_weight(weight: Tensor, group_size: int = 64, ranges: Sequence[float] = WHOLE) -> tuple[Tensor, Tensor]:
     """A matrix [N, K] of any float dtype to P16: codes int16 [N/256, K/4, 256], scales fp16 [N/256, K/G, 2, 256]."""
     rows, columns = weight.shape
-    codes, scale, low = quantize_groups(_grouped(weight, group_size))  # [N, K/G, G], [N, K/G]
-    codes[:, -1, group_size - codes.shape[1] * group_size + columns :] = 0
+    real = torch.arange(-(-columns // group_size) * group_size, device=weight.device).view(-1, group_size) < columns
+    counts = None if columns % group_size == 0 else real
+    codes, scale, low = quantize_groups(_grouped(weight, group_size), ranges, counts)  # [N, K/G, G], [N, K/G]
+    codes *= real
     blocks, groups = -(-rows // BLOCK_ROWS), codes.shape[1]
     extra = blocks * BLOCK_ROWS - rows
     words = _pack(codes.view(rows, groups, 4, group_size // 4)).flatten(1)  # [N, K/4]

@@ -6,7 +6,7 @@ with the engine and nothing else. With no option set it is transformers' model (
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,13 @@ from torch import Tensor
 from transformers import OPTConfig, OPTForCausalLM
 from transformers.activations import ACT2FN
 
-from flexgen_triton.kernels.formats import dequantize_kv, dequantize_weight, quantize_kv, quantize_weight
+from flexgen_triton.kernels.formats import (
+    SEARCHED,
+    dequantize_kv,
+    dequantize_weight,
+    quantize_kv,
+    quantize_weight,
+)
 
 POSITION_OFFSET = 2  # the position table's first two rows are never used
 LINEARS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2", "project_in", "project_out")
@@ -46,9 +52,9 @@ class Options:
             raise ValueError("weight_group is a transform already; give one of the two")
 
 
-def grouped_along_k(weight: Tensor, group_size: int) -> Tensor:
+def grouped_along_k(weight: Tensor, group_size: int, ranges: Sequence[float] = SEARCHED) -> Tensor:
     """What P16 keeps of a matrix: [N, K] -> [N, K] fp32."""
-    return dequantize_weight(*quantize_weight(weight, group_size), *weight.shape, torch.float32)
+    return dequantize_weight(*quantize_weight(weight, group_size, ranges), *weight.shape, torch.float32)
 
 
 def grouped_along_n(weight: Tensor, group_size: int) -> Tensor:

@@ -20,7 +20,7 @@ import xxhash
 from ..plan.placement import PAGE, Extent
 from .disk import preallocate
 
-STORE_VERSION = 1
+STORE_VERSION = 2
 MANIFEST = "manifest.json"
 CHUNK = 256 << 10  # bytes under one checksum
 HASH_BYTES = 8

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels.formats import KVSegment, quantize_kv
-from ..kernels.formats import quantize_weight as quantize_weight
+from ..kernels.formats import SEARCHED, KVSegment, quantize_kv
+from ..kernels.formats import quantize_weight as quantize
 from ..memory.cache import Fields, PromptTarget, Segment, TokenTarget, append_tokens
 from ..plan.plan import WIDEN_BYTES
 from ..plan.spec import BLOCK_ROWS
@@ -98,6 +98,11 @@ class Matrix4:
 
 
 Weight = Matrix | Matrix4
+
+
+def quantize_weight(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """A matrix [N, K] to codes int16 [N/256, K/4, 256] and scales fp16 [N/256, K/G, 2, 256], ranges searched."""
+    return quantize(weight, group_size, SEARCHED)  # type: ignore[no-any-return]
 
 
 def _rows_between(segments: Rows, low: int, high: int) -> Tensor:
@@ -329,13 +334,15 @@ def decode_attention(q: Tensor, segments: Sequence[Segment]) -> Tensor:
     return attend(q, _kv_segments(segments))  # type: ignore[no-any-return]
 
 
-def sparse_decode_attention(q: Tensor, segments: Sequence[Segment], keep: Tensor) -> Tensor:
+def sparse_decode_attention(q: Tensor, segments: Sequence[Segment], keep: Tensor, max_keep: int) -> Tensor:
     """The same, reading V of the newest token and of the `keep` [B] earlier ones of largest weight per head.
 
-    Weights are those of the whole softmax, not renormalised (FlexGen, section 5).
+    Weights are those of the whole softmax, not renormalised (FlexGen, section 5). `max_keep` is the largest of `keep`.
     """
     if uses_triton(q):
-        from ..kernels.attention_sparse import sparse_decode_attention as attend
-    else:
-        from ..kernels.cpu_attention import sparse_decode_attention as attend
+        from ..kernels.attention_sparse import sparse_decode_attention as attend_on_gpu
+
+        return attend_on_gpu(q, _kv_segments(segments), keep, max_keep=max_keep)  # type: ignore[no-any-return]
+    from ..kernels.cpu_attention import sparse_decode_attention as attend
+
     return attend(q, _kv_segments(segments), keep)  # type: ignore[no-any-return]

@@ -68,7 +68,7 @@ class Block:
         self._head_input: dict[int, Tensor] = {}
         self._logits: dict[int, Tensor] = {}
         self._view: tuple[tuple[int, int], Mapping[str, Weight]] | None = None
-        self._keep: dict[tuple[int, int], Tensor] = {}
+        self._keep: dict[tuple[int, int], tuple[Tensor, int]] = {}
         self._step = -1
 
     @property
@@ -204,8 +204,8 @@ class Block:
         tag = op.k, group.first
         if tag not in self._keep:
             counts = [self._plan.kept(n) for n in group.cached(op.i)]
-            self._keep[tag] = torch.tensor(counts, dtype=torch.int32, device=self._device)
-        return ops.sparse_decode_attention(q, segments, self._keep[tag])
+            self._keep[tag] = torch.tensor(counts, dtype=torch.int32, device=self._device), max(counts)
+        return ops.sparse_decode_attention(q, segments, *self._keep[tag])
 
     def _head(self, op: Op, w: Mapping[str, Weight], x: Tensor, *, part: int) -> None:
         batch = self._plan.workload.batches[op.k]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from flexgen_triton.kernels import formats
 from flexgen_triton.plan.layout import cache_fields
@@ -69,6 +70,16 @@ def test_k_and_v_are_within_half_a_step(dim):
     code = (int(codes[1, 2, i]) >> (4 * j)) & 15
     scale, low = scales[1, 2, (dim - 1) // 64].float()
     assert float(code * scale + low) == float(back[1, 2, dim - 1])
+
+
+def test_a_searched_range_is_never_worse():
+    weight = torch.randn(300, 200, generator=torch.Generator().manual_seed(4)) ** 3
+    errors = []
+    for ranges in (formats.WHOLE, formats.SEARCHED):
+        back = formats.dequantize_weight(*formats.quantize_weight(weight, 64, ranges), 300, 200, torch.float32)
+        errors.append(F.pad((back - weight).square(), (0, 56)).view(300, 4, 64).sum(-1)[:, :3])  # whole groups
+    assert (errors[1] <= errors[0] * (1 + 1e-5)).all()
+    assert errors[1].sum() < 0.9 * errors[0].sum()
 
 
 def test_nothing_is_quantised_to_nothing():
