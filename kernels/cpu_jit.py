@@ -2,7 +2,8 @@
 
 Kernels are compiled by numba when they are first called and kept on disk (beside the source, else in the user's cache
 folder; nowhere if neither can be written). A kernel is a serial function of one tile, which LLVM vectorises, and a
-parallel loop over tiles that calls it. Both run without the GIL and may be called from any thread.
+parallel loop over tiles that calls it. Both run without the GIL and may be called from any thread. What is kept is
+looked up by its own source file: after a change here, delete the folders it is kept in.
 
 Threads: numba's OpenMP layer where the system has the library, which several threads may enter at once; its fallback,
 `workqueue`, aborts the process then, so launches take turns (`launch`).
@@ -18,7 +19,9 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
+from numba.np.arrayobj import populate_array
 from torch import Tensor
 
 FASTMATH = {"contract", "reassoc", "nsz"}  # sums may be reordered and fused; NaN and infinity stay what they are
@@ -36,7 +39,11 @@ def compiled(function: Callable, *, parallel: bool = False) -> Callable:
 
 
 def compiled_parallel(function: Callable) -> Callable:
-    """`function` compiled on its first call, its `prange` loops over numba's threads."""
+    """`function` compiled on its first call, its `prange` loops over numba's threads.
+
+    Such a loop calls a serial kernel and no more, with its variable as np.int64: numba types the loop twice, as signed
+    and as unsigned, and would compile all it calls for both.
+    """
     return compiled(function, parallel=True)
 
 
@@ -107,6 +114,41 @@ def plane(typingctx, word, j):
     return types.float32(types.int16, types.int64), codegen
 
 
+@intrinsic
+def part(typingctx, array, at, count):
+    """array[at : at + count] of a vector, unchecked and borrowed: whoever owns the array must still hold it.
+
+    A slice counts references, atomically, and that costs more than the vectors of a few tokens.
+    """
+    result = types.Array(array.dtype, 1, "C")
+
+    def codegen(context, builder, signature, args):
+        source = context.make_array(array)(context, builder, args[0])
+        target = context.make_array(result)(context, builder)
+        data = builder.gep(source.data, [args[1]])
+        sizes = {"shape": [args[2]], "strides": [source.itemsize], "itemsize": source.itemsize}
+        populate_array(target, data=data, meminfo=None, **sizes)
+        return target._getvalue()
+
+    return result(array, types.intp, types.intp), codegen
+
+
+@intrinsic
+def prefetch(typingctx, array, at):
+    """Ask for the cache line of array[at]; any index is safe."""
+
+    def codegen(context, builder, signature, args):
+        byte, number = ir.IntType(8), ir.IntType(32)
+        address = builder.gep(context.make_array(signature.args[0])(context, builder, args[0]).data, [args[1]])
+        kind = ir.FunctionType(ir.VoidType(), [byte.as_pointer(), number, number, number])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        read, keep_in_second_level, data = number(0), number(2), number(1)
+        builder.call(function, [builder.bitcast(address, byte.as_pointer()), read, keep_in_second_level, data])
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), codegen
+
+
 def _plane(j: int):
     @intrinsic
     def plane(typingctx, word):
@@ -124,4 +166,3 @@ def _plane(j: int):
 # other factor of its product carries the PLANE_WEIGHT. In plain integer expressions numba would widen to 64 bits.
 plane0, plane1, plane2, plane3 = (_plane(j) for j in range(4))
 PLANE_WEIGHTS = (1.0, 2.0**-4, 2.0**-8, 2.0**-12)
-W1, W2, W3 = (np.float32(w) for w in PLANE_WEIGHTS[1:])

@@ -23,6 +23,7 @@ from .cpu_jit import (
     compiled_parallel,
     flat,
     launch,
+    part,
     plane,
     plane0,
     plane1,
@@ -33,7 +34,11 @@ from .cpu_jit import (
 )
 from .formats import BLOCK_ROWS, dequantize_weight
 
-CROSSOVER_ROWS = 16
+# GFLOP/s on one 2.5 GHz Xeon core with AVX-512, G = 64, at M = 1, 2, 4, 8, 16, 32, 64:
+#   8192x2048  from codes 20 34 52 57 62 63 64, dequantised 3 6 12 22 37 58 81, torch's fp32 5 11 11 14 24 39 61
+#   2048x8192  from codes 20 33 52 56 59 59 57, dequantised 3 5  9 15 28 46 68, torch's fp32 6 11 11 15 23 40 61
+CROSSOVER_ROWS = 64
+PANEL_BYTES = 2 << 20  # of dequantised weights at a time; 8 MiB halve the product's speed
 TILE = 4
 LINE = 16  # fp32 numbers of a cache line
 ZERO = np.float32(0)
@@ -101,33 +106,38 @@ def _arrange(x, stride_xm, K, packed, sums):
             sums[g, m] = total
 
 
+@compiled
+def _multiply_block(block, packed, sums, codes, stride_cb, scales, stride_sb, out, stride_om, N):
+    """All rows of x with one block of weights."""
+    word_rows, M, _ = packed.shape
+    groups = len(sums)
+    words = codes[block * stride_cb : block * stride_cb + word_rows * 256].reshape(word_rows, 256)
+    scale = scales[block * stride_sb : block * stride_sb + groups * 512].reshape(groups, 2, 256)
+    acc, y = _aligned(TILE), _aligned(TILE)
+    columns = min(256, N - block * 256)
+    for m in range(0, M, TILE):
+        left = min(TILE, M - m)
+        if left == 4:
+            _tile4(packed, sums, m, words, scale, acc, y)
+        elif left == 1:
+            _tile1(packed, sums, m, words, scale, acc, y)
+        else:
+            _tile2(packed, sums, m, words, scale, acc, y)
+            if left == 3:
+                _tile1(packed, sums, m + 2, words, scale, acc[2:], y[2:])
+        for r in range(left):
+            at = (m + r) * stride_om + block * 256
+            for n in range(columns):
+                out[at + n] = y[r, n]
+
+
 @compiled_parallel
 def _matmul_kernel(x, stride_xm, M, K, codes, stride_cb, scales, stride_sb, groups, word_rows, out, stride_om, N):
     packed = np.empty((word_rows, M, 4), np.float32)
     sums = np.empty((groups, M), np.float32)
     _arrange(x, stride_xm, K, packed, sums)
     for block in prange((N + 255) // 256):
-        words = codes[block * stride_cb : block * stride_cb + word_rows * 256].reshape(word_rows, 256)
-        scale = scales[block * stride_sb : block * stride_sb + groups * 512].reshape(groups, 2, 256)
-        acc = _aligned(TILE)
-        y = _aligned(TILE)
-        columns = min(256, N - block * 256)
-        m = 0
-        while m < M:
-            if M - m >= 4:
-                _tile4(packed, sums, m, words, scale, acc, y)
-                done = 4
-            elif M - m >= 2:
-                _tile2(packed, sums, m, words, scale, acc, y)
-                done = 2
-            else:
-                _tile1(packed, sums, m, words, scale, acc, y)
-                done = 1
-            for r in range(done):
-                at = (m + r) * stride_om + block * 256
-                for n in range(columns):
-                    out[at + n] = y[r, n]
-            m += done
+        _multiply_block(np.int64(block), packed, sums, codes, stride_cb, scales, stride_sb, out, stride_om, N)
 
 
 def matmul_q4(x: Tensor, codes: Tensor, scales: Tensor, rows: int, out: Tensor) -> None:
@@ -153,8 +163,8 @@ def _check(x: Tensor, codes: Tensor, scales: Tensor, rows: int, out: Tensor) -> 
 
 
 @compiled
-def _dequantize_group(words, scales, scale, low, panel):
-    """words [G/4, 256], scales [2, 256] -> panel [G, 256]; scale and low [256] are scratch."""
+def _dequantize_group(words, scales, scale, low, panel, stride):
+    """words [G/4, 256], scales [2, 256] -> panel, G rows of 256, `stride` apart; scale and low [256] are scratch."""
     vectorize_apart()
     size = words.shape[0]
     for n in range(256):
@@ -162,28 +172,39 @@ def _dequantize_group(words, scales, scale, low, panel):
         low[n] = widen(scales[1, n])
     for j in range(4):  # a plane at a time: writing four places at once is a third slower
         for i in range(size):
+            row = part(panel, (j * size + i) * stride, 256)
             for n in range(256):
-                panel[j * size + i, n] = plane(words[i, n], j) * scale[n] + low[n]
+                row[n] = plane(words[i, n], j) * scale[n] + low[n]
+
+
+@compiled
+def _dequantize_one(item, codes, stride_cb, scales, stride_sb, blocks, size, panel):
+    g, block = item // blocks, item % blocks
+    scratch = _aligned(2)
+    code_at = block * stride_cb + g * size * 64
+    scale_at = block * stride_sb + g * 512
+    words = codes[code_at : code_at + size * 64].reshape(size // 4, 256)
+    scale = scales[scale_at : scale_at + 512].reshape(2, 256)
+    stride = blocks * 256
+    _dequantize_group(words, scale, scratch[0], scratch[1], panel[g * size * stride + block * 256 :], stride)
 
 
 @compiled_parallel
-def _dequantize_kernel(codes, code_at, scales, scale_at, groups, size, panel):
-    """`groups` groups of `size` codes from code_at and scale_at on."""
-    words = codes[code_at : code_at + groups * size * 64].reshape(groups, size // 4, 256)
-    scale = scales[scale_at : scale_at + groups * 512].reshape(groups, 2, 256)
-    out = panel[: groups * size * 256].reshape(groups, size, 256)
-    for g in prange(groups):
-        scratch = _aligned(2)
-        _dequantize_group(words[g], scale[g], scratch[0], scratch[1], out[g])
+def _dequantize_kernel(codes, stride_cb, scales, stride_sb, groups, blocks, size, panel):
+    """`blocks` blocks, each `groups` groups of `size` codes, side by side in the panel."""
+    for item in prange(groups * blocks):
+        _dequantize_one(np.int64(item), codes, stride_cb, scales, stride_sb, blocks, size, panel)
 
 
 def dequantize(codes: Tensor, scales: Tensor, panel: Tensor) -> None:
-    """Whole groups of one block of P16 weights, transposed: [K/4, 256] and [K/G, 2, 256] -> panel [K, 256] fp32.
+    """Blocks of P16 weights, transposed: [blocks, K/4, 256] and [blocks, K/G, 2, 256] -> panel [K, blocks * 256] fp32.
 
-    All dense; K counts the padding. A number is code * scale + minimum, rounded once.
+    The panel is dense and K counts the padding. A number is code * scale + minimum, rounded once.
     """
-    assert panel.shape == (4 * len(codes), BLOCK_ROWS) and panel.is_contiguous(), (panel.shape, codes.shape)
-    launch(_dequantize_kernel, flat(codes), 0, flat(scales), 0, len(scales), len(panel) // len(scales), flat(panel))
+    blocks, groups = scales.shape[:2]
+    assert panel.shape == (4 * codes.shape[1], blocks * BLOCK_ROWS) and panel.is_contiguous(), panel.shape
+    sizes = (groups, blocks, len(panel) // groups)
+    launch(_dequantize_kernel, flat(codes), codes.stride(0), flat(scales), scales.stride(0), *sizes, flat(panel))
 
 
 def linear_q4(x: Tensor, codes: Tensor, scales: Tensor, rows: int, out: Tensor) -> None:
@@ -193,17 +214,17 @@ def linear_q4(x: Tensor, codes: Tensor, scales: Tensor, rows: int, out: Tensor) 
 
 
 def _dequantized_product(x: Tensor, codes: Tensor, scales: Tensor, rows: int, out: Tensor) -> None:
-    """Block by block through one fp32 panel that the product reads from the cache."""
+    """A few blocks at a time through an fp32 panel that the product reads from the cache."""
     _check(x, codes, scales, rows, out)
-    groups = scales.shape[1]
-    panel = torch.empty(4 * codes.shape[1], BLOCK_ROWS)
-    product = torch.empty(len(x), BLOCK_ROWS)
-    words, scale, numbers = flat(codes), flat(scales), flat(panel)
-    for block, low in enumerate(range(0, rows, BLOCK_ROWS)):
-        at = (block * codes.stride(0), block * scales.stride(0))
-        launch(_dequantize_kernel, words, at[0], scale, at[1], groups, len(panel) // groups, numbers)
-        torch.mm(x, panel[: x.shape[1]], out=product)
-        out[:, low : low + BLOCK_ROWS] = product[:, : rows - low]
+    columns = 4 * codes.shape[1]
+    blocks = min(max(1, PANEL_BYTES // (4 * columns * BLOCK_ROWS)), len(codes))
+    buffer = torch.empty(columns * blocks * BLOCK_ROWS)
+    for block in range(0, -(-rows // BLOCK_ROWS), blocks):
+        some = slice(block, block + blocks)
+        low, width = block * BLOCK_ROWS, len(codes[some]) * BLOCK_ROWS
+        panel = buffer[: columns * width].view(columns, width)
+        dequantize(codes[some], scales[some], panel)
+        torch.mm(x, panel[: x.shape[1], : rows - low], out=out[:, low : low + width])
 
 
 def matmul_q4_ref(x: Tensor, codes: Tensor, scales: Tensor, rows: int) -> Tensor:
