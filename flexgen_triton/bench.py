@@ -63,11 +63,12 @@ def random_prompts(count: int, length: int, vocab: int, seed: int) -> list[list[
 
 
 def measure(
-    llm: LLM, prompts: Sequence[Prompt], params: SamplingParams | list[SamplingParams], *, gen_len: int, base: int
+    llm: LLM, prompts: Sequence[Prompt], params: SamplingParams | list[SamplingParams], *, gen_len: int
 ) -> dict[str, Any]:
-    """Generate and return the figures, with the answers under "outputs"; `base` is the memory in use before."""
+    """Generate and return the figures, with the answers under "outputs"."""
     reset_peak_rss()
-    on_gpu = llm.engine.device.type == "cuda"
+    weights, on_gpu = llm.engine.weights, llm.engine.device.type == "cuda"
+    base = rss() - weights.host_bytes - (0 if on_gpu else weights.gpu_bytes)  # what is no part of the plan
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     outputs = llm.generate(prompts, params)
@@ -109,9 +110,8 @@ def run_demo(console: Console, offload_dir: Path) -> dict[str, Any]:
     results: dict[str, dict[str, Any]] = {}
     for name, settings in STRATEGIES.items():
         policy = Policy(w_gpu_percent=0, cache_gpu_percent=0, cache_cpu_percent=100, **settings)  # type: ignore[arg-type]
-        base = rss()
         with progress_bar() as report, LLM(DEMO, policy=policy, offload_dir=offload_dir, progress=report) as llm:
-            results[name] = measure(llm, prompts, params, gen_len=gen_len, base=base)
+            results[name] = measure(llm, prompts, params, gen_len=gen_len)
     answers = {name: [o.outputs[0].token_ids for o in r["outputs"]] for name, r in results.items()}
     first = next(iter(results.values()))
     for output in first["outputs"][:6]:
@@ -233,7 +233,6 @@ def run(console: Console, **o: Any) -> None:
     if plan is not None:
         figures.print_plan(console, plan)
         return
-    base = rss()
     steps = min(o["cut_gen_len"] or o["gen_len"], o["gen_len"])
     with (
         progress_bar() as report,
@@ -257,7 +256,7 @@ def run(console: Console, **o: Any) -> None:
         if not prompts:
             raise ValueError(f"{o['prompts']} holds no prompts; it needs at least one line of text")
         params = SamplingParams(max_tokens=steps, ignore_eos=True)
-        result = measure(llm, prompts, params, gen_len=o["gen_len"], base=base)
+        result = measure(llm, prompts, params, gen_len=o["gen_len"])
         write_results(console, llm, result, o)
 
 

@@ -34,10 +34,11 @@ from .cpu_jit import (
 )
 from .formats import BLOCK_ROWS, dequantize_weight
 
-# GFLOP/s on one 2.5 GHz Xeon core with AVX-512, G = 64, at M = 1, 2, 4, 8, 16, 32, 64:
-#   8192x2048  from codes 20 34 52 57 62 63 64, dequantised 3 6 12 22 37 58 81, torch's fp32 5 11 11 14 24 39 61
-#   2048x8192  from codes 20 33 52 56 59 59 57, dequantised 3 5  9 15 28 46 68, torch's fp32 6 11 11 15 23 40 61
-CROSSOVER_ROWS = 64
+# GFLOP/s on a 2.5 GHz Xeon with AVX-512, G = 64, M = 1, 2, 4, 8, 16, 32, 64, 128; one thread, then two on shared cores:
+#   8192x2048  codes 20 34 52 57 62 63 64 56, panels 3 6 12 22 37 58 76 90, torch's fp32 5 11 11 14 24 39 61 86
+#   2048x8192  codes 20 33 52 56 59 59 55 48, panels 3 5  9 15 28 46 70 85, torch's fp32 6 11 11 15 23 40 64 84
+#   8192x2048  codes 19 32 52 58 61 64 65 60, panels 3 3  6 11 21 35 48 63, torch's fp32 5 11 11 14 23 38 62 83
+CROSSOVER_ROWS = 96
 PANEL_BYTES = 2 << 20  # of dequantised weights at a time; 8 MiB halve the product's speed
 TILE = 4
 LINE = 16  # fp32 numbers of a cache line

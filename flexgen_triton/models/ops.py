@@ -20,8 +20,9 @@ from torch import Tensor
 from ..kernels.formats import SEARCHED, KVSegment, quantize_kv
 from ..kernels.formats import quantize_weight as quantize
 from ..memory.cache import Fields, PromptTarget, Segment, TokenTarget, append_tokens
+from ..plan.layout import Field
 from ..plan.plan import WIDEN_BYTES
-from ..plan.spec import BLOCK_ROWS
+from ..plan.spec import BLOCK_ROWS, ModelSpec
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
@@ -223,6 +224,25 @@ def _widened_product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor
         else:
             torch.addmm(bias[low : low + size], x, wide, out=y)
         out[:, low : low + size] = y
+
+
+def prepare(spec: ModelSpec, fields: Sequence[Field], *, sparse: bool) -> None:
+    """Compile what generating on the CPU will call, for these formats: seconds the first time, then kept on disk."""
+    from ..kernels.cpu_matmul_q4 import CROSSOVER_ROWS
+
+    q = torch.zeros(1, spec.num_heads, spec.head_dim, dtype=getattr(torch, spec.dtype))
+    shapes = [(1, 1, 2, spec.num_kv_heads, 1, f.width) for f in fields]
+    kv = [torch.zeros(shape, dtype=getattr(torch, f.dtype)) for shape, f in zip(shapes, fields, strict=True)]
+    k, v = (tuple(x[:, :, c] for x in kv) for c in (0, 1))
+    segment = Segment(k, v, torch.ones(1, dtype=torch.int32))
+    if sparse:
+        sparse_decode_attention(q, [segment], torch.zeros(1, dtype=torch.int32), 0)
+    else:
+        decode_attention(q, [segment])
+    if spec.is_4bit:
+        codes, scales = ([(0, t.flatten(1))] for t in quantize(torch.zeros(1, 32), 32))
+        for rows in (1, CROSSOVER_ROWS):
+            linear(torch.zeros(rows, 32), Matrix4((1, 32), 32, codes, scales))
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -15,6 +15,7 @@ from ..memory.buffers import Buffers
 from ..memory.disk import DiskQueue
 from ..memory.store import Store
 from ..memory.weights import Weights
+from ..models import ops
 from ..models.opt import OPT
 from ..plan import fit
 from ..plan.link import Span
@@ -71,6 +72,8 @@ class Engine:
         self._dtype = getattr(torch, spec.dtype)
         smallest = self.plan(Workload((Batch((1,), 2),)))
         fit.check(smallest, self._available())
+        if device.type == "cpu":
+            ops.prepare(spec, smallest.cache_layout.fields, sparse=policy.attn_sparsity < 1)
         self._disk = DiskQueue()
         try:
             self.weights = Weights(smallest, store, self._disk, device=device, dtype=self._dtype, progress=progress)
