@@ -14,11 +14,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference_opt import Options, ReferenceOPT
-from test_policies import PERCENTS, STRATEGIES, shares
+from test_policies import PERCENTS, STRATEGIES, generated, shares
 from tiny_models import MODELS, NEW_TOKENS, Tiny, make_tiny
 
-from flexgen_triton import LLM, Policy, SamplingParams
-from flexgen_triton.run.block import Request
+from flexgen_triton import Policy
 
 FORMATS = {  # 4-bit weights, 4-bit cache, share of V
     "weights": (True, False, 1.0),
@@ -48,23 +47,14 @@ def check(tiny: Tiny, policy: Policy, offload_dir: Path, *, copies: bool, new_to
     """Tokens equal and logits within rounding: of all sequences but, after prefill, for what a 4-bit cache rounds."""
     fmt = policy.compress_weight, policy.compress_cache, policy.attn_sparsity
     want = expected(tiny.path, tuple(map(tuple, tiny.prompts)), new_tokens, *fmt)
-    greedy = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
-    with LLM(str(tiny.path), policy=policy, dtype="float32", offload_dir=offload_dir, copies=copies) as llm:
-        requests = [Request(list(p), greedy) for p in tiny.prompts]
-        numbers = {id(r): n for n, r in enumerate(requests)}
-        seen: dict[int, list[torch.Tensor]] = {n: [] for n in range(len(requests))}
-
-        def keep(batch, logits):
-            for request, row in zip(batch, logits, strict=True):
-                seen[numbers[id(request)]].append(row)
-
-        llm.engine.generate(requests, keep_logits=keep)
+    found = generated(tiny, policy, offload_dir, copies=copies, new_tokens=new_tokens)
     errors = torch.stack(
-        [(torch.stack(seen[n]) - logits).abs().amax(1) / logits.abs().amax() for n, (_, logits) in enumerate(want)]
+        [(got - logits).abs().amax(1) / logits.abs().amax() for (_, got), (_, logits) in zip(found, want, strict=True)]
     )  # [prompts, new_tokens]
     assert errors[:, 0].max() < ROUNDING, "prefill reads no cache"
     worst = errors.amax(1)
-    exact = [r.tokens == t and bool(w < ROUNDING) for r, (t, _), w in zip(requests, want, worst, strict=True)]
+    same = [tokens == wanted for (tokens, _), (wanted, _) in zip(found, want, strict=True)]
+    exact = [s and bool(w < ROUNDING) for s, w in zip(same, worst, strict=True)]
     assert sum(exact) >= (EXACT if policy.compress_cache else 1) * len(exact), errors
     assert policy.attn_sparsity < 1 or worst.max() < NEAR, errors
 

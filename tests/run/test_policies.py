@@ -27,10 +27,13 @@ STRATEGIES = {"sequential": (2, False), "single batch": (1, True), "multi-batch"
 GREEDY = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True)
 
 
-def check(tiny: Tiny, policy: Policy, offload_dir: Path, *, copies: bool) -> None:
-    """Tokens equal, and logits within fp32 rounding of sums over at most a few hundred terms."""
+def generated(
+    tiny: Tiny, policy: Policy, offload_dir: Path, *, copies: bool, new_tokens: int = NEW_TOKENS
+) -> list[tuple[list[int], torch.Tensor]]:
+    """Greedy tokens of every prompt and their logits [new_tokens, V], in fp32."""
+    greedy = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
     with LLM(str(tiny.path), policy=policy, dtype="float32", offload_dir=offload_dir, copies=copies) as llm:
-        requests = [Request(list(p), GREEDY) for p in tiny.prompts]
+        requests = [Request(list(p), greedy) for p in tiny.prompts]
         numbers = {id(r): n for n, r in enumerate(requests)}
         seen: dict[int, list[torch.Tensor]] = {n: [] for n in range(len(requests))}
 
@@ -39,9 +42,14 @@ def check(tiny: Tiny, policy: Policy, offload_dir: Path, *, copies: bool) -> Non
                 seen[numbers[id(request)]].append(row)
 
         llm.engine.generate(requests, keep_logits=keep)
-    assert [r.tokens for r in requests] == tiny.tokens
-    for n, want in enumerate(tiny.logits):
-        got = torch.stack(seen[n])
+    return [(r.tokens, torch.stack(seen[n])) for n, r in enumerate(requests)]
+
+
+def check(tiny: Tiny, policy: Policy, offload_dir: Path, *, copies: bool) -> None:
+    """Tokens equal, and logits within fp32 rounding of sums over at most a few hundred terms."""
+    found = generated(tiny, policy, offload_dir, copies=copies)
+    assert [tokens for tokens, _ in found] == tiny.tokens
+    for n, ((_, got), want) in enumerate(zip(found, tiny.logits, strict=True)):
         error = (got - want).abs().max() / want.abs().max()
         assert error < 2e-5, f"prompt {n}: relative error {error:.1e}"
 
