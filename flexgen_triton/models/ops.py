@@ -246,7 +246,11 @@ def prepare(spec: ModelSpec, fields: Sequence[Field], *, sparse: bool) -> None:
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """Layer normalisation over the last dimension, in x's dtype."""
+    """Layer normalisation of x [M, K] over K, in x's dtype."""
+    if uses_triton(x):
+        from ..kernels.norm import layer_norm as normalise
+
+        return normalise(x, weight, bias, eps=LAYER_NORM_EPS).y  # type: ignore[no-any-return]
     return F.layer_norm(x, x.shape[-1:], weight, bias, LAYER_NORM_EPS)
 
 
@@ -292,6 +296,12 @@ def write_tokens(k: Tensor, v: Tensor, target: TokenTarget) -> None:
 
 def write_prompt(k: Tensor, v: Tensor, target: PromptTarget) -> None:
     """Write packed k and v [T, Hkv, D] of prompts to the first positions of the cache, in its format."""
+    first, last = target.rows[0], target.rows[-1] + target.counts[-1]
+    if uses_triton(k) and sum(target.counts) == last - first:  # whole prompts, which follow one another
+        from ..kernels.elementwise import write_prompt_kv
+
+        write_prompt_kv(k[first:last], v[first:last], *_k_and_v(target.fields), target.counts)
+        return
     for first, n, step in _runs(target.rows, target.counts):
         for c, x in enumerate((k, v)):
             shape, strides = (n, target.counts[first], *x.shape[1:]), (step * x.stride(0), *x.stride())
