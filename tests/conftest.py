@@ -6,9 +6,15 @@ import os
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined: kernels run on the CPU here
 
+from collections.abc import Iterator
+
 import pytest
+import torch
 from hypothesis import settings
 from tiny_models import MODELS, Tiny, make_tiny
+from transformers import OPTForCausalLM
+
+from flexgen_triton.demo import DEMO_DIR
 
 settings.register_profile("ci", derandomize=True)  # CI judges the change, not the draw
 if os.environ.get("CI"):
@@ -25,3 +31,18 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tiny]:
 @pytest.fixture(scope="session")
 def tiny(tiny_models: dict[str, Tiny]) -> Tiny:
     return tiny_models["pre-norm, 3 heads of 64"]
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """On a busy machine, threads that wait for each other cost a model this small more than they bring."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def model() -> OPTForCausalLM:
+    """The demo model, in fp32."""
+    return OPTForCausalLM.from_pretrained(DEMO_DIR, dtype=torch.float32, local_files_only=True).eval()

@@ -1,7 +1,6 @@
 """The demo model loads offline, is small, speaks, and is as good as its README says."""
 
 import re
-from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
@@ -12,19 +11,7 @@ from flexgen_triton.demo import DEMO_DIR, heldout, prompts
 
 MAX_BYTES = 8_000_000
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """On a busy machine, threads that wait for each other cost a model this small more than they bring."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def model() -> OPTForCausalLM:
-    return OPTForCausalLM.from_pretrained(DEMO_DIR, dtype=torch.float32, local_files_only=True).eval()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import accuracy
 import pytest
@@ -16,19 +15,7 @@ from flexgen_triton.demo import DEMO_DIR
 
 NUM_TOKENS = 700  # two windows of the demo model and a bit
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """On a busy machine, threads that wait for each other cost a model this small more than they bring."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def model() -> OPTForCausalLM:
-    return OPTForCausalLM.from_pretrained(DEMO_DIR, dtype=torch.float32, local_files_only=True).eval()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
