@@ -2,19 +2,51 @@
 
 from __future__ import annotations
 
-from .hardware import Hardware
-from .schedule import Lane, Op
+from .hardware import Curve, Hardware
+from .schedule import Lane, Op, Work
+
+DEQUANTIZED_BYTES = 2.5625  # of a weight: read in 4 bits with scales for groups of 64, written in 16
 
 
 def seconds(op: Op, hardware: Hardware) -> float:
-    """Time of one op alone on its lane: bytes over the link's rate; for compute the larger of arithmetic and reads."""
-    if op.lane is Lane.COMPUTE:
-        arithmetic = op.flops / hardware.matmul_rate(op.tokens)
-        return hardware.op_seconds + max(arithmetic, op.bytes / hardware.device_read)
-    rate = {
+    """Time of one op alone on its lane: what any op costs there, and its bytes or its arithmetic at their rates."""
+    lane = op.lane.value
+    if op.work is not None:
+        cost = _compute_seconds(op.work, hardware)
+    elif op.bytes:
+        cost = _transfer(op, hardware).seconds(op.bytes)
+    else:
+        cost = 0.0
+    return hardware.lane_overhead(lane) + cost * hardware.correction.get(lane, 1.0)
+
+
+def _transfer(op: Op, hardware: Hardware) -> Curve:
+    if op.pageable:
+        return hardware.h2d_pageable
+    return {
         Lane.DISK_IN: hardware.disk_read,
         Lane.DISK_OUT: hardware.disk_write,
         Lane.H2D: hardware.h2d,
         Lane.D2H: hardware.d2h,
     }[op.lane]
-    return hardware.op_seconds + op.bytes / rate
+
+
+def _compute_seconds(work: Work, hardware: Hardware) -> float:
+    """Products, then attention, then all that passes over activations: a kernel each, one after another."""
+    total = sum(_product_seconds(kind, flops, work, hardware) for kind, flops in work.products)
+    total += hardware.elementwise.seconds(work.hidden_bytes)
+    if work.prompt_flops:
+        total += work.prompt_flops / hardware.prefill_attention.rate(work.prompt_len)
+    if work.cache_bytes:
+        total += hardware.decode_attention[work.cache_format].seconds(work.cache_bytes)
+    if work.gathered_bytes:
+        total += work.gathered_bytes / hardware.h2d.rate(work.gathered_bytes)
+    return total + work.lookups / hardware.disk_rows
+
+
+def _product_seconds(kind: str, flops: float, work: Work, hardware: Hardware) -> float:
+    if kind != "4-bit" or not 0 < hardware.dequantize_rows <= work.rows:
+        return flops / hardware.matmul[kind].rate(work.rows)
+    parameters = flops / (2 * work.rows)
+    once = parameters * DEQUANTIZED_BYTES / hardware.device_read if work.first_of_load else 0.0
+    return once + flops / hardware.matmul["float16"].rate(work.rows)

@@ -1,52 +1,170 @@
-"""What a machine can do, in bytes, bytes per second and floating-point operations per second."""
+"""What a machine can do, in bytes, bytes per second and floating-point operations per second.
+
+Measured by run/measure.py, or read from one of the profiles that ship with the package (profiles/*.json), whose figures
+come from data sheets and publications.
+"""
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_left
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 GIB = 1 << 30
+PROFILE_DIR = Path(__file__).with_name("profiles")
+
+
+class HardwareError(ValueError):
+    """A profile that cannot be used; the message says which file and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """A rate that depends on size: `points` are (size, units per second), sizes ascending.
+
+    Between points *time* is linear in size, below the first it stays what it is there (latency), above the last the
+    rate does. Time never falls as size grows.
+    """
+
+    points: tuple[tuple[float, float], ...]
+
+    def __post_init__(self) -> None:
+        sizes, rates = [s for s, _ in self.points], [r for _, r in self.points]
+        if not self.points or min(sizes) <= 0 or min(rates) <= 0 or any(a >= b for a, b in pairwise(sizes)):
+            raise HardwareError(f"a curve needs ascending sizes and rates above 0, not {self.points}")
+
+    @classmethod
+    def flat(cls, rate: float) -> Curve:
+        """The same rate at every size."""
+        return cls(((1.0, rate),))
+
+    def seconds(self, size: float) -> float:
+        """Time to move or compute `size` units in one go."""
+        points = self.points
+        n = bisect_left(points, (size, 0.0))
+        if n == len(points):
+            return size / points[-1][1]
+        high, at_high = points[n][0], points[n][0] / points[n][1]
+        if n == 0:
+            return at_high if len(points) > 1 else size / points[0][1]
+        low, at_low = points[n - 1][0], points[n - 1][0] / points[n - 1][1]
+        return at_low + max(at_high - at_low, 0.0) * (size - low) / (high - low)
+
+    def rate(self, size: float) -> float:
+        """Units per second at `size`."""
+        return size / self.seconds(size)
+
+    def scaled(self, factor: float) -> Curve:
+        """The same curve with every rate times `factor`."""
+        return Curve(tuple((size, rate * factor) for size, rate in self.points))
 
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """Capacities and rates of one machine; `matmul` lists (tokens, FLOP/s) with tokens ascending."""
+    """Capacities and rates of one machine.
+
+    `matmul` is by the matrix's format ("float32", "float16", "bfloat16", "4-bit"), FLOP/s by rows of the other factor;
+    `decode_attention` and `host_attention` by the cache's format, bytes of K and V per second by bytes. Transfers are
+    by the bytes of one operation, the disk's as the engine's own queue performs them.
+    """
 
     name: str
+    source: str  # where the figures come from
+    copies: bool  # host memory is apart from the device's; else gpu_bytes is 0 and host bytes are used in place
     gpu_bytes: int
     host_bytes: int
     disk_bytes: int
-    h2d: float
-    d2h: float
-    disk_read: float
-    disk_write: float
-    device_read: float  # bytes/s that a kernel reads from device memory
-    matmul: tuple[tuple[int, float], ...]
-    op_seconds: float = 20e-6
+    h2d: Curve
+    d2h: Curve
+    h2d_pageable: Curve
+    d2h_pageable: Curve
+    disk_read: Curve
+    disk_write: Curve
+    disk_rows: float  # rows of an embedding table per second, each read by itself
+    device_read: float  # bytes/s that a kernel reads from the device's memory
+    host_read: float  # bytes/s that the CPU reads from the host's
+    matmul: Mapping[str, Curve]
+    prefill_attention: Curve  # FLOP/s of causal attention, by prompt length
+    decode_attention: Mapping[str, Curve]
+    host_attention: Mapping[str, Curve]
+    elementwise: Curve  # bytes/s of activations passed over by norms, biases and the like, by bytes
+    dequantize_rows: int = 0  # from so many rows on a 4-bit matrix is dequantised once a load; 0: never
+    overhead: Mapping[str, float] = field(default_factory=dict)  # seconds that any op costs its lane
+    correction: Mapping[str, float] = field(default_factory=dict)  # measured over predicted seconds, by lane
+    process_bytes: int = 0  # host memory of a process that has loaded no model
+    context_bytes: int = 0  # GPU memory that the driver and the libraries take
 
-    def matmul_rate(self, tokens: int) -> float:
-        """FLOP/s of a matrix product over `tokens` rows, between the measured points by linear interpolation."""
-        points = self.matmul
-        n = bisect_left(points, (tokens, 0.0))
-        if n == 0 or n == len(points):
-            return points[min(n, len(points) - 1)][1]
-        (t0, r0), (t1, r1) = points[n - 1], points[n]
-        return r0 + (r1 - r0) * (tokens - t0) / (t1 - t0)
+    def lane_overhead(self, lane: str) -> float:
+        return self.overhead.get(lane, 0.0)
+
+    def to_json(self) -> str:
+        """A readable profile; `from_json` reads it back."""
+        return json.dumps({f.name: _plain(getattr(self, f.name)) for f in fields(self)}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str, origin: str = "profile") -> Hardware:
+        """Read a profile; raises HardwareError naming `origin` and what is wrong with it."""
+        try:
+            found = json.loads(text)
+        except ValueError as error:
+            raise HardwareError(f"{origin} is not valid JSON: {error}") from error
+        if not isinstance(found, dict):
+            raise HardwareError(f"{origin} holds no profile")
+        needed = [f.name for f in fields(cls) if f.name not in OPTIONAL]
+        missing = [name for name in needed if name not in found]
+        if missing:
+            raise HardwareError(f"{origin} lacks {', '.join(missing)}; measure the machine anew")
+        try:
+            return cls(**{f.name: _typed(f.name, found[f.name]) for f in fields(cls) if f.name in found})
+        except (HardwareError, TypeError, ValueError) as error:
+            raise HardwareError(f"{origin}: {error}") from error
+
+    def limited(self, gpu: int | None = None, host: int | None = None, disk: int | None = None) -> Hardware:
+        """The same machine with other capacities, in bytes; None keeps one."""
+        return replace(
+            self,
+            gpu_bytes=self.gpu_bytes if gpu is None else gpu,
+            host_bytes=self.host_bytes if host is None else host,
+            disk_bytes=self.disk_bytes if disk is None else disk,
+        )
 
 
-# FlexGen's machine: rates that its published cost model fits (ICML 2023, section 6 and its repository's profile),
-# with the pinned host-to-device rate and the physical NVMe write rate of the instance.
-T4 = Hardware(
-    name="T4 16 GB, 208 GB host, PCIe 3",
-    gpu_bytes=15 * GIB,
-    host_bytes=208 * GIB,
-    disk_bytes=1500 * GIB,
-    h2d=12.9e9,
-    d2h=4.8e9,
-    disk_read=1.6e9,
-    disk_write=1.0e9,
-    device_read=79e9,
-    matmul=((1, 4.3e12), (144, 4.3e12), (4096, 21.2e12)),
-)
+OPTIONAL = ("dequantize_rows", "overhead", "correction", "process_bytes", "context_bytes")
+CURVES = ("h2d", "d2h", "h2d_pageable", "d2h_pageable", "disk_read", "disk_write", "prefill_attention", "elementwise")
+CURVES_BY_FORMAT = ("matmul", "decode_attention", "host_attention")
 
-PROFILES = {"t4": T4}
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Curve):
+        return [list(p) for p in value.points]
+    return {k: _plain(v) for k, v in value.items()} if isinstance(value, Mapping) else value
+
+
+def _typed(name: str, value: Any) -> Any:
+    if name in CURVES:
+        return _curve(value)
+    if name in CURVES_BY_FORMAT:
+        return {key: _curve(points) for key, points in value.items()}
+    return value
+
+
+def _curve(points: Any) -> Curve:
+    return Curve(tuple((float(size), float(rate)) for size, rate in points))
+
+
+def profile_names() -> list[str]:
+    """The profiles that ship with the package."""
+    return sorted(p.stem for p in PROFILE_DIR.glob("*.json"))
+
+
+def load_profile(name: str | Path) -> Hardware:
+    """A shipped profile by name ("t4"), or the file of one; raises HardwareError when there is neither."""
+    shipped = PROFILE_DIR / f"{str(name).lower()}.json"
+    path = shipped if shipped.is_file() else Path(name).expanduser()
+    if not path.is_file():
+        raise HardwareError(f"{name} is no file and no known machine; known are {', '.join(profile_names())}")
+    return Hardware.from_json(path.read_text(encoding="utf-8"), str(name))

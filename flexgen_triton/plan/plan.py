@@ -6,15 +6,15 @@ Made from the model, the workload, the policy and where the weights lie on disk.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import pairwise
 
 from .layout import CacheLayout, Group, block_tokens_for, cache_fields, make_groups, pad, split_counts
 from .placement import Extent, LayerPlacement, Run, Tier, packed_layout, place_layer
 from .policy import Policy, PolicyError
-from .schedule import CacheTraffic, Generator, HiddenTraffic, Program, WeightTraffic
-from .spec import Batch, LayerSpec, ModelSpec, Workload
+from .schedule import CacheTraffic, Generator, HiddenTraffic, Program, WeightTraffic, Work
+from .spec import Batch, LayerSpec, ModelSpec, ModuleSpec, Workload
 
 PART_BYTES = 64 << 20  # a streamed layer is cut at least this fine, so that disk and link overlap within it
 WIDEN_BYTES = 16 << 20  # of fp32 rows that the CPU widens a 16-bit matrix to at a time
@@ -79,9 +79,8 @@ class Plan:
             for b, c, h in zip(batches, cache_counts, hidden_counts, strict=True)
         )
 
-        self._layer_work = tuple(
-            (layer.flops_per_token, sum(t.nbytes for t in layer.tensors if not t.gathered)) for layer in self.layers
-        )
+        self._layer_work = tuple(self._work_of(layer) for layer in self.layers)
+        self._rows_on_disk = self.tables.disk.useful / max(sum(self.tables.share(t).useful for t in Tier), 1)
         # asked several times per op, by neighbours in the schedule
         self.cache_traffic = lru_cache(maxsize=64)(self._cache_traffic)
         self.hidden_traffic = lru_cache(maxsize=1024)(self._hidden_traffic)
@@ -179,21 +178,53 @@ class Plan:
 
     # Arithmetic
 
-    def work(self, i: int, j: int, k: int) -> tuple[float, int, int]:
-        """FLOPs, bytes read from device memory, and rows of the matrix products of one block."""
+    def _work_of(self, layer: LayerSpec) -> tuple[tuple[tuple[str, float], ...], int, int]:
+        """FLOPs per row by format, bytes of weights, and bytes of activations per row, of a layer's products."""
+        flops: dict[str, float] = {}
+        for t in layer.tensors:
+            if not t.gathered and (t.packing or len(t.shape) > 1):
+                kind = "4-bit" if t.packing else t.dtype
+                flops[kind] = flops.get(kind, 0.0) + 2.0 * t.num_parameters
+        hidden = sum(self._passed_over(m) for m in layer.modules)
+        return tuple(flops.items()), sum(t.nbytes for t in layer.tensors if not t.gathered), hidden
+
+    def _passed_over(self, module: ModuleSpec) -> int:
+        """Bytes per row that a module reads and writes apart from its products: norm, biases, activation, residual."""
+        width, itemsize = self.model.hidden, self.model.itemsize
+        if module.kind == "head":  # fp32 logits are written once and read twice, to be sampled
+            return 12 * sum(t.shape[0] for t in module.tensors if t.exact)
+        return {"embed": 6 * width, "attention": 12 * width, "mlp": 6 * width + 4 * self.model.ffn}[
+            module.kind
+        ] * itemsize
+
+    def work(self, i: int, j: int, k: int) -> Work:
+        """What the computation of one block does."""
         batch, layer, model = self.workload.batches[k], self.layers[j], self.model
-        tokens = batch.size if layer.is_head else batch.tokens(i)
-        flops_per_token, nbytes = self._layer_work[j]
-        flops = flops_per_token * tokens
-        if layer.has_cache:
-            heads = 4 * model.num_heads * model.head_dim
-            if i == 0:
-                flops += sum(heads * p * p / 2 for p in batch.prompt_lens)
-            else:
-                context = sum(batch.cached(i)) + batch.size
-                flops += heads * context
-                nbytes += context * self.cache_layout.token_bytes
-        return flops, nbytes, tokens
+        rows = batch.size if layer.is_head else batch.tokens(i)
+        products, weight_bytes, hidden = self._layer_work[j]
+        work = Work(rows, tuple((kind, flops * rows) for kind, flops in products), weight_bytes, hidden * rows, k == 0)
+        if j == 0:
+            return replace(work, lookups=round(self._rows_on_disk * self._distinct_rows(i, batch)))
+        if not layer.has_cache:
+            return work
+        heads = 4.0 * model.num_heads * model.head_dim
+        if i == 0:
+            squares = sum(p * p for p in batch.prompt_lens)
+            return replace(work, prompt_flops=heads * squares / 2, prompt_len=round(squares / batch.prompt_tokens))
+        context = sum(batch.cached(i)) + batch.size
+        return replace(
+            work,
+            cache_bytes=round(context * self.cache_layout.token_bytes * (1 + self.policy.attn_sparsity) / 2),
+            cache_flops=heads * context,
+            cache_format="4-bit" if self.policy.is_cache_4bit else model.dtype,
+            gathered_bytes=self.cache_traffic(i, k).gathered,
+        )
+
+    def _distinct_rows(self, i: int, batch: Batch) -> float:
+        """Rows of the embedding tables that a step looks up: positions, and so many of random tokens that differ."""
+        vocab, tokens = self.model.vocab, batch.tokens(i)
+        positions = batch.prompt_lens[0] if i == 0 else len(set(batch.prompt_lens))
+        return positions + vocab * (1 - (1 - 1 / vocab) ** tokens)
 
     # The program, and the memory it needs
 
@@ -209,6 +240,7 @@ class Plan:
             rings=self.rings,
             copies=self.copies,
             serial=not self.policy.overlap,
+            pinned=self.policy.pin_weight,
         )
 
     @cached_property

@@ -36,6 +36,28 @@ class Slot(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class Work:
+    """What one computation does, in units that a machine has rates for."""
+
+    rows: int  # of every matrix product
+    products: tuple[tuple[str, float], ...]  # format of the matrices, FLOPs
+    weight_bytes: int  # of those matrices, as stored
+    hidden_bytes: int  # of activations that norms, biases, residuals and the like pass over
+    first_of_load: bool  # the first GPU batch that uses this load of the weights
+    prompt_flops: float = 0.0  # causal attention over prompts ...
+    prompt_len: int = 0  # ... of this mean length
+    cache_bytes: int = 0  # K and V that decode attention reads ...
+    cache_flops: float = 0.0
+    cache_format: str = ""  # ... in this format
+    gathered_bytes: int = 0  # V that it fetches from the host's home
+    lookups: int = 0  # rows of tables read from disk one by one
+
+    @property
+    def flops(self) -> float:
+        return sum(flops for _, flops in self.products) + self.prompt_flops + self.cache_flops
+
+
+@dataclass(frozen=True, slots=True)
 class Op:
     """One transfer or one computation. `overwrites` are slots whose memory it takes over."""
 
@@ -49,8 +71,12 @@ class Op:
     writes: tuple[Slot, ...] = ()
     overwrites: tuple[Slot, ...] = ()
     bytes: int = 0
-    flops: float = 0
-    tokens: int = 0
+    work: Work | None = None  # of a computation
+    pageable: bool = False  # a transfer from memory that is not pinned
+
+    @property
+    def flops(self) -> float:
+        return self.work.flops if self.work else 0.0
 
     def slot(self, ring: str) -> Slot | None:
         """The slot of `ring` that this op touches, if any."""
@@ -100,10 +126,11 @@ class Program(NamedTuple):
     batch_steps: tuple[int, ...]  # token steps of each GPU batch
     cache: Callable[[int, int], CacheTraffic]  # (i, k)
     hidden: Callable[[int, int, int], HiddenTraffic]  # (i, j, k): the state that layer j hands to layer j+1
-    work: Callable[[int, int, int], tuple[float, int, int]]  # (i, j, k) -> flops, bytes read, tokens
+    work: Callable[[int, int, int], Work]  # (i, j, k)
     rings: dict[str, int]  # capacity in bytes
     copies: bool  # host memory is apart from the device's: h2d and d2h lanes exist
     serial: bool  # no overlap: every op after the one before it
+    pinned: bool  # the host's share of the weights lies in pinned memory
 
 
 class Ring:
@@ -342,6 +369,7 @@ class Generator:
             if disk or old:
                 yield Op(Lane.DISK_IN, f"read_{kind}", *block, part, on_disk, (slot,), old, disk)
             return
+        pageable = kind == "weight" and host > 0 and not self.program.pinned
         staged: tuple[Slot, ...] = ()
         if disk:
             staging, gone = self._rings["stage_in"].take(stage or disk)
@@ -349,7 +377,8 @@ class Generator:
             staged = (staging,)
             self._rings["stage_in"].release(staging)
         if disk or host or old:
-            yield Op(Lane.H2D, f"load_{kind}", *block, part, (*staged, *on_host), (slot,), old, disk + host)
+            reads = (*staged, *on_host)
+            yield Op(Lane.H2D, f"load_{kind}", *block, part, reads, (slot,), old, disk + host, pageable=pageable)
 
     def _carry(
         self, kind: str, block: Block, out: Slot | None, homes: Homes, *, moved: int, disk: int, stage: int
@@ -397,8 +426,9 @@ class Generator:
             reads.append(Slot("cache_host", home))
         if program.has_cache[j] and not program.copies:
             writes.append(Slot("cache_host", home))  # host rows and open blocks are appended to in place
-        flops, nbytes, tokens = program.work(i, j, k)
-        yield Op(Lane.COMPUTE, "compute", i, j, k, 0, tuple(reads), tuple(writes), tuple(old), nbytes, flops, tokens)
+        work = program.work(i, j, k)
+        nbytes = work.weight_bytes + work.cache_bytes
+        yield Op(Lane.COMPUTE, "compute", i, j, k, 0, tuple(reads), tuple(writes), tuple(old), nbytes, work)
         cache_homes, hidden_homes = self._cache_homes(block), self._hidden_homes(block)
         yield from self._carry(
             "cache",

@@ -8,7 +8,7 @@ from flexgen_triton import LLM, Policy, SamplingParams
 from flexgen_triton.figures import step_seconds
 from flexgen_triton.models.opt import SIZES, model_spec
 from flexgen_triton.plan.cost import seconds
-from flexgen_triton.plan.hardware import T4
+from flexgen_triton.plan.hardware import load_profile
 from flexgen_triton.plan.link import Span, simulate
 from flexgen_triton.plan.plan import make_plan
 from flexgen_triton.plan.schedule import Lane, Op
@@ -39,8 +39,9 @@ def test_bound_and_exposed_time_by_hand():
 def test_the_headline_policy_on_a_t4_is_within_five_percent_of_its_bound(sep_layer):
     """OPT-30B, 48 x 3, 512/32, 20 80 0 100 0 100, in simulation at the published machine's rates."""
     spec = model_spec(SIZES["opt-30b"], "opt-30b", "float16")
+    t4 = load_profile("t4")
     plan = make_plan(spec, Policy(48, 3, 20, 80, 0, 100, 0, 100, sep_layer=sep_layer), Workload.uniform(512, 32, 48, 3))
-    timeline = Timeline.of(simulate(plan.generator, lambda op: seconds(op, T4)))
+    timeline = Timeline.of(simulate(plan.generator, lambda op: seconds(op, t4)))
     assert timeline.makespan_s <= 1.05 * timeline.bound_s
     lanes = timeline.lanes["decode"]
     assert lanes["h2d"].busy_s == max(use.busy_s for use in lanes.values())
