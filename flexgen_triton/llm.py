@@ -17,7 +17,7 @@ from .models.checkpoint import open_store
 from .models.opt import OPT, ModelError, OPTConfig, config_by_name, model_spec
 from .models.sampling import SamplingParams
 from .plan.policy import Policy, PolicyError
-from .plan.spec import DTYPE_BYTES, ModelSpec, to_4bit
+from .plan.spec import DTYPE_BYTES, ModelSpec, stored_as
 from .run.block import Request
 from .run.engine import Engine, RunReport
 
@@ -130,11 +130,6 @@ def check_device(dtype: str, device: torch.device) -> None:
         raise ModelError(
             f"bfloat16 needs a GPU of compute capability 8.0, {name} has {major}.{minor}; use --dtype float16"
         )
-
-
-def stored_as(spec: ModelSpec, policy: Policy) -> ModelSpec:
-    """The model in the format that the policy asks for."""
-    return spec if policy.weight_group is None else to_4bit(spec, policy.weight_group)
 
 
 class LLM:

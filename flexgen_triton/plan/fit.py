@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from .hardware import GIB
@@ -12,25 +13,28 @@ from .spec import Batch, Workload
 
 
 def need(plan: Plan) -> dict[Tier, int]:
-    """Peak bytes of GPU and host. Where host memory is the device's, all of it counts as host."""
+    """Peak bytes of each tier; of the disk without the weights' store. In place, all memory counts as the host's."""
     if plan.copies:
-        return {Tier.GPU: plan.device_bytes, Tier.HOST: plan.host_bytes}
-    return {Tier.HOST: plan.device_bytes + plan.host_bytes}
+        return {Tier.GPU: plan.device_bytes, Tier.HOST: plan.host_bytes, Tier.DISK: plan.scratch_bytes}
+    return {Tier.HOST: plan.device_bytes + plan.host_bytes, Tier.DISK: plan.scratch_bytes}
 
 
-def fits(plan: Plan, available: dict[Tier, int]) -> bool:
-    return all(nbytes <= available[tier] for tier, nbytes in need(plan).items())
+def fits(plan: Plan, available: Mapping[Tier, float]) -> bool:
+    """Whether the plan needs no more than that of any tier; a tier that is not named is not limited."""
+    return all(nbytes <= available.get(tier, nbytes) for tier, nbytes in need(plan).items())
 
 
-def check(plan: Plan, available: dict[Tier, int]) -> None:
+def check(plan: Plan, available: Mapping[Tier, float]) -> None:
     """Raise PolicyError, with what each tier needs and a policy that fits, when the plan exceeds `available` bytes."""
     if fits(plan, available):
         return
-    tier = next(t for t, nbytes in need(plan).items() if nbytes > available[t])
+    tier = next(t for t, nbytes in need(plan).items() if nbytes > available.get(t, nbytes))
     raise PolicyError(f"{_shortage(plan, tier, available[tier])}; {_way_out(plan, available)}")
 
 
-def _shortage(plan: Plan, tier: Tier, have: int) -> str:
+def _shortage(plan: Plan, tier: Tier, have: float) -> str:
+    if tier is Tier.DISK:
+        return f"the disk needs {plan.scratch_bytes / GIB:.2f} GiB for cache and activations, has {have / GIB:.2f}"
     weights = sum(p.gpu.nbytes for p in (*plan.placements, plan.tables))
     homes = plan.homes[Tier.GPU]
     if tier is Tier.HOST:
@@ -44,7 +48,7 @@ def _shortage(plan: Plan, tier: Tier, have: int) -> str:
     )
 
 
-def _way_out(plan: Plan, available: dict[Tier, int]) -> str:
+def _way_out(plan: Plan, available: Mapping[Tier, float]) -> str:
     low, high = 0, plan.policy.gpu_batch_size - 1
     while low < high:  # the largest GPU batch that fits
         middle = (low + high + 1) // 2

@@ -324,7 +324,8 @@ class Plan:
         tokens = max(b.prompt_tokens for b in self.workload.batches)
         rows = max(b.size for b in self.workload.batches)
         widened = 2 * WIDEN_BYTES if model.itemsize == 2 or model.is_4bit else 0
-        block = tokens * (2 * model.ffn + 8 * model.hidden) * max(model.itemsize, 4)
+        width = model.itemsize if self.copies else 4  # a CPU multiplies in fp32
+        block = tokens * (2 * model.ffn + 8 * model.hidden) * width
         return max(block, rows * model.vocab * 8) + widened + self._dense_bytes + self._score_bytes + self.logits_bytes
 
     @property

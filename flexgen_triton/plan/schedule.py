@@ -25,6 +25,8 @@ class Lane(Enum):
     D2H = "d2h"
     COMPUTE = "compute"
 
+    __hash__ = object.__hash__  # members are singletons; an Enum's own hash is the slowest part of linking a schedule
+
 
 class Slot(NamedTuple):
     """Named memory that ops hand to each other: `nbytes` at byte `at` of a ring, or a home (at 0, of no given size)."""

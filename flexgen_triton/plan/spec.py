@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
 
+from .policy import Policy
+
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 STORED_BYTES = DTYPE_BYTES | {"int16": 2}  # four 4-bit codes to an int16
 
@@ -170,6 +172,11 @@ def to_4bit(spec: ModelSpec, group_size: int) -> ModelSpec:
                 yield t
 
     return replace(spec, modules=tuple(replace(m, tensors=tuple(tensors(m))) for m in spec.modules))
+
+
+def stored_as(spec: ModelSpec, policy: Policy) -> ModelSpec:
+    """The model in the format that the policy asks for."""
+    return spec if policy.weight_group is None else to_4bit(spec, policy.weight_group)
 
 
 def _halves(tensor: TensorSpec, group_size: int) -> tuple[TensorSpec, TensorSpec]:

@@ -1,0 +1,191 @@
+"""The planning problem with its steps smoothed away: loads and memory as linear functions of the nine shares.
+
+FlexGen's linear program (ICML 2023, section 4.3) with what it left out: real layers with embeddings and output
+projection, formats, rings, workspaces, every lane. No coefficient is written by hand. Each is a difference between
+plans made by `make_plan` and costed by `seconds`, the same as are run; so a relaxation cannot drift from the schedule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import product
+from typing import NamedTuple
+
+from scipy.optimize import linprog
+
+from .cost import seconds
+from .fit import need
+from .hardware import GIB, Hardware
+from .placement import Tier
+from .plan import Plan, make_plan
+from .policy import Policy
+from .predict import DECODE, PREFILL, sample_steps, sampled
+from .schedule import Generator
+from .spec import ModelSpec, Workload
+
+KINDS = ("w", "cache", "act")
+PHASES = (PREFILL, DECODE)
+SHORT = 2  # decoder blocks of the model that coefficients are taken from; all blocks are alike
+SHORT_STEPS = 4
+TIE = 1e-3  # weight of all lanes' loads beside the busiest one's: between equals, move less
+
+Amounts = dict[tuple[str, str], float]  # (phase, lane) -> seconds; ("need", tier) -> bytes
+Shares = dict[tuple[str, Tier], float]  # kind and tier -> share, summing to 1 for each kind
+
+
+class Optimum(NamedTuple):
+    """The relaxation's best shares, and a time that no policy of its kind beats."""
+
+    seconds: float
+    shares: Shares
+
+
+def shortened(model: ModelSpec, blocks: int) -> ModelSpec:
+    """The model with its first `blocks` decoder blocks only."""
+    modules = tuple(m for m in model.modules if m.kind not in ("attention", "mlp") or m.index < blocks)
+    return replace(model, modules=modules, num_blocks=blocks)
+
+
+@dataclass(frozen=True)
+class Relaxation:
+    """One model in one format, in GPU batches of one size, on one machine. `policy` gives everything but shares."""
+
+    model: ModelSpec
+    policy: Policy
+    prompt_len: int
+    gen_len: int
+    hardware: Hardware
+
+    @property
+    def tiers(self) -> tuple[Tier, ...]:
+        """Tiers that differ: in place, the host is the device."""
+        return tuple(Tier) if self.hardware.copies else (Tier.GPU, Tier.DISK)
+
+    def _plan(self, model: ModelSpec, shares: Shares, num_gpu_batches: int) -> Plan:
+        policy = with_shares(replace(self.policy, num_gpu_batches=num_gpu_batches), shares)
+        workload = Workload.uniform(self.prompt_len, self.gen_len, policy.gpu_batch_size, num_gpu_batches)
+        return make_plan(model, policy, workload, copies=self.hardware.copies)
+
+    def _amounts(self, shares: Shares, num_gpu_batches: int) -> Amounts:
+        """Of the whole model: loads with one block standing for all but the first, needs extended from two models."""
+        blocks = self.model.num_blocks
+        short = shortened(self.model, min(SHORT, blocks))
+        plan = self._plan(short, shares, num_gpu_batches)
+        found = self._loads(plan, blocks - short.num_blocks + 1)
+        needs = need(plan)
+        if blocks > short.num_blocks:
+            longer = need(self._plan(shortened(self.model, SHORT + 1), shares, num_gpu_batches))
+            needs = {t: n + (longer[t] - n) * (blocks - SHORT) for t, n in needs.items()}
+        return found | {("need", tier.value): float(nbytes) for tier, nbytes in needs.items()}
+
+    def _loads(self, plan: Plan, times: int) -> Amounts:
+        """Seconds by phase and lane; the last decoder block's layers count `times`."""
+        steps = sorted(sample_steps(plan.workload.steps, SHORT_STEPS).items())
+        last = plan.model.num_blocks - 1
+        repeated = [any(m.kind in ("attention", "mlp") and m.index == last for m in la.modules) for la in plan.layers]
+        found: Amounts = {}
+        for op in Generator(sampled(plan.program, dict(steps))):
+            key = (DECODE if op.i else PREFILL, op.lane.value)
+            weight = steps[min(op.i, len(steps) - 1)][1] * (times if repeated[op.j] else 1)
+            found[key] = found.get(key, 0.0) + weight * seconds(op, self.hardware)
+        return found
+
+    @cached_property
+    def _corners(self) -> dict[int, tuple[Amounts, dict[tuple[str, Tier], Amounts]]]:
+        """For one and for two GPU batches: amounts with all on the GPU, and how each other tier changes them."""
+        found = {}
+        for count in (1, 2):
+            base: Shares = {(kind, Tier.GPU): 1.0 for kind in KINDS}
+            at_base = self._amounts(base, count)
+            changes = {}
+            for kind, tier in product(KINDS, self.tiers[1:]):
+                moved = {key: share for key, share in base.items() if key[0] != kind} | {(kind, tier): 1.0}
+                changes[kind, tier] = _less(self._amounts(moved, count), at_base)
+            found[count] = at_base, changes
+        return found
+
+    def linear(self, num_gpu_batches: int) -> tuple[Amounts, dict[tuple[str, Tier], Amounts]]:
+        """Amounts with all on the GPU and their changes, for any number of GPU batches."""
+        (one, first), (two, second) = self._corners[1], self._corners[2]
+        more = num_gpu_batches - 1
+        return _along(one, two, more), {key: _along(first[key], second[key], more) for key in first}
+
+    def solve(
+        self,
+        num_gpu_batches: int,
+        available: Mapping[Tier, float],
+        *,
+        max_seconds: float | None = None,
+        faster: Mapping[str, float] | None = None,
+    ) -> Optimum | None:
+        """The best shares for that many GPU batches within `available` bytes; None where nothing fits.
+
+        `faster` divides the loads of lanes, to tell what a faster one would bring.
+        """
+        base, changes = self.linear(num_gpu_batches)
+        variables = [(kind, tier) for kind in KINDS for tier in self.tiers]
+        lanes = sorted(key for key in set(base).union(*changes.values()) if key[0] in PHASES)
+        speed = faster or {}
+
+        def row(key: tuple[str, str], scale: float) -> tuple[list[float], float]:
+            """Coefficients of an amount over the shares, and its constant."""
+            slopes = [changes.get(v, {}).get(key, 0.0) / scale for v in variables]
+            return slopes, base.get(key, 0.0) / scale
+
+        upper: list[list[float]] = []
+        limits: list[float] = []
+        total = [0.0] * len(variables)
+        for key in lanes:
+            slopes, constant = row(key, speed.get(key[1], 1.0))
+            upper.append([*slopes, *(-1.0 if key[0] == phase else 0.0 for phase in PHASES)])
+            limits.append(-constant)
+            total = [a + b for a, b in zip(total, slopes, strict=True)]
+        for tier, nbytes in available.items():
+            slopes, constant = row(("need", tier.value), GIB)
+            upper.append([*slopes, 0.0, 0.0])
+            limits.append(nbytes / GIB - constant)
+        if max_seconds is not None:
+            upper.append([*[0.0] * len(variables), 1.0, 1.0])
+            limits.append(max_seconds)
+        equal = [[*(float(v[0] == kind) for v in variables), 0.0, 0.0] for kind in KINDS]
+        found = linprog(
+            [*(TIE * t for t in total), 1.0, 1.0],
+            A_ub=upper,
+            b_ub=limits,
+            A_eq=equal,
+            b_eq=[1.0] * len(KINDS),
+            bounds=[(0, 1)] * len(variables) + [(0, None)] * 2,
+            method="highs",
+        )
+        if found.status != 0:
+            return None
+        values = [float(x) for x in found.x]
+        return Optimum(values[-1] + values[-2], dict(zip(variables, values, strict=False)))
+
+
+def with_shares(policy: Policy, shares: Mapping[tuple[str, Tier], float]) -> Policy:
+    """The policy with these shares, which are rounded to whole percentages and sum to 100."""
+    percents: dict[str, int] = {}
+    for kind in KINDS:
+        gpu = round(100 * shares.get((kind, Tier.GPU), 0.0))
+        host = round(100 * (shares.get((kind, Tier.GPU), 0.0) + shares.get((kind, Tier.HOST), 0.0))) - gpu
+        percents |= {f"{kind}_gpu_percent": gpu, f"{kind}_cpu_percent": host}
+    return replace(policy, **percents)  # type: ignore[arg-type]
+
+
+def _less(a: Amounts, b: Amounts) -> Amounts:
+    return {key: a.get(key, 0.0) - b.get(key, 0.0) for key in a.keys() | b.keys()}
+
+
+def _along(one: Amounts, two: Amounts, more: int) -> Amounts:
+    return {key: one.get(key, 0.0) + more * (two.get(key, 0.0) - one.get(key, 0.0)) for key in one.keys() | two.keys()}
+
+
+def whole_tiers(policy: Policy, tiers: Sequence[Tier]) -> list[Policy]:
+    """The policy with each of weights, cache and activations wholly on one of the tiers, in every combination."""
+    return [
+        with_shares(policy, dict.fromkeys(zip(KINDS, chosen, strict=True), 1.0))
+        for chosen in product(tiers, repeat=len(KINDS))
+    ]

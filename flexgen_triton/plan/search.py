@@ -1,0 +1,387 @@
+"""Finds the policy: every block size and format by linear program, the best of them by simulation.
+
+For each (GPU batch size, number of GPU batches, format) the relaxation (relax.py) gives shares and a throughput that no
+policy of that kind exceeds. In the order of these bounds the shares are rounded to a real plan, which must fit, and
+simulated, until what is found is as good as what the next bound promises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import NamedTuple
+
+from .fit import fits, need
+from .hardware import GIB, Hardware
+from .placement import Tier
+from .plan import Plan, make_plan
+from .policy import CompressionConfig, Policy, PolicyError
+from .predict import Prediction, predict
+from .relax import Optimum, Relaxation, Shares, shortened, whole_tiers, with_shares
+from .spec import Batch, ModelSpec, Workload, stored_as
+
+GPU_BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+GPU_BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+LOSSY = ("4bit", "4bit-cache", "sparse")
+SPARSITY = 0.1  # FlexGen's: V of a tenth of the tokens
+CLOSE = 0.995  # a policy this near to the next bound ends the search
+ESTIMATED = 24  # candidates at most whose schedule is simulated for a few decoder blocks ...
+FEW_STEPS = 4  # token steps of a simulation
+SHORT_BLOCKS = (4, 6)  # ... so many, and extended to all
+KEPT = 3  # the best of them are simulated whole, the second and third ...
+KEPT_OPS = 80_000  # ... as far as these reach
+SHRINK = (0.0, 0.01, 0.03, 0.08, 0.2, 0.4, 0.7)  # of memory, until the rounded policy fits
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is to be generated, and what may be done for speed.
+
+    `num_prompts` None means as many as there are. `allow` names what changes the output, of LOSSY. All prompts have
+    `prompt_len` tokens, unless `prompt_lens` says otherwise.
+    """
+
+    model: ModelSpec
+    prompt_len: int
+    gen_len: int
+    num_prompts: int | None = None
+    allow: frozenset[str] = frozenset()
+    max_latency: float | None = None  # seconds for one block, prefill and decode
+    group_size: int = 64
+    stored: bool = True  # the weights are on the disk already, in every format that may be chosen
+    prompt_lens: tuple[int, ...] = ()  # all of them, where they differ
+    base: Policy = field(default_factory=Policy)  # what the search does not choose
+
+    def __post_init__(self) -> None:
+        unknown = sorted(self.allow - set(LOSSY))
+        if unknown:
+            raise PolicyError(f"{', '.join(unknown)} cannot be allowed; what can is {', '.join(LOSSY)}")
+
+    def formats(self) -> list[Policy]:
+        """The base policy in every allowed format."""
+        weight = (False, True) if "4bit" in self.allow else (False,)
+        cache = (False, True) if "4bit-cache" in self.allow else (False,)
+        sparsity = (1.0, SPARSITY) if "sparse" in self.allow else (1.0,)
+        config = CompressionConfig(group_size=self.group_size)
+        return [
+            replace(self.base, compress_weight=w, comp_weight_config=config, compress_cache=c, attn_sparsity=s)
+            for w, c, s in product(weight, cache, sparsity)
+        ]
+
+    def workload(self, gpu_batch_size: int, num_gpu_batches: int) -> Workload:
+        """The first block: all prompts alike, or the longest ones."""
+        if not self.prompt_lens:
+            return Workload.uniform(self.prompt_len, self.gen_len, gpu_batch_size, num_gpu_batches)
+        longest = sorted(self.prompt_lens, reverse=True)[: gpu_batch_size * num_gpu_batches]
+        cuts = range(0, len(longest), gpu_batch_size)
+        return Workload(tuple(Batch(tuple(longest[n : n + gpu_batch_size]), self.gen_len) for n in cuts))
+
+    def plan(self, policy: Policy, *, copies: bool) -> Plan:
+        workload = self.workload(policy.gpu_batch_size, policy.num_gpu_batches)
+        return make_plan(stored_as(self.model, policy), policy, workload, copies=copies)
+
+    def blocks(self, block_size: int) -> float:
+        """How often a block of that size runs, for one block's worth of prompts or for all there are."""
+        return 1 if self.num_prompts is None else -(-self.num_prompts // block_size)
+
+    def tokens(self, block_size: int) -> int:
+        return self.gen_len * (block_size if self.num_prompts is None else self.num_prompts)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A policy that fits, and what it is predicted to do."""
+
+    policy: Policy
+    plan: Plan
+    prediction: Prediction
+    tokens_per_s: float  # over all prompts of the problem
+    bound_tokens_per_s: float  # of the relaxation, for its block size and format
+
+    @property
+    def latency_s(self) -> float:
+        """Seconds from a block's start to its last token."""
+        return self.prediction.total_s
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A block size and format, with the relaxation's answer."""
+
+    relaxation: Relaxation
+    policy: Policy  # with its batch sizes and format
+    optimum: Optimum
+    tokens_per_s: float
+
+
+@dataclass(frozen=True)
+class Searched:
+    """The policies found, best first; all candidates with their bounds; and the most that any could be predicted."""
+
+    problem: Problem
+    hardware: Hardware
+    found: tuple[Found, ...]
+    candidates: tuple[Candidate, ...]
+
+    @property
+    def best(self) -> Found:
+        return self.found[0]
+
+    @property
+    def bound_tokens_per_s(self) -> float:
+        return max([self.best.tokens_per_s, *(c.tokens_per_s for c in self.candidates)])
+
+    @property
+    def gap(self) -> float:
+        """The share of the bound that the best policy leaves open."""
+        return 1 - self.best.tokens_per_s / self.bound_tokens_per_s
+
+
+def available(hardware: Hardware, problem: Problem) -> dict[Tier, float]:
+    """Bytes a plan may need of each tier: the machine's, less the process's own and the weights' store."""
+    store = 0 if problem.stored else max(stored_as(problem.model, p).weight_bytes for p in problem.formats())
+    free = {Tier.HOST: hardware.host_bytes - hardware.process_bytes, Tier.DISK: hardware.disk_bytes - store}
+    if hardware.copies:
+        free[Tier.GPU] = hardware.gpu_bytes - hardware.context_bytes
+    return {tier: float(nbytes) for tier, nbytes in free.items()}
+
+
+def search(problem: Problem, hardware: Hardware) -> Searched:
+    """The best policies for a problem, by predicted throughput.
+
+    Raises PolicyError, in one sentence, when no policy fits or none keeps the latency limit.
+    """
+    free = available(hardware, problem)
+    candidates = sorted(_candidates(problem, hardware, free), key=lambda c: -c.tokens_per_s)
+    found = _simulate(problem, hardware, free, candidates)
+    if not found:
+        found = _smallest(problem, hardware, free)
+    within = [f for f in found if problem.max_latency is None or f.latency_s <= problem.max_latency]
+    if not within:
+        quickest = min(found, key=lambda f: f.latency_s)
+        raise PolicyError(
+            f"no policy found takes {problem.max_latency:g} s or less for a block; the quickest is predicted at "
+            f"{quickest.latency_s:.3g} s ({quickest.policy.gpu_batch_size} x {quickest.policy.num_gpu_batches})"
+        )
+    within.sort(key=lambda f: -f.tokens_per_s)
+    return Searched(problem, hardware, tuple(within), tuple(candidates))
+
+
+def _sizes(problem: Problem) -> Iterator[tuple[int, list[int]]]:
+    """GPU batch sizes, and with each the numbers of GPU batches to try."""
+    prompts = problem.num_prompts
+    if prompts is None:
+        yield from ((size, list(GPU_BATCHES)) for size in GPU_BATCH_SIZES)
+        return
+    exact = {-(-prompts // count) for count in GPU_BATCHES}  # sizes that divide the prompts evenly
+    for size in sorted(exact.union(s for s in GPU_BATCH_SIZES if s <= prompts)):
+        yield size, sorted({min(count, -(-prompts // size)) for count in GPU_BATCHES})
+
+
+def _candidates(problem: Problem, hardware: Hardware, free: Mapping[Tier, float]) -> Iterator[Candidate]:
+    """Every block size and format for which the relaxation has an answer; larger GPU batches than fit are not tried."""
+    for form in problem.formats():
+        model = stored_as(problem.model, form)
+        for size, counts in _sizes(problem):
+            policy = replace(form, gpu_batch_size=size)
+            relaxation = Relaxation(model, policy, problem.prompt_len, problem.gen_len, hardware)
+            fitting = 0
+            for count in counts:
+                optimum = relaxation.solve(count, free, max_seconds=problem.max_latency)
+                if optimum is None:
+                    break
+                fitting += 1
+                whole = replace(policy, num_gpu_batches=count)
+                yield Candidate(relaxation, whole, optimum, _throughput(problem, whole, optimum.seconds))
+            if not fitting:
+                break
+
+
+def _throughput(problem: Problem, policy: Policy, block_seconds: float) -> float:
+    return problem.tokens(policy.block_size) / (problem.blocks(policy.block_size) * block_seconds)
+
+
+def _simulate(
+    problem: Problem, hardware: Hardware, free: Mapping[Tier, float], candidates: Sequence[Candidate]
+) -> list[Found]:
+    """Estimate candidates in the order of their bounds until none left promises more; simulate the best whole."""
+    estimates: dict[Policy, Estimate] = {}
+    best = 0.0
+    for candidate in candidates:
+        if best >= CLOSE * candidate.tokens_per_s or len(estimates) >= ESTIMATED:
+            break
+        plan = _realise(problem, free, candidate)
+        if plan is not None and plan.policy not in estimates:
+            estimates[plan.policy] = estimate = _estimate(problem, plan, hardware, candidate.tokens_per_s)
+            best = max(best, estimate.tokens_per_s)
+    # of those as good as the best the one with the smallest schedule: fewer sequences in flight
+    ranked = sorted(estimates.values(), key=lambda e: (e.tokens_per_s < CLOSE * best, e.ops, -e.tokens_per_s))
+    ranked = ranked[:1] + sorted(ranked[1:], key=lambda e: -e.tokens_per_s)
+    found: list[Found] = []
+    for estimate in ranked[:KEPT]:
+        if not found or sum(f.prediction.ops for f in found) + estimate.ops <= KEPT_OPS:
+            found.append(_found(problem, estimate.plan, hardware, estimate.bound_tokens_per_s))
+    return found
+
+
+class Estimate(NamedTuple):
+    """What the schedules of two shortened models tell of a plan."""
+
+    plan: Plan
+    tokens_per_s: float
+    bound_tokens_per_s: float
+    ops: int  # of the whole schedule's sample
+
+
+def _found(problem: Problem, plan: Plan, hardware: Hardware, bound: float | None = None) -> Found:
+    prediction = predict(plan, hardware, exact=FEW_STEPS)
+    throughput = _throughput(problem, plan.policy, prediction.total_s)
+    return Found(plan.policy, plan, prediction, throughput, throughput if bound is None else bound)
+
+
+def _estimate(problem: Problem, plan: Plan, hardware: Hardware, bound: float) -> Estimate:
+    """Simulate the plan for two models with fewer decoder blocks, and extend: a few per cent of the ops."""
+    few, more = (
+        predict(
+            replace(problem, model=shortened(problem.model, n)).plan(plan.policy, copies=plan.copies),
+            hardware,
+            exact=FEW_STEPS,
+        )
+        for n in (min(n, plan.model.num_blocks) for n in SHORT_BLOCKS)
+    )
+    further = max(plan.model.num_blocks - SHORT_BLOCKS[0], 0) / (SHORT_BLOCKS[1] - SHORT_BLOCKS[0])
+    seconds = few.total_s + further * (more.total_s - few.total_s)
+    ops = few.ops + round(further * (more.ops - few.ops))
+    return Estimate(plan, _throughput(problem, plan.policy, seconds), bound, ops)
+
+
+def _realise(problem: Problem, free: Mapping[Tier, float], candidate: Candidate) -> Plan | None:
+    """The candidate's shares as a real plan that fits: rounded; where that overflows, found anew with less memory."""
+    relaxation, count = candidate.relaxation, candidate.policy.num_gpu_batches
+    for less in SHRINK:
+        optimum: Optimum | None = candidate.optimum
+        if less:
+            smaller = {tier: nbytes * (1 - less) for tier, nbytes in free.items()}
+            optimum = relaxation.solve(count, smaller)
+        if optimum is None:
+            return None
+        plan = problem.plan(_rounded(candidate.policy, optimum.shares), copies=relaxation.hardware.copies)
+        if fits(plan, free):
+            return plan
+    return None
+
+
+def _rounded(policy: Policy, shares: Shares) -> Policy:
+    """Whole percentages, with GPU shares rounded down: the rest goes one tier further, not over the edge."""
+    kept: Shares = {}
+    for (kind, tier), share in shares.items():
+        if tier is Tier.GPU:
+            whole = int(100 * share + 1e-6) / 100
+            kept[kind, Tier.GPU] = whole
+            kept[kind, Tier.HOST] = min(shares.get((kind, Tier.HOST), 0.0) + share - whole, 1 - whole)
+    if not any(tier is Tier.HOST for _, tier in shares):
+        kept = {key: share for key, share in kept.items() if key[1] is not Tier.HOST}
+    return with_shares(policy, kept)
+
+
+def _smallest(problem: Problem, hardware: Hardware, free: Mapping[Tier, float]) -> list[Found]:
+    """Where no relaxation fits: single sequences with everything on whole tiers, one of which needs least of any."""
+    plans = list(_smallest_plans(problem, hardware))
+    fitting = [p for p in plans if fits(p, free)]
+    if not fitting:
+        raise PolicyError(_infeasible(problem, plans, free, hardware))
+    found = [_found(problem, plan, hardware) for plan in fitting]
+    return sorted(found, key=lambda f: -f.tokens_per_s)[:KEPT]
+
+
+def _smallest_plans(problem: Problem, hardware: Hardware) -> Iterator[Plan]:
+    tiers = tuple(Tier) if hardware.copies else (Tier.GPU, Tier.DISK)
+    for form, overlap, separate in product(problem.formats(), (True, False), (True, False)):
+        single = replace(form, gpu_batch_size=1, num_gpu_batches=1, overlap=overlap, sep_layer=separate)
+        for policy in whole_tiers(single, tiers):
+            yield problem.plan(policy, copies=hardware.copies)
+
+
+def _infeasible(problem: Problem, plans: Sequence[Plan], free: Mapping[Tier, float], hardware: Hardware) -> str:
+    """One sentence: which tier lacks how much, and the smallest change that makes the problem fit."""
+
+    def lacking(plan: Plan) -> dict[Tier, float]:
+        return {t: n - free[t] for t, n in need(plan).items() if t in free and n > free[t]}
+
+    closest = min(plans, key=lambda p: sum(lacking(p).values()))
+    names = {Tier.GPU: "the GPU", Tier.HOST: "the host", Tier.DISK: "the disk"}
+    flags = {Tier.GPU: "--gpu-mem", Tier.HOST: "--cpu-mem", Tier.DISK: "--disk-mem"}
+    totals = {Tier.GPU: hardware.gpu_bytes, Tier.HOST: hardware.host_bytes, Tier.DISK: hardware.disk_bytes}
+    short = lacking(closest)
+    lacks = " and ".join(f"{names[t]} lacks {_mib(n)}" for t, n in short.items())
+    flag = " ".join(f"{flags[t]} {_mib(totals[t] + n)}" for t, n in short.items())
+    size = f"{problem.model.name} with one sequence of {problem.prompt_len} + {problem.gen_len} tokens"
+    return f"{size} does not fit: {lacks} in its smallest policy; {flag} would do{_other_ways(problem, hardware, free)}"
+
+
+def _other_ways(problem: Problem, hardware: Hardware, free: Mapping[Tier, float]) -> str:
+    """Other changes that would make the problem fit: formats that are not allowed, shorter prompts."""
+
+    def possible(changed: Problem) -> bool:
+        return any(fits(p, free) for p in _smallest_plans(changed, hardware))
+
+    ways = []
+    for lossy in ("4bit", "4bit-cache"):
+        if lossy not in problem.allow and possible(replace(problem, allow=problem.allow | {lossy})):
+            ways.append(f"--allow {lossy}")
+    low, high = 0, problem.prompt_len - 1
+    while low < high:  # the longest prompt that fits
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if possible(replace(problem, prompt_len=middle)) else (low, middle - 1)
+    if low:
+        ways.append(f"prompts of at most {low} tokens")
+    return "".join(f", or {way}" for way in ways)
+
+
+def _mib(nbytes: float) -> str:
+    """Bytes rounded up, in a unit that the memory flags take."""
+    return f"{-(-int(nbytes) // (GIB // 1024))}MiB" if nbytes < GIB else f"{nbytes / GIB + 0.0005:.3f}GiB"
+
+
+Gain = Callable[[float], float]
+
+
+def worth(searched: Searched, neighbours: int = 24) -> dict[str, float]:
+    """Tokens per second that one more GiB of each tier, or GB/s of each link, would bring: re-solved, not simulated.
+
+    By tier ("gpu", "cpu", "disk") and lane ("h2d", ...), against the relaxation's best as it is.
+    """
+    problem, hardware = searched.problem, searched.hardware
+    free = available(hardware, problem)
+    near = searched.candidates[:neighbours]
+    now = max((c.tokens_per_s for c in near), default=0.0)
+
+    def best(memory: Mapping[Tier, float], faster: Mapping[str, float]) -> float:
+        answers = (
+            (c, c.relaxation.solve(c.policy.num_gpu_batches, memory, max_seconds=problem.max_latency, faster=faster))
+            for c in near
+        )
+        return max((_throughput(problem, c.policy, a.seconds) for c, a in answers if a), default=0.0)
+
+    gains = {tier.value: best({**free, tier: free[tier] + GIB}, {}) - now for tier in free}
+    links = {"h2d": hardware.h2d, "d2h": hardware.d2h, "disk_in": hardware.disk_read, "disk_out": hardware.disk_write}
+    for lane, curve in links.items():
+        if hardware.copies or lane.startswith("disk"):
+            rate = curve.points[-1][1]
+            gains[lane] = best(free, {lane: (rate + 1e9) / rate}) - now
+    return gains
+
+
+def frontier(searched: Searched) -> list[tuple[float, float, Policy]]:
+    """(latency in seconds, tokens per second, policy) of candidates that no other beats in both, by their bounds."""
+    points = sorted((c.optimum.seconds, -c.tokens_per_s, c) for c in _distinct(searched.candidates))
+    best: list[tuple[float, float, Policy]] = []
+    for latency, negative, candidate in points:
+        if not best or -negative > best[-1][1]:
+            best.append((latency, -negative, _rounded(candidate.policy, candidate.optimum.shares)))
+    return best
+
+
+def _distinct(candidates: Sequence[Candidate]) -> list[Candidate]:
+    return list({(c.optimum.seconds, c.tokens_per_s): c for c in candidates}.values())
