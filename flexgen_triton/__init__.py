@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from . import environment as _environment  # noqa: F401  # before anything imports torch
+
 __version__ = "0.1.0"
 __all__ = ["LLM", "CompressionConfig", "Policy", "RequestOutput", "SamplingParams"]
 

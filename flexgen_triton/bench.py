@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
+from click.core import ParameterSource
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from . import (
-    demo,
-    environment,  # noqa: F401  # isort: split
-    figures,
-)
-from .llm import DEFAULT_OFFLOAD_DIR, DEMO, LLM, Prompt, RequestOutput, choose_dtype, find_model, stored_as
+from . import demo, figures
+from .llm import AUTO, DEFAULT_OFFLOAD_DIR, DEMO, LLM, Prompt, RequestOutput, choose_dtype, find_model
 from .memory.arena import peak_rss, reset_peak_rss, rss
 from .models.opt import model_spec
 from .models.sampling import SamplingParams
+from .plan.hardware import Hardware
 from .plan.plan import Plan, make_plan
 from .plan.policy import CompressionConfig, Policy
-from .plan.spec import Workload
+from .plan.search import Searched, modest, search
+from .plan.spec import Workload, stored_as
+from .run.auto import predict_run
+from .run.measure import cached_profile
 from .run.trace import write_chrome_trace
+from .sizes import SIZE
 
 Report = Callable[[str, int, int], None]
 
@@ -63,9 +65,14 @@ def random_prompts(count: int, length: int, vocab: int, seed: int) -> list[list[
 
 
 def measure(
-    llm: LLM, prompts: Sequence[Prompt], params: SamplingParams | list[SamplingParams], *, gen_len: int
+    llm: LLM,
+    prompts: Sequence[Prompt],
+    params: SamplingParams | list[SamplingParams],
+    *,
+    gen_len: int,
+    hardware: Hardware | None = None,
 ) -> dict[str, Any]:
-    """Generate and return the figures, with the answers under "outputs"."""
+    """Generate and return the figures, with the answers under "outputs"; beside them what `hardware` predicts."""
     reset_peak_rss()
     weights, on_gpu = llm.engine.weights, llm.engine.device.type == "cuda"
     base = rss() - weights.host_bytes - (0 if on_gpu else weights.gpu_bytes)  # what is no part of the plan
@@ -99,6 +106,7 @@ def measure(
         "makespan_s": timeline.makespan_s,
         "bound_s": timeline.bound_s,
         "bytes_loaded": llm.engine.weights.bytes_loaded,
+        "predicted": figures.predicted_json(predict_run(report, hardware), hardware) if hardware else None,
         "outputs": outputs,
     }
 
@@ -146,7 +154,7 @@ def show(console: Console, llm: LLM, result: dict[str, Any], *, verbose: int) ->
         if output.outputs[0].text:
             console.print(f"{output.request_id}: [bold]{output.prompt or '...'}[/]{output.outputs[0].text}")
     figures.print_plan(console, report.plans[0])
-    figures.print_lanes(console, report.timeline)
+    figures.print_lanes(console, report.timeline, result["predicted"])
     console.print(figures.summary(result), highlight=False)
 
 
@@ -169,6 +177,12 @@ FLAG: dict[str, Any] = {"is_flag": False, "flag_value": True, "type": bool, "sho
 @click.option("--prompt-len", type=click.IntRange(1), default=512, show_default=True)
 @click.option("--gen-len", type=click.IntRange(1), default=32, show_default=True)
 @click.option("--cut-gen-len", type=click.IntRange(2), help="Run this many token steps and project the rest.")
+@click.option(
+    "--policy",
+    type=click.Choice(["auto", "manual"]),
+    help="auto: the fastest policy found for this machine; manual: the next three flags. By default auto unless one of "
+    "them is given.",
+)
 @click.option("--gpu-batch-size", type=int, default=4, show_default=True)
 @click.option("--num-gpu-batches", type=int, default=1, show_default=True)
 @click.option(
@@ -179,6 +193,13 @@ FLAG: dict[str, Any] = {"is_flag": False, "flag_value": True, "type": bool, "sho
     show_default=True,
     help="Six numbers: weights on GPU and CPU, cache on GPU and CPU, activations on GPU and CPU; the rest is disk.",
 )
+@click.option("--num-prompts", type=click.IntRange(1), help="With an automatic policy; by default one block.")
+@click.option("--allow", default="", help="What auto may do that changes the output: 4bit,4bit-cache,sparse.")
+@click.option("--max-latency", type=float, help="Seconds that a block may take under an automatic policy.")
+@click.option("--gpu-mem", type=SIZE, help="GPU memory to use at most, such as 16GiB; by default what is free.")
+@click.option("--cpu-mem", type=SIZE, help="Host memory to use at most, the process's own included.")
+@click.option("--disk-mem", type=SIZE, help="Disk space to use at most.")
+@click.option("--hardware", help="A machine's profile, by file or name; by default this machine, measured once.")
 @click.option("--sep-layer", default=True, help="Attention and MLP are layers of their own.", **FLAG)
 @click.option("--pin-weight", default=True, help="Keep the host's weights in pinned memory.", **FLAG)
 @click.option("--cpu-cache-compute", is_flag=True)
@@ -198,19 +219,55 @@ FLAG: dict[str, Any] = {"is_flag": False, "flag_value": True, "type": bool, "sho
 @click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
 @click.option("--device", help="cuda or cpu; by default a GPU where there is one.")
 @click.option("--copies/--in-place", default=None, help="On a CPU: really copy host bytes, as a GPU run does.")
-def command(**options: Any) -> None:
+@click.pass_context
+def command(context: click.Context, /, **options: Any) -> None:
     """Measure generation under one policy, with FlexGen's flags; without any, run the shipped demo."""
     console = Console(highlight=False)
-    if len(sys.argv) == 1:
+    if all(context.get_parameter_source(name) is ParameterSource.DEFAULT for name in options):
         run_demo(console, options["offload_dir"].expanduser())
         return
-    run(console, **options)
+    by_hand = is_by_hand(context, options.pop("policy"))
+    run(console, by_hand=by_hand, **options)
 
 
-def run(console: Console, **o: Any) -> None:
+def is_by_hand(context: click.Context, policy: str | None) -> bool:
+    """Whether the policy is given by flags. Raises ValueError where they contradict `--policy`."""
+    flags = ("gpu_batch_size", "num_gpu_batches", "percent")
+    given = [f for f in flags if context.get_parameter_source(f) is ParameterSource.COMMANDLINE]
+    if policy == "auto" and given:
+        named = ", ".join(f"--{f.replace('_', '-')}" for f in given)
+        raise ValueError(f"--policy auto finds what {named} would say; leave out one or the other")
+    return policy == "manual" or bool(given)
+
+
+def run(console: Console, *, by_hand: bool, **o: Any) -> None:
     """One benchmark run, as the flags say."""
+    policy = flags_policy(o)
+    if by_hand and o["dry_run"]:
+        plan = dry_plan(o["model"] or DEMO, o["path"], o["dtype"], policy, o["prompt_len"], o["gen_len"])
+        figures.print_plan(console, plan)
+        return
+    with progress_bar() as report, open_model(o, policy if by_hand else AUTO, report) as llm:
+        prompts: Sequence[Prompt] = read_prompts(o["prompts"]) if o["prompts"] else ()
+        if not by_hand:
+            searched = find_policy(llm, prompts, o, replace(policy, gpu_batch_size=1, num_gpu_batches=1))
+            best = searched.best if prompts or o["num_prompts"] else modest(searched)
+            figures.print_found(console, best, searched)
+            if o["dry_run"]:
+                figures.print_plan(console, best.plan)
+                return
+            llm.use(best.policy)
+        count = o["num_prompts"] or llm.policy.block_size
+        prompts = prompts or random_prompts(count, o["prompt_len"], llm.spec.vocab, o["seed"])
+        params = SamplingParams(max_tokens=min(o["cut_gen_len"] or o["gen_len"], o["gen_len"]), ignore_eos=True)
+        result = measure(llm, prompts, params, gen_len=o["gen_len"], hardware=profile_of(llm, o["hardware"], by_hand))
+        write_results(console, llm, result, o)
+
+
+def flags_policy(o: Mapping[str, Any]) -> Policy:
+    """The policy that the flags spell out."""
     w_gpu, w_cpu, cache_gpu, cache_cpu, act_gpu, act_cpu = o["percent"]
-    policy = Policy(
+    return Policy(
         o["gpu_batch_size"],
         o["num_gpu_batches"],
         w_gpu,
@@ -228,36 +285,47 @@ def run(console: Console, **o: Any) -> None:
         comp_weight_config=CompressionConfig(group_size=o["group_size"]),
         compress_cache=o["compress_cache"],
     )
-    model = o["model"] or DEMO
-    plan = dry_plan(model, o["path"], o["dtype"], policy, o["prompt_len"], o["gen_len"]) if o["dry_run"] else None
-    if plan is not None:
-        figures.print_plan(console, plan)
-        return
-    steps = min(o["cut_gen_len"] or o["gen_len"], o["gen_len"])
-    with (
-        progress_bar() as report,
-        LLM(
-            model,
-            path=o["path"],
-            policy=policy,
-            dtype=o["dtype"],
-            offload_dir=o["offload_dir"],
-            device=o["device"],
-            copies=o["copies"],
-            seed=o["seed"],
-            progress=report,
-        ) as llm,
-    ):
-        prompts: Sequence[Prompt] = (
-            [line for line in o["prompts"].read_text(encoding="utf-8").splitlines() if line.strip()]
-            if o["prompts"]
-            else random_prompts(policy.block_size, o["prompt_len"], llm.spec.vocab, o["seed"])
-        )
-        if not prompts:
-            raise ValueError(f"{o['prompts']} holds no prompts; it needs at least one line of text")
-        params = SamplingParams(max_tokens=steps, ignore_eos=True)
-        result = measure(llm, prompts, params, gen_len=o["gen_len"])
-        write_results(console, llm, result, o)
+
+
+def open_model(o: Mapping[str, Any], policy: Policy | str, report: Report) -> LLM:
+    return LLM(
+        o["model"] or DEMO,
+        path=o["path"],
+        policy=policy,
+        allow=[word for word in o["allow"].split(",") if word],
+        gpu_memory=o["gpu_mem"],
+        cpu_memory=o["cpu_mem"],
+        disk_memory=o["disk_mem"],
+        hardware=o["hardware"],
+        dtype=o["dtype"],
+        offload_dir=o["offload_dir"],
+        device=o["device"],
+        copies=o["copies"],
+        seed=o["seed"],
+        progress=report,
+    )
+
+
+def read_prompts(path: Path) -> list[str]:
+    prompts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError(f"{path} holds no prompts; it needs at least one line of text")
+    return prompts
+
+
+def find_policy(llm: LLM, prompts: Sequence[Prompt], o: Mapping[str, Any], base: Policy) -> Searched:
+    """The best policies for the prompts, or for as many of `--prompt-len` as pay."""
+    lens = [len(llm.token_ids(p)) for p in prompts] or [o["prompt_len"]]
+    count = len(prompts) or o["num_prompts"]
+    problem = llm.problem(lens, o["gen_len"], count, base=base, max_latency=o["max_latency"])
+    return search(problem, llm.hardware)
+
+
+def profile_of(llm: LLM, asked: str | None, by_hand: bool) -> Hardware | None:
+    """The profile to predict a run with; None where this machine was never measured and need not be."""
+    if asked is None and by_hand:
+        return cached_profile(llm.offload_dir, llm.engine.device)
+    return llm.hardware
 
 
 def write_results(console: Console, llm: LLM, result: dict[str, Any], o: dict[str, Any]) -> None:
@@ -275,14 +343,18 @@ def write_results(console: Console, llm: LLM, result: dict[str, Any], o: dict[st
             log.write(figures.summary(result) + "\n")
 
 
-def main() -> None:
-    """Run the command; a user's mistake or a failing disk ends in one sentence and exit code 1."""
+def invoke(chosen: click.Command) -> None:
+    """Run a command line; a user's mistake or a failing disk ends in one sentence and exit code 1."""
     try:
-        command(standalone_mode=True)
+        chosen(standalone_mode=True)
     except (ValueError, OSError, MemoryError) as error:
         notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
         click.echo(f"error: {error}{notes}", err=True)
         raise SystemExit(1) from None
+
+
+def main() -> None:
+    invoke(command)
 
 
 if __name__ == "__main__":

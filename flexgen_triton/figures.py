@@ -9,11 +9,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from .plan.hardware import GIB, Hardware
 from .plan.plan import Plan
+from .plan.predict import Prediction
+from .plan.search import Found, Searched
 from .run.engine import RunReport
 from .run.trace import LaneUse, Timeline
-
-GIB = 1 << 30
 
 
 def step_seconds(report: RunReport) -> list[float]:
@@ -94,17 +95,42 @@ def print_plan(console: Console, plan: Plan) -> None:
     console.print(table)
 
 
-def print_lanes(console: Console, timeline: Timeline) -> None:
-    """Where the time went: one row per phase and lane."""
+def predicted_json(prediction: Prediction, hardware: Hardware) -> dict[str, Any]:
+    """A prediction in the form of the figures it is compared with; no time is projected in it."""
+    return {
+        "hardware": hardware.name,
+        "prefill_s": prediction.prefill_s,
+        "decode_s": prediction.decode_s,
+        "total_s": prediction.total_s,
+        "lanes": {p: {lane: {"busy_s": s} for lane, s in busy.items()} for p, busy in prediction.lanes.items()},
+    }
+
+
+def print_found(console: Console, best: Found, searched: Searched) -> None:
+    """The policy that was found, and how much better any could be."""
+    policy = best.policy
+    console.print(
+        f"automatic policy: {policy.gpu_batch_size} x {policy.num_gpu_batches}, percent {percent_text(best.plan)}"
+        f"{formats_text(best.plan)}; predicted {best.tokens_per_s:.4g} token/s, no policy above "
+        f"{searched.bound_tokens_per_s:.4g} ({searched.hardware.name})"
+    )
+
+
+def print_lanes(console: Console, timeline: Timeline, predicted: Mapping[str, Any] | None = None) -> None:
+    """Where the time went: one row per phase and lane, and beside it what was predicted."""
     table = Table(title="lanes")
-    for name in ("phase", "lane", "busy s", "GiB", "GB/s", "ops", "exposed s"):
+    names = ("phase", "lane", "busy s", *("predicted s",) * bool(predicted), "GiB", "GB/s", "ops", "exposed s")
+    for name in names:
         table.add_column(name, justify="left" if name in ("phase", "lane") else "right")
     for phase, lanes in timeline.lanes.items():
         for lane, use in lanes.items():
-            table.add_row(phase, lane, *_lane_cells(use, rate=lane != "compute"))
+            busy, *others = _lane_cells(use, rate=lane != "compute")
+            foretold = predicted["lanes"][phase].get(lane, {"busy_s": 0.0})["busy_s"] if predicted else 0.0
+            table.add_row(phase, lane, busy, *(f"{foretold:.2f}",) * bool(predicted), *others)
     console.print(table)
     makespan, bound = timeline.makespan_s, timeline.bound_s
-    console.print(f"makespan {makespan:.2f} s, bound {bound:.2f} s, makespan / bound {makespan / max(bound, 1e-9):.3f}")
+    ratio = f"makespan {makespan:.2f} s, bound {bound:.2f} s, makespan / bound {makespan / max(bound, 1e-9):.3f}"
+    console.print(f"{ratio}, predicted {predicted['total_s']:.2f} s" if predicted else ratio)
 
 
 def _lane_cells(use: LaneUse, *, rate: bool) -> tuple[str, ...]:

@@ -9,8 +9,22 @@ import sys
 from pathlib import Path
 
 import pytest
+from machines import profile_file
 
 ROOT = Path(__file__).parents[1]
+SMALL = (
+    "--model",
+    "opt-125m",
+    "--path",
+    "_DUMMY_",
+    "--prompt-len",
+    "4",
+    "--gen-len",
+    "2",
+    "--gpu-batch-size",
+    "4",
+    "--no-log",
+)
 KEYS = (
     "model device policy prompt_len gen_len num_prompts prefill_s prefill_tok_s decode_s decode_tok_s total_s "
     "total_tok_s peak_gpu_bytes peak_host_bytes model_bytes cache_bytes hidden_bytes placement lanes makespan_s bound_s"
@@ -19,7 +33,10 @@ KEYS = (
 
 def bench(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_HOME": str(cwd / "hub")}
-    command = [sys.executable, "-m", "flexgen_triton.bench", "--offload-dir", str(cwd / "offload"), *args]
+    if not (cwd / "machine.json").exists():
+        profile_file(cwd)
+    shared = ("--offload-dir", str(cwd / "offload"), "--hardware", "machine.json")
+    command = [sys.executable, "-m", "flexgen_triton.bench", *shared, *args]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=250, check=False)
 
 
@@ -55,8 +72,8 @@ def test_figures_json_trace_and_log(tiny, tmp_path):
 
 
 def test_a_cut_run_projects_the_rest(tiny, tmp_path):
-    args = ("--prompt-len", "8", "--gen-len", "40", "--cut-gen-len", "5", "--no-log", "--json", "o.json")
-    assert bench("--model", str(tiny.path), *args, cwd=tmp_path).returncode == 0
+    shape = ("--prompt-len", "8", "--gen-len", "40", "--cut-gen-len", "5", "--gpu-batch-size", "4")
+    assert bench("--model", str(tiny.path), *shape, "--no-log", "--json", "o.json", cwd=tmp_path).returncode == 0
     result = json.loads((tmp_path / "o.json").read_text())
     assert result["gen_len"] == 40
     assert result["total_s"] > 2 * result["makespan_s"]
@@ -75,14 +92,13 @@ def test_a_dry_run_touches_nothing(tmp_path):
     done = bench("--model", "facebook/opt-175b", "--path", "_DUMMY_", *shape, "--dry-run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "weights" in done.stdout and "32 x 8" in done.stdout
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["machine.json"]
 
 
 def test_random_weights_are_made_once(tmp_path):
-    args = ("--model", "opt-125m", "--path", "_DUMMY_", "--prompt-len", "4", "--gen-len", "2", "--no-log")
-    assert bench(*args, cwd=tmp_path).returncode == 0
+    assert bench(*SMALL, cwd=tmp_path).returncode == 0
     stores = {p: p.stat().st_mtime_ns for p in (tmp_path / "offload").rglob("*") if p.is_file()}
-    assert bench(*args, cwd=tmp_path).returncode == 0
+    assert bench(*SMALL, cwd=tmp_path).returncode == 0
     assert stores == {p: p.stat().st_mtime_ns for p in (tmp_path / "offload").rglob("*") if p.is_file()}
 
 
@@ -123,7 +139,7 @@ def test_models_that_are_not_there(tiny, tmp_path):
     assert "OPT models only" in refused("--model", str(tmp_path / "bert"), cwd=tmp_path)
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "config.json").write_text((tiny.path / "config.json").read_text())
-    assert "no model.safetensors" in refused("--model", str(tmp_path / "bare"), cwd=tmp_path)
+    assert "no model.safetensors" in refused("--model", str(tmp_path / "bare"), "--prompt-len", "8", cwd=tmp_path)
     assert "no known OPT size" in refused("--model", "opt-999b", "--path", "_DUMMY_", cwd=tmp_path)
     assert "hub" in refused("--model", "nobody/nothing", cwd=tmp_path)
 
@@ -135,8 +151,7 @@ def test_a_plan_that_exceeds_memory_names_one_that_fits(tmp_path):
 
 
 def test_a_damaged_store_is_refused_by_name(tmp_path):
-    args = ("--model", "opt-125m", "--path", "_DUMMY_", "--prompt-len", "4", "--gen-len", "2", "--no-log")
-    assert bench(*args, cwd=tmp_path).returncode == 0
+    assert bench(*SMALL, cwd=tmp_path).returncode == 0
     damaged = max((tmp_path / "offload").rglob("*.safetensors"), key=lambda p: p.stat().st_size)
     with damaged.open("r+b") as file:
         file.seek(damaged.stat().st_size // 2)
@@ -144,7 +159,7 @@ def test_a_damaged_store_is_refused_by_name(tmp_path):
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte[0] ^ 4]))
     for percent in ("0 0 100 0 100 0", "0 100 100 0 100 0"):
-        assert damaged.name in refused(*args, "--percent", *percent.split(), cwd=tmp_path)
+        assert damaged.name in refused(*SMALL, "--percent", *percent.split(), cwd=tmp_path)
 
 
 def test_the_demo_runs_and_its_strategies_agree(tmp_path):

@@ -28,8 +28,8 @@ def test_a_hub_id_is_read_from_the_cache_when_offline(tiny, tmp_path):
     for file in tiny.path.iterdir():
         (snapshot / file.name).symlink_to(file)
     code = (
-        "from flexgen_triton import LLM, SamplingParams\n"
-        f"with LLM('someone/tiny', offload_dir={str(tmp_path / 'off')!r}) as llm:\n"
+        "from flexgen_triton import LLM, Policy, SamplingParams\n"
+        f"with LLM('someone/tiny', policy=Policy(), offload_dir={str(tmp_path / 'off')!r}) as llm:\n"
         f"    out = llm.generate({tiny.prompts!r}, SamplingParams(max_tokens=4, ignore_eos=True))\n"
         "print([o.outputs[0].token_ids for o in out])"
     )
@@ -98,7 +98,7 @@ def test_dtype_is_the_checkpoints_own_unless_asked(tiny):
 
 
 def test_random_weights_of_a_directorys_shape(tiny, tmp_path):
-    with LLM(str(tiny.path), path="_DUMMY_", offload_dir=tmp_path) as llm:
+    with LLM(str(tiny.path), path="_DUMMY_", policy=Policy(), offload_dir=tmp_path) as llm:
         outputs = llm.generate(tiny.prompts[:2], GREEDY)
         with pytest.raises(ModelError, match="token ids"):
             llm.generate(["text"], GREEDY)

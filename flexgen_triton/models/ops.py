@@ -174,6 +174,18 @@ def _linear4(
     return out
 
 
+def crossover_rows(device: torch.device) -> int:
+    """From so many rows of x on, 4-bit matrices on `device` are dequantised: on a GPU once a load, on the CPU anew."""
+    if device.type == "cpu":
+        from ..kernels.cpu_matmul_q4 import CROSSOVER_ROWS
+
+        return int(CROSSOVER_ROWS)
+    from ..kernels.chips import chip_of
+    from ..kernels.matmul_q4 import crossover
+
+    return int(crossover(chip_of(device)))
+
+
 @lru_cache(maxsize=8)
 def _workspace(device: torch.device, stream: int) -> Any:
     """What the 4-bit products of one stream share: they follow one another."""

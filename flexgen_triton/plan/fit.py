@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import product
 
 from .hardware import GIB
 from .placement import Tier
 from .plan import Plan, make_plan
 from .policy import Policy, PolicyError
 from .spec import Batch, Workload
+
+MIB = 1 << 20
+SHARES = tuple(f"{kind}_{at}_percent" for kind in ("w", "cache", "act") for at in ("gpu", "cpu"))
 
 
 def need(plan: Plan) -> dict[Tier, int]:
@@ -34,7 +38,7 @@ def check(plan: Plan, available: Mapping[Tier, float]) -> None:
 
 def _shortage(plan: Plan, tier: Tier, have: float) -> str:
     if tier is Tier.DISK:
-        return f"the disk needs {plan.scratch_bytes / GIB:.2f} GiB for cache and activations, has {have / GIB:.2f}"
+        return f"the disk needs {amount(plan.scratch_bytes)} for cache and activations, has {amount(have)}"
     weights = sum(p.gpu.nbytes for p in (*plan.placements, plan.tables))
     homes = plan.homes[Tier.GPU]
     if tier is Tier.HOST:
@@ -43,22 +47,35 @@ def _shortage(plan: Plan, tier: Tier, have: float) -> str:
     total = need(plan)[tier]
     name = "GPU" if tier is Tier.GPU else "the host"
     return (
-        f"{name} needs {total / GIB:.2f} GiB, has {have / GIB:.2f}: weights {weights / GIB:.2f}, "
-        f"cache and activations {homes / GIB:.2f}, rings and workspace {(total - weights - homes) / GIB:.2f}"
+        f"{name} needs {amount(total)}, has {amount(have)}: weights {amount(weights)}, "
+        f"cache and activations {amount(homes)}, rings and workspace {amount(total - weights - homes)}"
     )
 
 
+def amount(nbytes: float) -> str:
+    """Bytes for people to read."""
+    return f"{nbytes / GIB:.2f} GiB" if nbytes >= GIB / 100 else f"{nbytes / MIB:.2f} MiB"
+
+
 def _way_out(plan: Plan, available: Mapping[Tier, float]) -> str:
-    low, high = 0, plan.policy.gpu_batch_size - 1
+    """The nearest policy that fits: smaller GPU batches, or shares elsewhere, or both."""
+    size = plan.policy.gpu_batch_size
+    low, high = 0, size - 1
     while low < high:  # the largest GPU batch that fits
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(_smaller(plan, middle), available) else (low, middle - 1)
     if low:
         return f"--gpu-batch-size {low} fits"
-    zero = {f"{kind}_{at}_percent": 0 for kind in ("w", "cache", "act") for at in ("gpu", "cpu")}
-    for size in (plan.policy.gpu_batch_size, 1):
-        if fits(_smaller(plan, size, replace(plan.policy, **zero)), available):  # type: ignore[arg-type]
-            return f"--gpu-batch-size {size} --percent 0 0 0 0 0 0 (all on disk) fits"
+    p = plan.policy
+    elsewhere = {
+        "cache and activations on the host": (p.w_gpu_percent, p.w_cpu_percent, 0, 100, 0, 100),
+        "weights on disk, the rest on the host": (0, 0, 0, 100, 0, 100),
+        "all on disk": (0, 0, 0, 0, 0, 0),
+    }
+    for count, (words, percent) in product(sorted({size, 1}, reverse=True), elsewhere.items()):
+        shares = dict(zip(SHARES, percent, strict=True))
+        if fits(_smaller(plan, count, replace(p, **shares)), available):  # type: ignore[arg-type]
+            return f"--gpu-batch-size {count} --percent {' '.join(f'{x:g}' for x in percent)} ({words}) fits"
     return "no batch size or placement of this model fits; free memory or take a smaller model"
 
 

@@ -7,14 +7,16 @@ come from data sheets and publications.
 from __future__ import annotations
 
 import json
+import math
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
 GIB = 1 << 30
+MARGIN = 0.05  # of a tier's free memory, left alone unless a limit is given
 PROFILE_DIR = Path(__file__).with_name("profiles")
 
 
@@ -27,15 +29,20 @@ class Curve:
     """A rate that depends on size: `points` are (size, units per second), sizes ascending.
 
     Between points *time* is linear in size, below the first it stays what it is there (latency), above the last the
-    rate does. Time never falls as size grows.
+    rate does. Time never falls as size grows: a point slower than a larger one's whole time counts as that, for what
+    a larger size can do a smaller can too, and a measurement errs by being slow.
     """
 
     points: tuple[tuple[float, float], ...]
+    times: tuple[tuple[float, float], ...] = field(init=False, repr=False, compare=False)  # (size, seconds)
 
     def __post_init__(self) -> None:
         sizes, rates = [s for s, _ in self.points], [r for _, r in self.points]
-        if not self.points or min(sizes) <= 0 or min(rates) <= 0 or any(a >= b for a, b in pairwise(sizes)):
+        numbers = all(math.isfinite(n) and n > 0 for n in (*sizes, *rates))
+        if not self.points or not numbers or any(a >= b for a, b in pairwise(sizes)):
             raise HardwareError(f"a curve needs ascending sizes and rates above 0, not {self.points}")
+        least = accumulate((s / r for s, r in reversed(self.points)), min)
+        object.__setattr__(self, "times", tuple(zip(sizes, reversed(list(least)), strict=True)))
 
     @classmethod
     def flat(cls, rate: float) -> Curve:
@@ -44,15 +51,14 @@ class Curve:
 
     def seconds(self, size: float) -> float:
         """Time to move or compute `size` units in one go."""
-        points = self.points
-        n = bisect_left(points, (size, 0.0))
-        if n == len(points):
-            return size / points[-1][1]
-        high, at_high = points[n][0], points[n][0] / points[n][1]
+        n = bisect_left(self.times, (size, 0.0))
+        if n == len(self.times) or len(self.times) == 1:
+            return size / self.points[-1][1]
+        high, at_high = self.times[n]
         if n == 0:
-            return at_high if len(points) > 1 else size / points[0][1]
-        low, at_low = points[n - 1][0], points[n - 1][0] / points[n - 1][1]
-        return at_low + max(at_high - at_low, 0.0) * (size - low) / (high - low)
+            return at_high
+        low, at_low = self.times[n - 1]
+        return at_low + (at_high - at_low) * (size - low) / (high - low)
 
     def rate(self, size: float) -> float:
         """Units per second at `size`."""
@@ -97,13 +103,14 @@ class Hardware:
     correction: Mapping[str, float] = field(default_factory=dict)  # measured over predicted seconds, by lane
     process_bytes: int = 0  # host memory of a process that has loaded no model
     context_bytes: int = 0  # GPU memory that the driver and the libraries take
+    disk_table: Sequence[Sequence[float]] = ()  # to read: bytes of an extent, threads of a queue, bytes/s it reads
 
     def lane_overhead(self, lane: str) -> float:
         return self.overhead.get(lane, 0.0)
 
     def to_json(self) -> str:
-        """A readable profile; `from_json` reads it back."""
-        return json.dumps({f.name: _plain(getattr(self, f.name)) for f in fields(self)}, indent=1)
+        """A readable profile, a curve to a line; `from_json` reads it back."""
+        return "{\n" + ",\n".join(f' "{f.name}": {_lines(getattr(self, f.name))}' for f in fields(self)) + "\n}\n"
 
     @classmethod
     def from_json(cls, text: str, origin: str = "profile") -> Hardware:
@@ -119,8 +126,8 @@ class Hardware:
         if missing:
             raise HardwareError(f"{origin} lacks {', '.join(missing)}; measure the machine anew")
         try:
-            return cls(**{f.name: _typed(f.name, found[f.name]) for f in fields(cls) if f.name in found})
-        except (HardwareError, TypeError, ValueError) as error:
+            return cls(**{f.name: _typed(f.name, str(f.type), found[f.name]) for f in fields(cls) if f.name in found})
+        except HardwareError as error:
             raise HardwareError(f"{origin}: {error}") from error
 
     def limited(self, gpu: int | None = None, host: int | None = None, disk: int | None = None) -> Hardware:
@@ -132,23 +139,55 @@ class Hardware:
             disk_bytes=self.disk_bytes if disk is None else disk,
         )
 
+    def capped(self, gpu: int | None = None, host: int | None = None, disk: int | None = None) -> Hardware:
+        """The same machine with these capacities, in bytes; None: its own, less a margin."""
+        left = 1 - MARGIN
+        return self.limited(
+            int(self.gpu_bytes * left) if gpu is None else gpu,
+            int(self.host_bytes * left) if host is None else host,
+            int(self.disk_bytes * left) if disk is None else disk,
+        )
 
-OPTIONAL = ("dequantize_rows", "overhead", "correction", "process_bytes", "context_bytes")
+
+OPTIONAL = ("dequantize_rows", "overhead", "correction", "process_bytes", "context_bytes", "disk_table")
 CURVES = ("h2d", "d2h", "h2d_pageable", "d2h_pageable", "disk_read", "disk_write", "prefill_attention", "elementwise")
+SCALARS: dict[str, tuple[type, ...]] = {"str": (str,), "bool": (bool,), "int": (int,), "float": (int, float)}
 CURVES_BY_FORMAT = ("matmul", "decode_attention", "host_attention")
 
 
+def _lines(value: Any) -> str:
+    """JSON of a field: what a mapping or a table holds has a line each."""
+    if isinstance(value, Mapping) and value:
+        return "{\n  " + ",\n  ".join(f"{json.dumps(k)}: {json.dumps(_plain(v))}" for k, v in value.items()) + "\n }"
+    if isinstance(value, tuple | list) and value:
+        return "[\n  " + ",\n  ".join(json.dumps(_plain(v)) for v in value) + "\n ]"
+    return json.dumps(_plain(value))
+
+
 def _plain(value: Any) -> Any:
+    """Numbers that are whole are written so."""
     if isinstance(value, Curve):
-        return [list(p) for p in value.points]
-    return {k: _plain(v) for k, v in value.items()} if isinstance(value, Mapping) else value
+        return _plain(value.points)
+    if isinstance(value, tuple | list):
+        return [_plain(v) for v in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _typed(name: str, value: Any) -> Any:
-    if name in CURVES:
-        return _curve(value)
-    if name in CURVES_BY_FORMAT:
-        return {key: _curve(points) for key, points in value.items()}
+def _typed(name: str, kind: str, value: Any) -> Any:
+    """A field's value from JSON; raises HardwareError where it is of another kind."""
+    try:
+        if name in CURVES:
+            return _curve(value)
+        if name in CURVES_BY_FORMAT:
+            return {key: _curve(points) for key, points in value.items()}
+        if kind.startswith("Mapping"):
+            return {key: float(number) for key, number in value.items()}
+        if name == "disk_table":
+            return tuple(tuple(map(float, row)) for row in value)
+        if not isinstance(value, SCALARS[kind]):
+            raise TypeError(f"{value!r} is no {kind}")
+    except (HardwareError, TypeError, ValueError, AttributeError) as error:
+        raise HardwareError(f"{name}: {error}") from error
     return value
 
 

@@ -17,6 +17,7 @@ from .schedule import CacheTraffic, Generator, HiddenTraffic, Program, WeightTra
 from .spec import Batch, LayerSpec, ModelSpec, ModuleSpec, Workload
 
 PART_BYTES = 64 << 20  # a streamed layer is cut at least this fine, so that disk and link overlap within it
+LIBRARY_BYTES = 128 << 20  # threads, their heaps and matrix libraries' buffers: 45 to 125 MB measured
 WIDEN_BYTES = 16 << 20  # of fp32 rows that the CPU widens a 16-bit matrix to at a time
 
 
@@ -319,14 +320,48 @@ class Plan:
 
     @cached_property
     def workspace_bytes(self) -> int:
-        """Temporaries of the largest computation: a block's activations, in its dtype and in fp32, and the logits."""
-        model = self.model
-        tokens = max(b.prompt_tokens for b in self.workload.batches)
-        rows = max(b.size for b in self.workload.batches)
-        widened = 2 * WIDEN_BYTES if model.itemsize == 2 or model.is_4bit else 0
-        width = model.itemsize if self.copies else 4  # a CPU multiplies in fp32
-        block = tokens * (2 * model.ffn + 8 * model.hidden) * width
-        return max(block, rows * model.vocab * 8) + widened + self._dense_bytes + self._score_bytes + self.logits_bytes
+        """Temporaries of the largest computation, with the logits.
+
+        In place, pages count when they are first written: what the cache does not yet hold after the prompts is taken
+        off what the prompts' computation needs.
+        """
+        batches = self.workload.batches
+        prompts = self._rows_workspace(max(b.prompt_tokens for b in batches))
+        tokens = self._rows_workspace(max(b.size for b in batches))
+        largest = max(prompts - (0 if self.copies else self._unfilled_bytes), tokens)
+        return largest + self._head_bytes + self._dense_bytes + self._score_bytes + self.logits_bytes
+
+    def _rows_workspace(self, rows: int) -> int:
+        """Temporaries of an MLP or an attention over `rows` packed rows, whichever needs more.
+
+        On a CPU products of 16-bit matrices are fp32, [rows, ffn] widened beside the 16-bit one; an activation
+        function's result is a second tensor of that size.
+        """
+        model, itemsize = self.model, self.model.itemsize
+        widens = not self.copies and itemsize == 2 and not model.is_4bit
+        inner = model.ffn * (6 if widens else 2 * itemsize if self.copies else 8)
+        mlp = inner + model.hidden * (4 * itemsize + 4)
+        quantised = 20 if self.policy.is_cache_4bit and not self.copies else 0  # K or V on its way to 4 bits
+        attention = model.hidden * (5 * itemsize + 16 + quantised)
+        panels = 2 * WIDEN_BYTES if not self.copies and (itemsize == 2 or model.is_4bit) else 0
+        return rows * max(mlp, attention) + panels
+
+    @property
+    def _head_bytes(self) -> int:
+        """The largest part of the output projection's product, where it is not made in place."""
+        parts = (t.shape[0] for layer in self.layers if layer.is_head for t in layer.tensors if t.exact)
+        in_place = not self.copies and self.model.itemsize == 2
+        return 0 if in_place else max(parts) * max(b.size for b in self.workload.batches) * self.model.itemsize
+
+    @property
+    def _unfilled_bytes(self) -> int:
+        """Bytes of the cache's homes in memory that are first written after the prompts."""
+        layout, layers, total = self.cache_layout, sum(layer.has_cache for layer in self.layers), 0
+        for batch, groups in zip(self.workload.batches, self.groups, strict=True):
+            blocks = layout.blocks(batch.max_len)
+            for group in groups.cache[:2]:
+                total += sum(layout.dense(blocks - layout.blocks(n), 1) for n in group.prompt_lens)
+        return layers * total
 
     @property
     def _dense_bytes(self) -> int:
@@ -352,9 +387,9 @@ class Plan:
 
     @cached_property
     def host_bytes(self) -> int:
-        """Peak bytes of the host tier: its weights, homes and staging rings."""
+        """Peak bytes of the host tier: its weights, homes and staging rings, and what libraries take in a first run."""
         weights = sum(p.host.nbytes for p in (*self.placements, self.tables))
-        return weights + self.homes[Tier.HOST] + self.rings["stage_in"] + self.rings["stage_out"]
+        return weights + self.homes[Tier.HOST] + self.rings["stage_in"] + self.rings["stage_out"] + LIBRARY_BYTES
 
     @cached_property
     def scratch_bytes(self) -> int:

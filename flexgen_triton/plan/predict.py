@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 
 from .cost import seconds
 from .hardware import Hardware
@@ -12,7 +12,7 @@ from .link import simulate
 from .plan import Plan
 from .schedule import Generator, Lane, Program
 
-PREFILL, DECODE = "prefill", "decode"
+PHASES = PREFILL, DECODE = "prefill", "decode"
 EXACT_STEPS = 6  # as many token steps are simulated one by one; of more, a sample
 
 
@@ -25,6 +25,21 @@ class Prediction:
     tokens: int  # generated
     lanes: Mapping[str, Mapping[str, float]]
     ops: int  # simulated
+
+    @classmethod
+    def sum(cls, blocks: Sequence[Prediction]) -> Prediction:
+        """Of several blocks, one after another."""
+        lanes: dict[str, dict[str, float]] = {PREFILL: {}, DECODE: {}}
+        for block, phase in product(blocks, PHASES):
+            for lane, busy in block.lanes[phase].items():
+                lanes[phase][lane] = lanes[phase].get(lane, 0.0) + busy
+        return cls(
+            sum(b.prefill_s for b in blocks),
+            sum(b.decode_s for b in blocks),
+            sum(b.tokens for b in blocks),
+            lanes,
+            sum(b.ops for b in blocks),
+        )
 
     @property
     def total_s(self) -> float:

@@ -21,12 +21,11 @@ from .hardware import GIB, Hardware
 from .placement import Tier
 from .plan import Plan, make_plan
 from .policy import Policy
-from .predict import DECODE, PREFILL, sample_steps, sampled
+from .predict import DECODE, PHASES, PREFILL, sample_steps, sampled
 from .schedule import Generator
 from .spec import ModelSpec, Workload
 
 KINDS = ("w", "cache", "act")
-PHASES = (PREFILL, DECODE)
 SHORT = 2  # decoder blocks of the model that coefficients are taken from; all blocks are alike
 SHORT_STEPS = 4
 TIE = 1e-3  # weight of all lanes' loads beside the busiest one's: between equals, move less

@@ -16,7 +16,7 @@ from .fit import fits, need
 from .hardware import GIB, Hardware
 from .placement import Tier
 from .plan import Plan, make_plan
-from .policy import CompressionConfig, Policy, PolicyError
+from .policy import Policy, PolicyError
 from .predict import Prediction, predict
 from .relax import Optimum, Relaxation, Shares, shortened, whole_tiers, with_shares
 from .spec import Batch, ModelSpec, Workload, stored_as
@@ -25,6 +25,7 @@ GPU_BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 
 GPU_BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 LOSSY = ("4bit", "4bit-cache", "sparse")
 SPARSITY = 0.1  # FlexGen's: V of a tenth of the tokens
+MODEST = 0.98  # of the best throughput, where that spares sequences in flight
 CLOSE = 0.995  # a policy this near to the next bound ends the search
 ESTIMATED = 24  # candidates at most whose schedule is simulated for a few decoder blocks ...
 FEW_STEPS = 4  # token steps of a simulation
@@ -48,7 +49,6 @@ class Problem:
     num_prompts: int | None = None
     allow: frozenset[str] = frozenset()
     max_latency: float | None = None  # seconds for one block, prefill and decode
-    group_size: int = 64
     stored: bool = True  # the weights are on the disk already, in every format that may be chosen
     prompt_lens: tuple[int, ...] = ()  # all of them, where they differ
     base: Policy = field(default_factory=Policy)  # what the search does not choose
@@ -57,16 +57,22 @@ class Problem:
         unknown = sorted(self.allow - set(LOSSY))
         if unknown:
             raise PolicyError(f"{', '.join(unknown)} cannot be allowed; what can is {', '.join(LOSSY)}")
+        longest = max((self.prompt_len, *self.prompt_lens))
+        if longest + self.gen_len > self.model.max_positions:
+            raise PolicyError(
+                f"a prompt of {longest} tokens and {self.gen_len} new ones exceed the {self.model.max_positions} "
+                f"positions of {self.model.name}; at most {max(self.model.max_positions - longest, 0)} new tokens fit"
+            )
 
     def formats(self) -> list[Policy]:
-        """The base policy in every allowed format."""
-        weight = (False, True) if "4bit" in self.allow else (False,)
-        cache = (False, True) if "4bit-cache" in self.allow else (False,)
-        sparsity = (1.0, SPARSITY) if "sparse" in self.allow else (1.0,)
-        config = CompressionConfig(group_size=self.group_size)
+        """The base policy in its own format and in every allowed one."""
+        base = self.base
+        weight = {base.compress_weight, base.compress_weight or "4bit" in self.allow}
+        cache = {base.compress_cache, base.compress_cache or "4bit-cache" in self.allow}
+        sparsity = {base.attn_sparsity, SPARSITY if "sparse" in self.allow else base.attn_sparsity}
         return [
-            replace(self.base, compress_weight=w, comp_weight_config=config, compress_cache=c, attn_sparsity=s)
-            for w, c, s in product(weight, cache, sparsity)
+            replace(base, compress_weight=w, compress_cache=c, attn_sparsity=s)
+            for w, c, s in product(sorted(weight), sorted(cache), sorted(sparsity, reverse=True))
         ]
 
     def workload(self, gpu_batch_size: int, num_gpu_batches: int) -> Workload:
@@ -81,12 +87,11 @@ class Problem:
         workload = self.workload(policy.gpu_batch_size, policy.num_gpu_batches)
         return make_plan(stored_as(self.model, policy), policy, workload, copies=copies)
 
-    def blocks(self, block_size: int) -> float:
-        """How often a block of that size runs, for one block's worth of prompts or for all there are."""
-        return 1 if self.num_prompts is None else -(-self.num_prompts // block_size)
-
-    def tokens(self, block_size: int) -> int:
-        return self.gen_len * (block_size if self.num_prompts is None else self.num_prompts)
+    def throughput(self, policy: Policy, block_seconds: float) -> float:
+        """Generated tokens per second over one block or, where their number is given, over all prompts."""
+        size = policy.block_size
+        prompts, blocks = (size, 1) if self.num_prompts is None else (self.num_prompts, -(-self.num_prompts // size))
+        return prompts * self.gen_len / (blocks * block_seconds)
 
 
 @dataclass(frozen=True)
@@ -168,6 +173,22 @@ def search(problem: Problem, hardware: Hardware) -> Searched:
     return Searched(problem, hardware, tuple(within), tuple(candidates))
 
 
+def modest(searched: Searched, share: float = MODEST) -> Found:
+    """The policy with the smallest block that is predicted to reach `share` of the best one's throughput."""
+    problem, hardware = searched.problem, searched.hardware
+    enough = share * searched.best.tokens_per_s
+    smaller = [
+        c
+        for c in searched.candidates
+        if c.tokens_per_s >= enough and c.policy.block_size < searched.best.policy.block_size
+    ]
+    for candidate in sorted(smaller, key=lambda c: c.policy.block_size)[:ESTIMATED]:
+        plan = _realise(problem, available(hardware, problem), candidate)
+        if plan and _estimate(problem, plan, hardware, candidate.tokens_per_s).tokens_per_s >= enough:
+            return _found(problem, plan, hardware, candidate.tokens_per_s)
+    return searched.best
+
+
 def _sizes(problem: Problem) -> Iterator[tuple[int, list[int]]]:
     """GPU batch sizes, and with each the numbers of GPU batches to try."""
     prompts = problem.num_prompts
@@ -193,13 +214,9 @@ def _candidates(problem: Problem, hardware: Hardware, free: Mapping[Tier, float]
                     break
                 fitting += 1
                 whole = replace(policy, num_gpu_batches=count)
-                yield Candidate(relaxation, whole, optimum, _throughput(problem, whole, optimum.seconds))
+                yield Candidate(relaxation, whole, optimum, problem.throughput(whole, optimum.seconds))
             if not fitting:
                 break
-
-
-def _throughput(problem: Problem, policy: Policy, block_seconds: float) -> float:
-    return problem.tokens(policy.block_size) / (problem.blocks(policy.block_size) * block_seconds)
 
 
 def _simulate(
@@ -236,7 +253,7 @@ class Estimate(NamedTuple):
 
 def _found(problem: Problem, plan: Plan, hardware: Hardware, bound: float | None = None) -> Found:
     prediction = predict(plan, hardware, exact=FEW_STEPS)
-    throughput = _throughput(problem, plan.policy, prediction.total_s)
+    throughput = problem.throughput(plan.policy, prediction.total_s)
     return Found(plan.policy, plan, prediction, throughput, throughput if bound is None else bound)
 
 
@@ -253,7 +270,7 @@ def _estimate(problem: Problem, plan: Plan, hardware: Hardware, bound: float) ->
     further = max(plan.model.num_blocks - SHORT_BLOCKS[0], 0) / (SHORT_BLOCKS[1] - SHORT_BLOCKS[0])
     seconds = few.total_s + further * (more.total_s - few.total_s)
     ops = few.ops + round(further * (more.ops - few.ops))
-    return Estimate(plan, _throughput(problem, plan.policy, seconds), bound, ops)
+    return Estimate(plan, problem.throughput(plan.policy, seconds), bound, ops)
 
 
 def _realise(problem: Problem, free: Mapping[Tier, float], candidate: Candidate) -> Plan | None:
@@ -362,7 +379,7 @@ def worth(searched: Searched, neighbours: int = 24) -> dict[str, float]:
             (c, c.relaxation.solve(c.policy.num_gpu_batches, memory, max_seconds=problem.max_latency, faster=faster))
             for c in near
         )
-        return max((_throughput(problem, c.policy, a.seconds) for c, a in answers if a), default=0.0)
+        return max((problem.throughput(c.policy, a.seconds) for c, a in answers if a), default=0.0)
 
     gains = {tier.value: best({**free, tier: free[tier] + GIB}, {}) - now for tier in free}
     links = {"h2d": hardware.h2d, "d2h": hardware.d2h, "disk_in": hardware.disk_read, "disk_out": hardware.disk_write}

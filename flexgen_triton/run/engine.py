@@ -10,9 +10,9 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from ..memory.arena import host_available
+from ..memory.arena import host_available, rss
 from ..memory.buffers import Buffers
-from ..memory.disk import DiskQueue
+from ..memory.disk import DiskQueue, free_bytes
 from ..memory.store import Store
 from ..memory.weights import Weights
 from ..models import ops
@@ -28,6 +28,18 @@ from .executor import execute
 from .trace import Timeline
 
 Progress = Callable[[int, int], None]  # token steps done, of how many
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bytes that this process may use of each tier, with all that it takes; None: what is free."""
+
+    gpu: int | None = None
+    host: int | None = None
+    disk: int | None = None
+
+
+NO_LIMITS = Limits()
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +63,8 @@ class Engine:
     """One model on one machine under one policy. A context manager; `close` frees all memory, files and threads.
 
     `copies` says whether host memory is apart from the device's; on the CPU it is not, and True makes the engine move
-    bytes as if it were. Raises PolicyError before allocating when weights, or later a workload, do not fit.
+    bytes as if it were. `limits` are the bytes that this process may use of a tier, with all that it takes already;
+    without one it is what is free. Raises PolicyError before allocating when weights, or later a workload, do not fit.
     """
 
     def __init__(
@@ -64,8 +77,10 @@ class Engine:
         device: torch.device,
         offload_dir: Path,
         copies: bool | None = None,
+        limits: Limits = NO_LIMITS,
         progress: Progress | None = None,
     ) -> None:
+        self._limits = limits
         self.model, self.spec, self.store, self.policy, self.device = model, spec, store, policy, device
         self.copies = device.type == "cuda" if copies is None else copies
         self._offload_dir = offload_dir
@@ -93,12 +108,16 @@ class Engine:
         )
 
     def _available(self) -> dict[Tier, int]:
-        free = {Tier.HOST: host_available()}
+        """Bytes of each tier that are free, within the limits."""
+        free = {Tier.HOST: host_available(), Tier.DISK: free_bytes(self._offload_dir)}
+        used = {Tier.HOST: rss(), Tier.GPU: 0, Tier.DISK: 0}
         if self.device.type == "cuda":
-            free[Tier.GPU] = torch.cuda.mem_get_info(self.device)[0]
+            free[Tier.GPU], total = torch.cuda.mem_get_info(self.device)
+            used[Tier.GPU] = total - free[Tier.GPU]
         elif self.copies:
             free[Tier.GPU] = free[Tier.HOST]
-        return free
+        allowed = {Tier.GPU: self._limits.gpu, Tier.HOST: self._limits.host, Tier.DISK: self._limits.disk}
+        return {t: n if (a := allowed[t]) is None else max(min(n, a - used[t]), 0) for t, n in free.items()}
 
     def generate(
         self,

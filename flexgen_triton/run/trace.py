@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..plan.link import Span
+from ..plan.predict import PHASES
 from ..plan.schedule import Lane
 
-PHASES = ("prefill", "decode")
 Interval = tuple[float, float]
 
 

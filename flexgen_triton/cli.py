@@ -1,0 +1,129 @@
+"""`python -m flexgen_triton COMMAND`: measure a machine, plan for one, benchmark a policy."""
+
+from __future__ import annotations
+
+# isort: split
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import click
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from . import bench, plan_command
+from .llm import DEFAULT_OFFLOAD_DIR
+from .plan.hardware import GIB, Curve, Hardware, HardwareError
+from .run.measure import cached_profile, measure, profile_path, read_run, refine, save_profile
+
+KIB, MIB = 1 << 10, 1 << 20
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def cli() -> None:
+    """Generate text with language models that do not fit the GPU."""
+
+
+cli.add_command(bench.command, "bench")
+cli.add_command(plan_command.command, "plan")
+
+
+@cli.command("measure")
+@click.option("--offload-dir", type=click.Path(path_type=Path), default=DEFAULT_OFFLOAD_DIR, show_default=True)
+@click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="Write the profile here.")
+@click.option(
+    "--refine",
+    "run_file",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Correct the profile there is by a run's `bench --json` instead of measuring.",
+)
+@click.option("--quick", is_flag=True, help="In seconds, coarsely.")
+@click.option("--device", "device_name", help="cuda or cpu; by default a GPU where there is one.")
+def measure_command(
+    offload_dir: Path, output: Path | None, run_file: Path | None, quick: bool, device_name: str | None
+) -> None:
+    """Measure what this machine can do, and keep it for planning."""
+    device, offload_dir = choose_device(device_name), offload_dir.expanduser()
+    if run_file:
+        found = refined(offload_dir, device, run_file)
+    else:
+        with bench.progress_bar() as report:
+            found = measure(device, offload_dir, quick=quick, progress=report)
+    path = output or profile_path(offload_dir, device)
+    save_profile(found, path)
+    console = Console(highlight=False)
+    print_hardware(console, found)
+    console.print(f"profile: {path}", soft_wrap=True)
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of that name, by default a GPU where there is one; raises ValueError for one that is not there."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"--device {name} is no device; use cuda or cpu") from error
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"--device {name}: there is no such device here; use cpu")
+    return device
+
+
+def refined(offload_dir: Path, device: torch.device, run_file: Path) -> Hardware:
+    """The machine's profile, corrected by a run's figures; raises HardwareError where there is none yet."""
+    found = cached_profile(offload_dir, device)
+    if found is None:
+        raise HardwareError(f"{offload_dir} holds no profile of this machine to correct; measure it first")
+    return refine(found, read_run(run_file))
+
+
+def print_hardware(console: Console, hardware: Hardware) -> None:
+    """A row per curve: the rate at each size."""
+    console.print(f"[bold]{hardware.name}[/] ({hardware.source})")
+    table = Table("", "", "by size", show_header=False)
+    for name, unit, text in _rows(hardware):
+        table.add_row(name, unit, text)
+    console.print(table)
+
+
+def _rows(h: Hardware) -> Iterator[tuple[str, str, str]]:
+    """What is shown of a machine: name, unit, rates."""
+    sizes = {"GPU": h.gpu_bytes, "host": h.host_bytes, "disk": h.disk_bytes}
+    yield "capacity", "GiB", _numbers({name: nbytes / GIB for name, nbytes in sizes.items() if nbytes})
+    for kind, curve in h.matmul.items():
+        yield f"product, {kind}", "GFLOP/s by rows", _rates(curve)
+    yield "prompts' attention", "GFLOP/s by tokens", _rates(h.prefill_attention)
+    for kind, curve in h.decode_attention.items():
+        yield f"attention, {kind}", "GB/s of K and V", _rates(curve, in_bytes=True)
+    if h.copies:
+        for kind, curve in h.host_attention.items():
+            yield f"the host's attention, {kind}", "GB/s of K and V", _rates(curve, in_bytes=True)
+    yield "norms and the like", "GB/s", _rates(h.elementwise, in_bytes=True)
+    yield "memory read", "GB/s", _numbers({"device": h.device_read / 1e9, "host": h.host_read / 1e9})
+    links = {"h2d": h.h2d, "d2h": h.d2h, "h2d, pageable": h.h2d_pageable, "d2h, pageable": h.d2h_pageable}
+    for name, curve in (links if h.copies else {"copies": h.h2d}).items():
+        yield name, "GB/s", _rates(curve, in_bytes=True)
+    yield "disk read", "GB/s", _rates(h.disk_read, in_bytes=True)
+    yield "disk write", "GB/s", _rates(h.disk_write, in_bytes=True)
+    for extent in dict.fromkeys(row[0] for row in h.disk_table):
+        rates = {f"{threads:g}": rate / 1e9 for nbytes, threads, rate in h.disk_table if nbytes == extent}
+        yield f"disk read by {_size(extent)}", "GB/s by threads", _numbers(rates)
+    yield "disk rows", "thousand/s", f"{h.disk_rows / 1e3:.3g}"
+    yield "overhead of an op", "µs", _numbers({lane: s * 1e6 for lane, s in h.overhead.items()})
+    if h.correction:
+        yield "correction", "measured / predicted", _numbers(h.correction)
+
+
+def _rates(curve: Curve, *, in_bytes: bool = False) -> str:
+    return _numbers({_size(size) if in_bytes else f"{size:g}": rate / 1e9 for size, rate in curve.points})
+
+
+def _numbers(found: Mapping[str, float]) -> str:
+    """ "1: 2.57  8: 20.3" """
+    return "  ".join(f"{name}: {value:.3g}" for name, value in found.items())
+
+
+def _size(nbytes: float) -> str:
+    return f"{nbytes / MIB:.3g}M" if nbytes >= MIB else f"{nbytes / KIB:.3g}K"
+
+
+def main() -> None:
+    bench.invoke(cli)

@@ -1,0 +1,70 @@
+"""The automatic policy: this machine's profile, its limits, and when a policy that is in use is good enough to keep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ..plan.fit import fits
+from ..plan.hardware import Hardware, load_profile
+from ..plan.policy import Policy, PolicyError
+from ..plan.predict import Prediction, predict
+from ..plan.search import Problem, available, search
+from .engine import Limits, RunReport
+from .measure import load_or_measure
+
+KEEP = 0.9  # a policy in use this near to the best is kept: another one means loading all weights anew
+
+
+def machine(
+    device: torch.device,
+    offload_dir: Path,
+    limits: Limits,
+    *,
+    profile: Hardware | str | Path | None = None,
+    copies: bool | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Hardware:
+    """The machine to plan for: a profile as given, or this machine's, measured on first use; within the limits.
+
+    Raises HardwareError for a profile that cannot be read and PolicyError for a limit on a GPU that is not there.
+    """
+    if profile is None:
+        hardware = load_or_measure(device, offload_dir, progress)
+    else:
+        hardware = profile if isinstance(profile, Hardware) else load_profile(profile)
+    if copies and not hardware.copies:  # on a CPU, as if host memory were apart: half of it is the device's
+        half = hardware.host_bytes // 2
+        hardware = replace(hardware, copies=True, gpu_bytes=half, host_bytes=half)
+    if limits.gpu is not None and not hardware.copies:
+        raise PolicyError("a limit on GPU memory was given, but there is no GPU here; limit the host's memory")
+    return hardware.capped(limits.gpu, limits.host, limits.disk)
+
+
+def choose(problem: Problem, hardware: Hardware, current: Policy | None = None) -> Policy:
+    """The best policy for a problem, or the current one where it fits and is predicted nearly as fast.
+
+    Raises PolicyError when no policy fits.
+    """
+    best = search(problem, hardware).best
+    if current is None or current == best.policy:
+        return best.policy
+    plan = problem.plan(current, copies=hardware.copies)
+    if not fits(plan, available(hardware, problem)):
+        return best.policy
+    throughput = problem.throughput(current, predict(plan, hardware).total_s)
+    return current if throughput >= KEEP * best.tokens_per_s else best.policy
+
+
+def predict_run(report: RunReport, hardware: Hardware) -> Prediction:
+    """What the blocks of a run were predicted to take together."""
+    return Prediction.sum([predict(plan, hardware) for plan in report.plans])
+
+
+def typical_length(lens: Sequence[int]) -> int:
+    """One prompt length that stands for many: the mean of the longer half, which the first block is made of."""
+    longest = sorted(lens, reverse=True)[: -(-len(lens) // 2)]
+    return -(-sum(longest) // len(longest))
