@@ -64,15 +64,20 @@ CPU_CASES = (
             "resident": Policy(8, 1, 100, 0, 100, 0, 100, 0),
             "half": Policy(8, 1, 0, 50, 0, 100, 100, 0),
             "disk": Policy(8, 1, 0, 0, 0, 100, 100, 0),
-            "disk-4-batches": Policy(4, 4, 0, 0, 0, 100, 100, 0),
-            "disk-sequential": Policy(4, 4, 0, 0, 0, 100, 100, 0, overlap=False),
             "disk-32": Policy(32, 1, 0, 0, 0, 100, 100, 0),
             "cache-disk": Policy(16, 1, 0, 0, 0, 0, 100, 0),
-            "cache-half-8-batches": Policy(2, 8, 0, 50, 0, 50, 100, 0),
             "all-disk": Policy(8, 2, 0, 0, 0, 0, 0, 0),
             "4bit": Policy(8, 1, 0, 0, 0, 100, 100, 0, compress_weight=True),
             "4bit-both": Policy(8, 2, 0, 0, 0, 100, 100, 0, compress_weight=True, compress_cache=True),
             "4bit-cache-disk": Policy(16, 1, 0, 100, 0, 0, 100, 0, compress_cache=True),
+        },
+    ),
+    *_cases(
+        "opt-1.3b", 16, 3,
+        {
+            "disk-4-batches": Policy(4, 4, 0, 0, 0, 100, 100, 0),
+            "disk-sequential": Policy(4, 4, 0, 0, 0, 100, 100, 0, overlap=False),
+            "cache-half-8-batches": Policy(2, 8, 0, 50, 0, 50, 100, 0),
         },
     ),
     *_cases(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from itertools import pairwise
 
 from .layout import CacheLayout, Group, block_tokens_for, cache_fields, make_groups, pad, split_counts
@@ -17,6 +17,8 @@ from .schedule import CacheTraffic, Generator, HiddenTraffic, Program, WeightTra
 from .spec import Batch, LayerSpec, ModelSpec, ModuleSpec, Workload
 
 PART_BYTES = 64 << 20  # a streamed layer is cut at least this fine, so that disk and link overlap within it
+Extents = Mapping[str, Sequence[Extent]]  # by module
+
 LIBRARY_BYTES = 128 << 20  # threads, their heaps and matrix libraries' buffers: 45 to 125 MB measured
 WIDEN_BYTES = 16 << 20  # of fp32 rows that the CPU widens a 16-bit matrix to at a time
 
@@ -42,6 +44,28 @@ class BatchGroups:
     hidden: tuple[Group, Group, Group]
 
 
+def _place(
+    extents: Extents, model: ModelSpec, sep_layer: bool, cuts: tuple[float, float], align: int
+) -> tuple[tuple[LayerPlacement, ...], LayerPlacement]:
+    """Of every layer, and of the embedding tables, each tier's share."""
+    layers = model.layers(sep_layer)
+    gathered = {t.name for layer in layers for t in layer.tensors if t.gathered}
+    placements = tuple(
+        place_layer([e for m in layer.modules for e in extents[m.name] if e.tensor not in gathered], *cuts, align)
+        for layer in layers
+    )
+    return placements, place_layer([e for es in extents.values() for e in es if e.tensor in gathered], *cuts, align)
+
+
+@lru_cache(maxsize=64)
+def _place_packed(
+    model: ModelSpec, sep_layer: bool, cuts: tuple[float, float], align: int
+) -> tuple[tuple[LayerPlacement, ...], LayerPlacement]:
+    """The same in a store of our own; a search asks for the same few again and again."""
+    layout = packed_layout(model.modules)
+    return _place({m.name: layout[n] for n, m in enumerate(model.modules)}, model, sep_layer, cuts, align)
+
+
 class Plan:
     """Placements, sizes and traffic; immutable once made. See `make_plan`."""
 
@@ -51,21 +75,17 @@ class Plan:
         model: ModelSpec,
         policy: Policy,
         workload: Workload,
-        extents: Mapping[str, Sequence[Extent]],
+        extents: Extents | None,
         align: int,
         copies: bool,
     ) -> None:
         self.model, self.policy, self.workload, self.copies, self.align = model, policy, workload, copies, align
         self.layers: tuple[LayerSpec, ...] = model.layers(policy.sep_layer)
-        gathered = {t.name for layer in self.layers for t in layer.tensors if t.gathered}
         cuts = (policy.w_gpu_percent, policy.w_cpu_percent)
-        self.placements: tuple[LayerPlacement, ...] = tuple(
-            place_layer([e for m in layer.modules for e in extents[m.name] if e.tensor not in gathered], *cuts, align)
-            for layer in self.layers
-        )
-        self.tables: LayerPlacement = place_layer(
-            [e for es in extents.values() for e in es if e.tensor in gathered], *cuts, align
-        )
+        place = _place_packed if extents is None else partial(_place, extents)
+        self.placements: tuple[LayerPlacement, ...]
+        self.tables: LayerPlacement
+        self.placements, self.tables = place(model, policy.sep_layer, cuts, align)
         self.parts: tuple[tuple[Part, ...], ...] = tuple(self._cut_parts(p) for p in self.placements)
         batches = workload.batches
         # what the device is sent of the host's cache: K and V, or K alone, sparse attention fetching the V it needs
@@ -406,7 +426,7 @@ def make_plan(
     policy: Policy,
     workload: Workload,
     *,
-    extents: Mapping[str, Sequence[Extent]] | None = None,
+    extents: Extents | None = None,
     align: int = 4096,
     copies: bool = True,
 ) -> Plan:
@@ -422,7 +442,4 @@ def make_plan(
                 f"{batch.max_len + 1} positions, {model.name} has {model.max_positions}; "
                 f"at most {max(model.max_positions - batch.prompt_lens[0], 0)} new tokens fit"
             )
-    if extents is None:
-        layout = packed_layout(model.modules)
-        extents = {m.name: layout[n] for n, m in enumerate(model.modules)}
     return Plan(model=model, policy=policy, workload=workload, extents=extents, align=align, copies=copies)

@@ -28,9 +28,10 @@ from .spec import ModelSpec, Workload
 KINDS = ("w", "cache", "act")
 SHORT = 2  # decoder blocks of the model that coefficients are taken from; all blocks are alike
 SHORT_STEPS = 4
+STAGE, STAGING = "stage", ("stage_in", "stage_out")
 TIE = 1e-3  # weight of all lanes' loads beside the busiest one's: between equals, move less
 
-Amounts = dict[tuple[str, str], float]  # (phase, lane) -> seconds; ("need", tier) -> bytes
+Amounts = dict[tuple[str, str], float]  # (phase, lane) -> seconds; ("need", tier) and ("stage", ring) -> bytes
 Shares = dict[tuple[str, Tier], float]  # kind and tier -> share, summing to 1 for each kind
 
 
@@ -73,11 +74,11 @@ class Relaxation:
         short = shortened(self.model, min(SHORT, blocks))
         plan = self._plan(short, shares, num_gpu_batches)
         found = self._loads(plan, blocks - short.num_blocks + 1)
-        needs = need(plan)
+        needs = _needs(plan)
         if blocks > short.num_blocks:
-            longer = need(self._plan(shortened(self.model, SHORT + 1), shares, num_gpu_batches))
-            needs = {t: n + (longer[t] - n) * (blocks - SHORT) for t, n in needs.items()}
-        return found | {("need", tier.value): float(nbytes) for tier, nbytes in needs.items()}
+            longer = _needs(self._plan(shortened(self.model, SHORT + 1), shares, num_gpu_batches))
+            needs = _along(needs, longer, blocks - SHORT)
+        return found | needs
 
     def _loads(self, plan: Plan, times: int) -> Amounts:
         """Seconds by phase and lane; the last decoder block's layers count `times`."""
@@ -141,27 +142,34 @@ class Relaxation:
             upper.append([*slopes, *(-1.0 if key[0] == phase else 0.0 for phase in PHASES)])
             limits.append(-constant)
             total = [a + b for a, b in zip(total, slopes, strict=True)]
+        upper = [[*r, *(0.0 for _ in STAGING)] for r in upper]
         for tier, nbytes in available.items():
             slopes, constant = row(("need", tier.value), GIB)
-            upper.append([*slopes, 0.0, 0.0])
+            upper.append([*slopes, 0.0, 0.0, *(float(tier is Tier.HOST) for _ in STAGING)])
             limits.append(nbytes / GIB - constant)
+        for ring, kind in product(STAGING, KINDS):  # staging is as large as the kind that needs most of it
+            slopes, constant = row((STAGE, ring), GIB)
+            own = (s if v[0] == kind else 0.0 for s, v in zip(slopes, variables, strict=True))
+            upper.append([*own, 0.0, 0.0, *(-1.0 if r == ring else 0.0 for r in STAGING)])
+            limits.append(-constant)
         if max_seconds is not None:
-            upper.append([*[0.0] * len(variables), 1.0, 1.0])
+            upper.append([*[0.0] * len(variables), 1.0, 1.0, *(0.0 for _ in STAGING)])
             limits.append(max_seconds)
-        equal = [[*(float(v[0] == kind) for v in variables), 0.0, 0.0] for kind in KINDS]
+        others = len(PHASES) + len(STAGING)
+        equal = [[*(float(v[0] == kind) for v in variables), *[0.0] * others] for kind in KINDS]
         found = linprog(
-            [*(TIE * t for t in total), 1.0, 1.0],
+            [*(TIE * t for t in total), *(1.0 for _ in PHASES), *(0.0 for _ in STAGING)],
             A_ub=upper,
             b_ub=limits,
             A_eq=equal,
             b_eq=[1.0] * len(KINDS),
-            bounds=[(0, 1)] * len(variables) + [(0, None)] * 2,
+            bounds=[(0, 1)] * len(variables) + [(0, None)] * others,
             method="highs",
         )
         if found.status != 0:
             return None
         values = [float(x) for x in found.x]
-        return Optimum(values[-1] + values[-2], dict(zip(variables, values, strict=False)))
+        return Optimum(sum(values[len(variables) :][: len(PHASES)]), dict(zip(variables, values, strict=False)))
 
 
 def with_shares(policy: Policy, shares: Mapping[tuple[str, Tier], float]) -> Policy:
@@ -172,6 +180,14 @@ def with_shares(policy: Policy, shares: Mapping[tuple[str, Tier], float]) -> Pol
         host = round(100 * (shares.get((kind, Tier.GPU), 0.0) + shares.get((kind, Tier.HOST), 0.0))) - gpu
         percents |= {f"{kind}_gpu_percent": gpu, f"{kind}_cpu_percent": host}
     return replace(policy, **percents)  # type: ignore[arg-type]
+
+
+def _needs(plan: Plan) -> Amounts:
+    """Bytes of each tier, the staging rings apart: they are shared by weights, cache and activations."""
+    found = {("need", tier.value): float(nbytes) for tier, nbytes in need(plan).items()}
+    staging = {(STAGE, ring): float(plan.rings[ring]) for ring in STAGING}
+    found["need", Tier.HOST.value] -= sum(staging.values())
+    return found | staging
 
 
 def _less(a: Amounts, b: Amounts) -> Amounts:
