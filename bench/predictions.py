@@ -31,7 +31,7 @@ from flexgen_triton.plan.policy import CompressionConfig, Policy
 
 WITHIN = 0.15  # of the measured time a prediction should be
 SPARE = 0.10  # planned memory may exceed the peak by this share, and must not fall short
-REMEASURE = 4  # cases after which the machine is measured anew
+REMEASURE = 1  # cases after which the machine is measured anew
 OFFLOAD_DIR = Path("~/.cache/flexgen_triton")
 
 

@@ -67,9 +67,8 @@ class Clock:
         self,
         sweeps: Mapping[str, Sequence[Task]],
         budget_s: float,
-        pick: Callable[[Sequence[float]], float] = min,
     ) -> dict[str, Curve]:
-        """Each sweep's rates by size: the best of the times that `budget_s` allows, or what `pick` makes of them.
+        """Each sweep's rates by size, from the median of the times that `budget_s` allows: what a run will meet.
 
         A sweep's tasks stand smallest first; it ends behind the first that takes SLOWEST_S.
         """
@@ -81,13 +80,15 @@ class Clock:
                 if n == 0 or time.perf_counter() < deadline:
                     seconds.append(self._seconds(task, min(seconds)))
         return {
-            name: Curve(tuple((t.size, rounded(t.units / pick(s))) for t, s in zip(sweeps[name], found, strict=False)))
+            name: Curve(
+                tuple((t.size, rounded(t.units / median(s))) for t, s in zip(sweeps[name], found, strict=False))
+            )
             for name, found in times.items()
         }
 
-    def curve(self, tasks: Sequence[Task], budget_s: float, pick: Callable[[Sequence[float]], float] = min) -> Curve:
+    def curve(self, tasks: Sequence[Task], budget_s: float) -> Curve:
         """One sweep alone; see `curves`."""
-        return self.curves({"": tasks}, budget_s, pick)[""]
+        return self.curves({"": tasks}, budget_s)[""]
 
     def rate(self, task: Task, budget_s: float) -> float:
         """Units per second of one task."""
@@ -390,7 +391,7 @@ def disk(directory: Path, buffer: Tensor, *, quick: bool, budget_s: float) -> Di
         with DiskQueue() as queue:
             for at in range(0, size, 16 * MIB):  # what was never written is read without the disk
                 queue.write([Write(file, at, buffer[: 16 * MIB])])
-            both = clock.curves(_disk_tasks(queue, file, buffer, quick=quick), budget_s / 2, median)
+            both = clock.curves(_disk_tasks(queue, file, buffer, quick=quick), budget_s / 2)
             rows = clock.rate(_rows_task(queue, file), budget_s / 20)
         table = tuple(_queue_rates(file, buffer, clock, budget_s / 3))
     return DiskRates(both["read"], both["write"], rows, table)
@@ -436,4 +437,4 @@ def _queue_rates(file: DiskFile, buffer: Tensor, clock: Clock, budget_s: float) 
         for threads in DISK_THREADS:
             with DiskQueue(threads, extent) as queue:
                 task = _disk_task(queue, file, whole, write=False)
-                yield extent, threads, clock.curve([replace(task, size=1)], each, median).points[0][1]
+                yield extent, threads, clock.curve([replace(task, size=1)], each).points[0][1]
