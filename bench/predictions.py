@@ -3,9 +3,9 @@
     python bench/predictions.py --models opt-1.3b=DIRECTORY --out FILE.json
     python bench/predictions.py --cases 1.3b-disk,1.3b-4bit --repeat 1 --hardware PROFILE.json
 
-Models without a directory get random weights, which are made once in the offload directory. The machine is measured at
-the start and again after every few cases; a case is predicted from the latest profile before its runs. Every run is a
-process of its own, so that its peak of memory is its own. Results are written after every case, to
+Models without a directory get random weights, which are made once in the offload directory. The machine is measured
+before each case, which is predicted from that profile. Every run is a process of its own, so that its peak of memory is
+its own. Results are written after every case, to
 bench/results/<machine>/predictions-<commit>.json unless `--out` says where; a Markdown table goes to standard output.
 """
 
@@ -31,7 +31,6 @@ from flexgen_triton.plan.policy import CompressionConfig, Policy
 
 WITHIN = 0.15  # of the measured time a prediction should be
 SPARE = 0.10  # planned memory may exceed the peak by this share, and must not fall short
-REMEASURE = 1  # cases after which the machine is measured anew
 OFFLOAD_DIR = Path("~/.cache/flexgen_triton")
 
 
@@ -351,15 +350,14 @@ class Profiles:
     quick: bool = False
     measured: list[dict[str, Any]] = field(default_factory=list)
 
-    def before(self, number: int, case: Case) -> Path:
-        """The profile for case `number`: the given one, or measured anew where it is time to."""
+    def before(self, case: Case) -> Path:
+        """The profile to predict a case from: the given one, or measured now, before its runs."""
         if self.given:
             return self.given
-        if number % REMEASURE == 0:
-            file = self.folder / f"machine-{len(self.measured)}.json"
-            measure_machine(file, self.offload_dir, quick=self.quick)
-            self.measured.append({"before": case.name, "profile": json.loads(file.read_text())})
-        return self.folder / f"machine-{len(self.measured) - 1}.json"
+        file = self.folder / f"machine-{len(self.measured)}.json"
+        measure_machine(file, self.offload_dir, quick=self.quick)
+        self.measured.append({"before": case.name, "profile": json.loads(file.read_text())})
+        return file
 
 
 def run_case(case: Case, hardware: Path, args: argparse.Namespace) -> Outcome:
@@ -413,8 +411,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--cases", default="", metavar="NAME,...", help="default: all")
     parser.add_argument("--models", action="append", default=[], metavar="NAME=DIR", help="repeatable")
     parser.add_argument("--repeat", type=int, default=3, help="runs of a case")
-    parser.add_argument("--hardware", type=Path, metavar="FILE", help="a profile; default: measured before every "
-                        f"{REMEASURE}th case")  # fmt: skip
+    parser.add_argument("--hardware", type=Path, metavar="FILE", help="a profile; default: measured before each case")
     parser.add_argument("--quick", action="store_true", help="measure the machine in seconds, coarsely")
     parser.add_argument("--dtype", help="default: bfloat16 on a CPU, float16 on a GPU")
     parser.add_argument("--device", help="cuda or cpu; default: a GPU where there is one")
@@ -451,8 +448,8 @@ def main(argv: list[str] | None = None) -> int:
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory(prefix="predictions-") as folder:
         profiles = Profiles(Path(folder), args.offload_dir, args.hardware, args.quick)
-        for number, case in enumerate(cases):
-            outcomes.append(run_case(case, profiles.before(number, case), args))
+        for case in cases:
+            outcomes.append(run_case(case, profiles.before(case), args))
             shared = {"device": args.device, "dtype": args.dtype, "profiles": profiles.measured}
             write_results(out, [row(o) for o in outcomes], header | shared)
     print(table(outcomes))

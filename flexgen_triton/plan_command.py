@@ -23,7 +23,7 @@ from .bench import progress_bar
 from .llm import DEFAULT_OFFLOAD_DIR, DUMMY, ModelSource, choose_dtype, find_model
 from .models.opt import ModelError, OPTConfig, config_by_name, model_spec
 from .plan.fit import fits, need
-from .plan.hardware import GIB, Hardware, HardwareError, profile_names
+from .plan.hardware import GIB, Hardware, profile_names
 from .plan.placement import Tier
 from .plan.plan import Plan
 from .plan.policy import Policy
@@ -353,17 +353,6 @@ def _choice_json(choice: Choice, searched: Searched) -> dict[str, Any]:
 # The command
 
 
-def check_formats(problem: Problem, hardware: Hardware) -> None:
-    """Raise HardwareError where a profile has no figures for the model's dtype or for a format that is allowed."""
-    for what, rates in (("4bit", hardware.matmul), ("4bit-cache", hardware.decode_attention)):
-        for kind in (problem.model.dtype, *(["4-bit"] if what in problem.allow else [])):
-            if kind not in rates:
-                flag = f"--allow {what}" if kind == "4-bit" else f"--dtype {kind}"
-                raise HardwareError(
-                    f"the profile of {hardware.name} has no figures for {flag}; it has {', '.join(sorted(rates))}"
-                )
-
-
 def find_policies(model: Model, hardware: Hardware, options: Mapping[str, Any]) -> Searched:
     """Search as the options say; a spinner on stderr meanwhile, where that is a terminal."""
     problem = Problem(
@@ -375,7 +364,6 @@ def find_policies(model: Model, hardware: Hardware, options: Mapping[str, Any]) 
         options["max_latency"],
         stored=model.source.is_stored and "4bit" not in options["allow"],
     )
-    check_formats(problem, hardware)
     with Console(stderr=True).status("searching"):
         return search(problem, hardware)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import groupby, pairwise
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -225,17 +226,29 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Non
 def _widened_product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """x [M, K] fp32, weight [N, K] 16-bit: a panel of rows at a time, its product in a dense buffer of its own."""
     size = max(1, WIDEN_BYTES // (4 * weight.shape[1]))
-    panel = torch.empty(min(size, len(weight)), weight.shape[1])
-    buffer = torch.empty(len(x) * len(panel))
+    panel, buffer = _panels(get_ident())
+    panel = panel[: max(size * weight.shape[1], 1)] if size > 1 else torch.empty(weight.shape[1])
+    needed = len(x) * min(size, len(weight))
+    buffer = buffer if needed <= len(buffer) else torch.empty(needed)
     for low in range(0, len(weight), size):
         rows = weight[low : low + size]
-        wide = panel[: len(rows)].copy_(rows).t()
+        wide = panel[: rows.numel()].view(rows.shape).copy_(rows).t()
         y = buffer[: len(x) * len(rows)].view(len(x), len(rows))
         if bias is None:
             torch.mm(x, wide, out=y)
         else:
             torch.addmm(bias[low : low + size], x, wide, out=y)
         out[:, low : low + size] = y
+
+
+@lru_cache(maxsize=4)
+def _panels(_thread: int) -> tuple[Tensor, Tensor]:
+    """Where a thread widens panels, and where it puts their products.
+
+    Kept from one product to the next: fresh pages for 16 MiB cost as much as widening a matrix into them.
+    """
+    with torch.inference_mode(False):
+        return torch.empty(WIDEN_BYTES // 4), torch.empty(WIDEN_BYTES // 4)
 
 
 def prepare(spec: ModelSpec, fields: Sequence[Field], *, sparse: bool) -> None:

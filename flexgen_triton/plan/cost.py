@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from .hardware import Curve, Hardware
+from collections.abc import Mapping
+
+from .hardware import Curve, Hardware, HardwareError
 from .schedule import Lane, Op, Work
 
 DEQUANTIZED_BYTES = 2.5625  # of a weight: read in 4 bits with scales for groups of 64, written in 16
@@ -38,7 +40,7 @@ def _compute_seconds(work: Work, hardware: Hardware) -> float:
     if work.prompt_flops:
         total += work.prompt_flops / hardware.prefill_attention.rate(work.prompt_len)
     if work.cache_bytes:
-        total += hardware.decode_attention[work.cache_format].seconds(work.cache_bytes)
+        total += _of(hardware.decode_attention, work.cache_format, hardware).seconds(work.cache_bytes)
     if work.gathered_bytes:
         total += work.gathered_bytes / hardware.h2d.rate(work.gathered_bytes)
     return total + work.lookups / hardware.disk_rows
@@ -46,7 +48,14 @@ def _compute_seconds(work: Work, hardware: Hardware) -> float:
 
 def _product_seconds(kind: str, flops: float, work: Work, hardware: Hardware) -> float:
     if kind != "4-bit" or not 0 < hardware.dequantize_rows <= work.rows:
-        return flops / hardware.matmul[kind].rate(work.rows)
+        return flops / _of(hardware.matmul, kind, hardware).rate(work.rows)
     parameters = flops / (2 * work.rows)
     once = parameters * DEQUANTIZED_BYTES / hardware.device_read if work.first_of_load else 0.0
-    return once + flops / hardware.matmul["float16"].rate(work.rows)
+    return once + flops / _of(hardware.matmul, "float16", hardware).rate(work.rows)
+
+
+def _of(curves: Mapping[str, Curve], kind: str, hardware: Hardware) -> Curve:
+    """The curve of a format; raises HardwareError where the profile has none."""
+    if kind not in curves:
+        raise HardwareError(f"the profile of {hardware.name} has no figures for {kind}; it has {', '.join(curves)}")
+    return curves[kind]

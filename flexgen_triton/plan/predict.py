@@ -56,7 +56,8 @@ class Prediction:
         return sum(max(busy.values(), default=0.0) for busy in self.lanes.values())
 
     def busiest(self, phase: str) -> str:
-        return max(self.lanes[phase], key=lambda lane: self.lanes[phase][lane])
+        """The lane with most to do; "" where nothing is done in that phase."""
+        return max(self.lanes[phase], key=lambda lane: self.lanes[phase][lane], default="")
 
 
 def sample_steps(steps: int, exact: int = EXACT_STEPS) -> dict[int, float]:

@@ -7,13 +7,14 @@ simulated, until what is found is as good as what the next bound promises.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import NamedTuple
 
 from .fit import fits, need
-from .hardware import GIB, Hardware
+from .hardware import GIB, Hardware, HardwareError
 from .placement import Tier
 from .plan import Plan, make_plan
 from .policy import Policy, PolicyError
@@ -155,22 +156,38 @@ def available(hardware: Hardware, problem: Problem) -> dict[Tier, float]:
 def search(problem: Problem, hardware: Hardware) -> Searched:
     """The best policies for a problem, by predicted throughput.
 
-    Raises PolicyError, in one sentence, when no policy fits or none keeps the latency limit.
+    Raises PolicyError, in one sentence, when no policy fits or none keeps the latency limit; HardwareError where the
+    profile has no figures for the model's dtype or for a format that is allowed.
     """
+    check_formats(problem, hardware)
     free = available(hardware, problem)
     candidates = sorted(_candidates(problem, hardware, free), key=lambda c: -c.tokens_per_s)
     found = _simulate(problem, hardware, free, candidates)
+    if not found and problem.max_latency is not None:
+        raise PolicyError(_too_slow(problem, hardware))
     if not found:
         found = _smallest(problem, hardware, free)
-    within = [f for f in found if problem.max_latency is None or f.latency_s <= problem.max_latency]
-    if not within:
-        quickest = min(found, key=lambda f: f.latency_s)
-        raise PolicyError(
-            f"no policy found takes {problem.max_latency:g} s or less for a block; the quickest is predicted at "
-            f"{quickest.latency_s:.3g} s ({quickest.policy.gpu_batch_size} x {quickest.policy.num_gpu_batches})"
-        )
-    within.sort(key=lambda f: -f.tokens_per_s)
-    return Searched(problem, hardware, tuple(within), tuple(candidates))
+    return Searched(problem, hardware, tuple(sorted(found, key=lambda f: -f.tokens_per_s)), tuple(candidates))
+
+
+def check_formats(problem: Problem, hardware: Hardware) -> None:
+    """Raise HardwareError where a profile has no figures for the model's dtype or for a format that is allowed."""
+    for what, rates in (("4bit", hardware.matmul), ("4bit-cache", hardware.decode_attention)):
+        for kind in (problem.model.dtype, *(["4-bit"] if what in problem.allow else [])):
+            if kind not in rates:
+                flag = f"--allow {what}" if kind == "4-bit" else f"--dtype {kind}"
+                raise HardwareError(
+                    f"the profile of {hardware.name} has no figures for {flag}; it has {', '.join(sorted(rates))}"
+                )
+
+
+def _too_slow(problem: Problem, hardware: Hardware) -> str:
+    """One sentence: how long a block takes at least. Raises PolicyError where none fits at any speed."""
+    quickest = search(replace(problem, max_latency=None, num_prompts=1), hardware).best
+    return (
+        f"no policy found takes {problem.max_latency:g} s or less for a block; a single sequence is predicted to take "
+        f"{quickest.latency_s:.3g} s"
+    )
 
 
 def modest(searched: Searched, share: float = MODEST) -> Found:
@@ -223,17 +240,12 @@ def _simulate(
     problem: Problem, hardware: Hardware, free: Mapping[Tier, float], candidates: Sequence[Candidate]
 ) -> list[Found]:
     """Estimate candidates in the order of their bounds until none left promises more; simulate the best whole."""
-    estimates: dict[Policy, Estimate] = {}
-    best = 0.0
-    for candidate in candidates:
-        if best >= CLOSE * candidate.tokens_per_s or len(estimates) >= ESTIMATED:
-            break
-        plan = _realise(problem, free, candidate)
-        if plan is not None and plan.policy not in estimates:
-            estimates[plan.policy] = estimate = _estimate(problem, plan, hardware, candidate.tokens_per_s)
-            best = max(best, estimate.tokens_per_s)
+    estimates = _estimates(problem, hardware, free, candidates)
+    if not estimates:  # none of the fastest keeps the latency limit: try the quickest
+        estimates = _estimates(problem, hardware, free, sorted(candidates, key=lambda c: c.optimum.seconds))
+    best = max((e.tokens_per_s for e in estimates), default=0.0)
     # of those as good as the best the one with the smallest schedule: fewer sequences in flight
-    ranked = sorted(estimates.values(), key=lambda e: (e.tokens_per_s < CLOSE * best, e.ops, -e.tokens_per_s))
+    ranked = sorted(estimates, key=lambda e: (e.tokens_per_s < CLOSE * best, e.ops, -e.tokens_per_s))
     ranked = ranked[:1] + sorted(ranked[1:], key=lambda e: -e.tokens_per_s)
     found: list[Found] = []
     for estimate in ranked[:KEPT]:
@@ -242,10 +254,29 @@ def _simulate(
     return found
 
 
+def _estimates(
+    problem: Problem, hardware: Hardware, free: Mapping[Tier, float], candidates: Sequence[Candidate]
+) -> list[Estimate]:
+    """Of candidates in this order, as far as one may beat what was found: those that keep the latency limit."""
+    limit = problem.max_latency or math.inf
+    estimates: dict[Policy, Estimate] = {}
+    best = 0.0
+    for candidate in candidates:
+        if best >= CLOSE * candidate.tokens_per_s or len(estimates) >= ESTIMATED:
+            break
+        plan = _realise(problem, free, candidate)
+        if plan is not None and plan.policy not in estimates:
+            estimates[plan.policy] = estimate = _estimate(problem, plan, hardware, candidate.tokens_per_s)
+            if estimate.seconds <= limit:
+                best = max(best, estimate.tokens_per_s)
+    return [e for e in estimates.values() if e.seconds <= limit]
+
+
 class Estimate(NamedTuple):
     """What the schedules of two shortened models tell of a plan."""
 
     plan: Plan
+    seconds: float  # of a block
     tokens_per_s: float
     bound_tokens_per_s: float
     ops: int  # of the whole schedule's sample
@@ -270,7 +301,7 @@ def _estimate(problem: Problem, plan: Plan, hardware: Hardware, bound: float) ->
     further = max(plan.model.num_blocks - SHORT_BLOCKS[0], 0) / (SHORT_BLOCKS[1] - SHORT_BLOCKS[0])
     seconds = few.total_s + further * (more.total_s - few.total_s)
     ops = few.ops + round(further * (more.ops - few.ops))
-    return Estimate(plan, problem.throughput(plan.policy, seconds), bound, ops)
+    return Estimate(plan, seconds, problem.throughput(plan.policy, seconds), bound, ops)
 
 
 def _realise(problem: Problem, free: Mapping[Tier, float], candidate: Candidate) -> Plan | None:
@@ -308,8 +339,8 @@ def _smallest(problem: Problem, hardware: Hardware, free: Mapping[Tier, float]) 
     fitting = [p for p in plans if fits(p, free)]
     if not fitting:
         raise PolicyError(_infeasible(problem, plans, free, hardware))
-    found = [_found(problem, plan, hardware) for plan in fitting]
-    return sorted(found, key=lambda f: -f.tokens_per_s)[:KEPT]
+    estimates = sorted((_estimate(problem, p, hardware, 0.0) for p in fitting), key=lambda e: -e.tokens_per_s)
+    return [_found(problem, e.plan, hardware) for e in estimates[:KEPT]]
 
 
 def _smallest_plans(problem: Problem, hardware: Hardware) -> Iterator[Plan]:
@@ -359,9 +390,6 @@ def _other_ways(problem: Problem, hardware: Hardware, free: Mapping[Tier, float]
 def _mib(nbytes: float) -> str:
     """Bytes rounded up, in a unit that the memory flags take."""
     return f"{-(-int(nbytes) // (GIB // 1024))}MiB" if nbytes < GIB else f"{nbytes / GIB + 0.0005:.3f}GiB"
-
-
-Gain = Callable[[float], float]
 
 
 def worth(searched: Searched, neighbours: int = 24) -> dict[str, float]:

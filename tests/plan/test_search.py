@@ -205,7 +205,7 @@ def test_a_latency_limit_is_kept_or_refused():
     limited = search(replace(problem, max_latency=best.latency_s / 4), SMALL_GPU).best
     assert limited.latency_s <= best.latency_s / 4
     assert limited.tokens_per_s <= best.tokens_per_s
-    with pytest.raises(PolicyError, match="the quickest is predicted at"):
+    with pytest.raises(PolicyError, match="a single sequence is predicted to take"):
         search(replace(problem, max_latency=1e-9), SMALL_GPU)
 
 

@@ -1,0 +1,95 @@
+"""The automatic policy of the library: it is found, obeyed, changed when it must be, and invisible in the output."""
+
+from __future__ import annotations
+
+import pytest
+from machines import SMALL_GPU, TWO_CORES
+
+from flexgen_triton import LLM, Policy, SamplingParams
+from flexgen_triton.plan.hardware import HardwareError
+from flexgen_triton.plan.policy import PolicyError
+from flexgen_triton.run import auto
+
+GREEDY = SamplingParams(max_tokens=5, ignore_eos=True)
+KIB, MIB = 1 << 10, 1 << 20
+
+
+def automatic(tiny, tmp_path, **more) -> LLM:
+    return LLM(str(tiny.path), dtype="float32", offload_dir=tmp_path, hardware=TWO_CORES, **more)
+
+
+def test_the_default_policy_is_found_for_the_prompts(tiny, tmp_path):
+    with automatic(tiny, tmp_path) as llm:
+        with pytest.raises(PolicyError, match="no prompts were seen yet"):
+            _ = llm.policy
+        outputs = llm.generate(tiny.prompts, GREEDY)
+        assert [o.outputs[0].token_ids for o in outputs] == [t[:5] for t in tiny.tokens]
+        assert llm.policy.w_gpu_percent == 100  # all of it fits
+        engine = llm.engine
+        llm.generate(tiny.prompts, GREEDY)
+        assert llm.engine is engine  # nothing was loaded again
+
+
+def test_a_small_device_is_filled_and_the_rest_offloaded(tiny, tmp_path):
+    """As on a GPU: device memory apart, less of it than the weights take."""
+    with LLM(
+        str(tiny.path),
+        dtype="float32",
+        offload_dir=tmp_path,
+        hardware=SMALL_GPU,
+        copies=True,
+        gpu_memory=SMALL_GPU.context_bytes + 1600 * KIB,
+    ) as llm:
+        outputs = llm.generate(tiny.prompts, GREEDY)
+        assert [o.outputs[0].token_ids for o in outputs] == [t[:5] for t in tiny.tokens]
+        assert llm.policy.w_gpu_percent < 100
+        plan = llm.last_report.plans[0]
+        assert plan.device_bytes <= 1600 * KIB
+
+
+def test_other_prompts_get_another_policy_where_the_present_one_does_not_fit(tiny, tmp_path):
+    memory = SMALL_GPU.context_bytes + 2200 * KIB
+    with LLM(
+        str(tiny.path), dtype="float32", offload_dir=tmp_path, hardware=SMALL_GPU, copies=True, gpu_memory=memory
+    ) as llm:
+        llm.generate([tiny.prompts[0][:2]], SamplingParams(max_tokens=2, ignore_eos=True))
+        first = llm.policy
+        outputs = llm.generate(tiny.prompts * 3, GREEDY)
+        assert [o.outputs[0].token_ids for o in outputs] == [t[:5] for t in tiny.tokens] * 3
+        assert llm.policy != first
+
+
+def test_a_policy_by_hand_is_refused_where_it_exceeds_a_limit(tiny, tmp_path):
+    with pytest.raises(PolicyError, match=r"GPU needs .* has .*fits"):
+        LLM(str(tiny.path), policy=Policy(), offload_dir=tmp_path, copies=True, gpu_memory="0.5MiB")
+    with pytest.raises(PolicyError, match="policy is 'fast'; give a Policy, or 'auto'"):
+        LLM(str(tiny.path), policy="fast", offload_dir=tmp_path)
+    with pytest.raises(ValueError, match="'lots' is no amount of memory"):
+        LLM(str(tiny.path), offload_dir=tmp_path, cpu_memory="lots")
+
+
+def test_profiles_and_limits_that_make_no_sense(tiny, tmp_path):
+    with automatic(tiny, tmp_path, gpu_memory="1GiB") as llm, pytest.raises(PolicyError, match="there is no GPU here"):
+        llm.generate(tiny.prompts, GREEDY)
+    for dtype, hardware, words in (
+        ("float32", "cray-1", "cray-1 is no file and no known machine; known are a100"),
+        ("bfloat16", "t4", "has no figures for --dtype bfloat16"),
+    ):
+        llm = LLM(str(tiny.path), dtype=dtype, offload_dir=tmp_path, hardware=hardware)
+        with llm, pytest.raises(HardwareError, match=words):
+            llm.generate(tiny.prompts, GREEDY)
+
+
+def test_a_policy_in_use_is_kept_while_it_is_nearly_the_best(tiny, tmp_path):
+    with automatic(tiny, tmp_path) as llm:
+        problem = llm.problem([20], 8, 64)
+        best = auto.choose(problem, llm.hardware)
+        half = Policy(best.gpu_batch_size, best.num_gpu_batches, 99, 1, 100, 0, 100, 0)
+        assert auto.choose(problem, llm.hardware, half) == half
+        slow = Policy(1, 1, 0, 0, 0, 0, 0, 0)
+        assert auto.choose(problem, llm.hardware, slow) == best
+
+
+def test_one_length_stands_for_the_longer_half():
+    assert auto.typical_length([10]) == 10
+    assert auto.typical_length([1, 2, 100, 98]) == 99
