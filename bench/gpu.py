@@ -10,6 +10,7 @@ keeps what it has. Exits with 2 where there is no GPU and with 1 when a check fa
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 import time
@@ -28,9 +29,12 @@ import kernel_speed
 
 from flexgen_triton import LLM, Policy, SamplingParams
 from flexgen_triton.bench import random_prompts
-from flexgen_triton.figures import lanes_json, timing
+from flexgen_triton.figures import lanes_json, predicted_json, timing
 from flexgen_triton.memory.arena import Arena
+from flexgen_triton.plan.hardware import Hardware
+from flexgen_triton.run.auto import predict_run
 from flexgen_triton.run.block import Request
+from flexgen_triton.run.measure import measure
 
 if TYPE_CHECKING:
     from tiny_models import Tiny
@@ -178,7 +182,7 @@ def run(tiny: Tiny, policy: Policy, dtype: str, scratch: Path) -> list[tuple[lis
     return [(r.tokens, torch.stack(seen[id(r)])) for r in requests]
 
 
-def engine(case: Case, store: Path) -> rows.Row:
+def engine(case: Case, store: Path, hardware: Hardware | None = None) -> rows.Row:
     """Throughput of one case, judged by the busiest lane of the same run."""
     with LLM(case.model, path="_DUMMY_", policy=case.policy, offload_dir=store, device="cuda") as llm:
         prompts = random_prompts(case.policy.block_size, case.prompt_len, llm.spec.vocab, 0)
@@ -192,8 +196,10 @@ def engine(case: Case, store: Path) -> rows.Row:
         )
         timeline = report.timeline
         share = timeline.bound_s / timeline.makespan_s
+        predicted = predicted_json(predict_run(report, hardware), hardware) if hardware else None
         details = {
             **figures,
+            "predicted": predicted,
             "makespan_s": timeline.makespan_s,
             "bound_s": timeline.bound_s,
             "lanes": lanes_json(timeline),
@@ -201,7 +207,16 @@ def engine(case: Case, store: Path) -> rows.Row:
             "peak_gpu_bytes": torch.cuda.max_memory_allocated(),
         }
     rate = figures["total_tok_s"]
-    return rows.Row(case.name, rate, "tok/s", roof=rate / share, share=share, details=details)
+    note = f"predicted {predicted['total_s']:.2f} s, took {timeline.makespan_s:.2f}" if predicted else ""
+    return rows.Row(case.name, rate, "tok/s", roof=rate / share, share=share, details=details, note=note)
+
+
+def profile(scratch: Path) -> tuple[Hardware, rows.Row]:
+    """The machine as `python -m flexgen_triton measure` sees it: what the runs below are predicted from."""
+    began = time.perf_counter()
+    hardware = measure(CUDA, scratch)
+    took = time.perf_counter() - began
+    return hardware, rows.Row("machine measured", took, "s", details={"profile": json.loads(hardware.to_json())})
 
 
 class Recorder:
@@ -249,8 +264,17 @@ def main() -> int:
         recorder.attempt("kernels", kernel_speed.rows)
         recorder.attempt("correctness", lambda: correctness(scratch))
         recorder.attempt("compression", lambda: compression(scratch))
+        found: list[Hardware] = []
+
+        def measured() -> Iterator[rows.Row]:
+            hardware, row = profile(scratch)
+            found.append(hardware)
+            yield row
+
+        recorder.attempt("measure", measured)
+        hardware = found[0] if found else None
         for case in CASES:
-            recorder.attempt(case.name, lambda case=case: iter([engine(case, scratch / "store")]))
+            recorder.attempt(case.name, lambda case=case: iter([engine(case, scratch / "store", hardware)]))
     return int(recorder.failed)
 
 

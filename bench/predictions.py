@@ -4,8 +4,8 @@
     python bench/predictions.py --cases 1.3b-disk,1.3b-4bit --repeat 1 --hardware PROFILE.json
 
 Models without a directory get random weights, which are made once in the offload directory. The machine is measured
-before each case, which is predicted from that profile. Every run is a process of its own, so that its peak of memory is
-its own. Results are written after every case, to
+three times at the start, and all is predicted from the median. Every run is a process of its own, so that its peak of
+memory is its own. Results are written after every case, to
 bench/results/<machine>/predictions-<commit>.json unless `--out` says where; a Markdown table goes to standard output.
 """
 
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,9 +27,11 @@ from rows import ROOT, Row, make_header, results_path, without_folders, write_re
 
 sys.path.insert(0, str(ROOT))
 
+from flexgen_triton.plan.hardware import Hardware, median_of
 from flexgen_triton.plan.policy import CompressionConfig, Policy
 
 WITHIN = 0.15  # of the measured time a prediction should be
+MEASUREMENTS = 3  # of the machine, before the first run; predictions are made from their median
 SPARE = 0.10  # planned memory may exceed the peak by this share, and must not fall short
 OFFLOAD_DIR = Path("~/.cache/flexgen_triton")
 
@@ -340,24 +342,18 @@ def verdict(outcomes: Sequence[Outcome]) -> str:
 # All cases
 
 
-@dataclass
-class Profiles:
-    """The machine as it was measured last, before the runs that are predicted from it."""
-
-    folder: Path
-    offload_dir: Path
-    given: Path | None = None
-    quick: bool = False
-    measured: list[dict[str, Any]] = field(default_factory=list)
-
-    def before(self, case: Case) -> Path:
-        """The profile to predict a case from: the given one, or measured now, before its runs."""
-        if self.given:
-            return self.given
-        file = self.folder / f"machine-{len(self.measured)}.json"
-        measure_machine(file, self.offload_dir, quick=self.quick)
-        self.measured.append({"before": case.name, "profile": json.loads(file.read_text())})
-        return file
+def profile(folder: Path, args: argparse.Namespace) -> tuple[Path, list[dict[str, Any]]]:
+    """The profile that every case is predicted from, before any runs, and what was measured for it."""
+    if args.hardware:
+        return args.hardware, []
+    measured = []
+    for number in range(MEASUREMENTS):
+        file = folder / f"machine-{number}.json"
+        measure_machine(file, args.offload_dir, quick=args.quick)
+        measured.append(json.loads(file.read_text()))
+    middle = folder / "machine.json"
+    middle.write_text(median_of([Hardware.from_json(json.dumps(m)) for m in measured]).to_json())
+    return middle, measured
 
 
 def run_case(case: Case, hardware: Path, args: argparse.Namespace) -> Outcome:
@@ -411,7 +407,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--cases", default="", metavar="NAME,...", help="default: all")
     parser.add_argument("--models", action="append", default=[], metavar="NAME=DIR", help="repeatable")
     parser.add_argument("--repeat", type=int, default=3, help="runs of a case")
-    parser.add_argument("--hardware", type=Path, metavar="FILE", help="a profile; default: measured before each case")
+    parser.add_argument("--hardware", type=Path, metavar="FILE", help="a profile; default: measured at the start")
     parser.add_argument("--quick", action="store_true", help="measure the machine in seconds, coarsely")
     parser.add_argument("--dtype", help="default: bfloat16 on a CPU, float16 on a GPU")
     parser.add_argument("--device", help="cuda or cpu; default: a GPU where there is one")
@@ -447,10 +443,10 @@ def main(argv: list[str] | None = None) -> int:
     out = args.out or results_path("predictions", header)
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory(prefix="predictions-") as folder:
-        profiles = Profiles(Path(folder), args.offload_dir, args.hardware, args.quick)
+        hardware, measured = profile(Path(folder), args)
+        shared = {"device": args.device, "dtype": args.dtype, "profiles": measured}
         for case in cases:
-            outcomes.append(run_case(case, profiles.before(case), args))
-            shared = {"device": args.device, "dtype": args.dtype, "profiles": profiles.measured}
+            outcomes.append(run_case(case, hardware, args))
             write_results(out, [row(o) for o in outcomes], header | shared)
     print(table(outcomes))
     print(f"\n{verdict(outcomes)}")

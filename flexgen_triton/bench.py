@@ -98,7 +98,7 @@ def measure(
         "peak_host_bytes": peak_rss(),
         "planned_host_bytes": base + largest.host_bytes + (0 if on_gpu else largest.device_bytes),
         "pinned_bytes": largest.host_bytes if on_gpu else 0,
-        "model_bytes": llm.spec.weight_bytes,
+        "model_bytes": llm.engine.spec.weight_bytes,
         "cache_bytes": sum(placement["cache"].values()),
         "hidden_bytes": sum(placement["activations"].values()),
         "placement": placement,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-# isort: split
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 

@@ -17,6 +17,7 @@ from .models.checkpoint import open_store
 from .models.opt import OPT, ModelError, OPTConfig, config_by_name, model_spec
 from .models.sampling import SamplingParams
 from .plan.hardware import Hardware
+from .plan.placement import PAGE
 from .plan.policy import Policy, PolicyError
 from .plan.search import Problem
 from .plan.spec import DTYPE_BYTES, ModelSpec, stored_as
@@ -262,6 +263,7 @@ class LLM:
             stored=self.source.is_stored and "4bit" not in self._allow and not base.compress_weight,
             prompt_lens=lens,
             base=base,
+            alignment=2 * PAGE * len(self.spec.modules),
         )
 
     def _settle(self, requests: Sequence[Request]) -> None:

@@ -16,9 +16,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from . import (
-    environment,  # noqa: F401  # isort: split
-)
 from .bench import progress_bar
 from .llm import DEFAULT_OFFLOAD_DIR, DUMMY, ModelSource, choose_dtype, find_model
 from .models.opt import ModelError, OPTConfig, config_by_name, model_spec

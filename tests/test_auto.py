@@ -38,17 +38,17 @@ def test_a_small_device_is_filled_and_the_rest_offloaded(tiny, tmp_path):
         offload_dir=tmp_path,
         hardware=SMALL_GPU,
         copies=True,
-        gpu_memory=SMALL_GPU.context_bytes + 1600 * KIB,
+        gpu_memory=SMALL_GPU.context_bytes + 1700 * KIB,
     ) as llm:
         outputs = llm.generate(tiny.prompts, GREEDY)
         assert [o.outputs[0].token_ids for o in outputs] == [t[:5] for t in tiny.tokens]
         assert llm.policy.w_gpu_percent < 100
         plan = llm.last_report.plans[0]
-        assert plan.device_bytes <= 1600 * KIB
+        assert plan.device_bytes <= 1700 * KIB
 
 
 def test_other_prompts_get_another_policy_where_the_present_one_does_not_fit(tiny, tmp_path):
-    memory = SMALL_GPU.context_bytes + 2200 * KIB
+    memory = SMALL_GPU.context_bytes + 2300 * KIB
     with LLM(
         str(tiny.path), dtype="float32", offload_dir=tmp_path, hardware=SMALL_GPU, copies=True, gpu_memory=memory
     ) as llm:

@@ -154,7 +154,7 @@ def _embed(config: OPTConfig) -> ModuleSpec:
         tensors.append(_table("tokens.weight", (config.vocab_size, width), "decoder.embed_tokens.weight"))
     if width != hidden:
         tensors.append(_matrix("project_in.weight", (hidden, width), "decoder.project_in.weight"))
-    return ModuleSpec("embed", 0, tuple(tensors), 2.0 * hidden * width if width != hidden else 0.0)
+    return ModuleSpec("embed", 0, tuple(tensors))
 
 
 def _attention(config: OPTConfig, n: int) -> ModuleSpec:
@@ -164,7 +164,7 @@ def _attention(config: OPTConfig, n: int) -> ModuleSpec:
         *_linear(config, "qkv", (3 * hidden, hidden), *(f"{at}.self_attn.{p}_proj" for p in "qkv")),
         *_linear(config, "out", (hidden, hidden), f"{at}.self_attn.out_proj"),
     ]
-    return ModuleSpec("attention", n, tuple(tensors), 8.0 * hidden * hidden)
+    return ModuleSpec("attention", n, tuple(tensors))
 
 
 def _mlp(config: OPTConfig, n: int) -> ModuleSpec:
@@ -174,7 +174,7 @@ def _mlp(config: OPTConfig, n: int) -> ModuleSpec:
         *_linear(config, "fc1", (ffn, hidden), f"{at}.fc1"),
         *_linear(config, "fc2", (hidden, ffn), f"{at}.fc2"),
     ]
-    return ModuleSpec("mlp", n, tuple(tensors), 4.0 * hidden * ffn)
+    return ModuleSpec("mlp", n, tuple(tensors))
 
 
 def _head(config: OPTConfig, itemsize: int) -> list[ModuleSpec]:
@@ -193,7 +193,7 @@ def _head(config: OPTConfig, itemsize: int) -> list[ModuleSpec]:
         if n == 0 and width != config.hidden_size:
             first.append(_matrix("project_out.weight", (width, config.hidden_size), "decoder.project_out.weight"))
         rows = TensorSpec(name, (high - low, width), (source,), (high - low,), row=low, exact=True)
-        modules.append(ModuleSpec("head", n, (*first, rows), 2.0 * (high - low) * width))
+        modules.append(ModuleSpec("head", n, (*first, rows)))
     return modules
 
 

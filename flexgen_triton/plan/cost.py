@@ -43,7 +43,7 @@ def _compute_seconds(work: Work, hardware: Hardware) -> float:
         total += _of(hardware.decode_attention, work.cache_format, hardware).seconds(work.cache_bytes)
     if work.gathered_bytes:
         total += work.gathered_bytes / hardware.h2d.rate(work.gathered_bytes)
-    return total + work.lookups / hardware.disk_rows
+    return total + work.lookups / hardware.disk_rows + work.streamed_bytes * hardware.disk_compute
 
 
 def _product_seconds(kind: str, flops: float, work: Work, hardware: Hardware) -> float:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 GIB = 1 << 30
@@ -99,6 +100,7 @@ class Hardware:
     host_attention: Mapping[str, Curve]
     elementwise: Curve  # bytes/s of activations passed over by norms, biases and the like, by bytes
     dequantize_rows: int = 0  # from so many rows on a 4-bit matrix is dequantised once a load; 0: never
+    disk_compute: float = 0.0  # seconds that a byte read from disk takes from computing, where the same cores do both
     overhead: Mapping[str, float] = field(default_factory=dict)  # seconds that any op costs its lane
     correction: Mapping[str, float] = field(default_factory=dict)  # measured over predicted seconds, by lane
     process_bytes: int = 0  # host memory of a process that has loaded no model
@@ -149,10 +151,15 @@ class Hardware:
         )
 
 
-OPTIONAL = ("dequantize_rows", "overhead", "correction", "process_bytes", "context_bytes", "disk_table")
+OPTIONAL = ("disk_compute", "dequantize_rows", "overhead", "correction", "process_bytes", "context_bytes", "disk_table")
 CURVES = ("h2d", "d2h", "h2d_pageable", "d2h_pageable", "disk_read", "disk_write", "prefill_attention", "elementwise")
 SCALARS: dict[str, tuple[type, ...]] = {"str": (str,), "bool": (bool,), "int": (int,), "float": (int, float)}
 CURVES_BY_FORMAT = ("matmul", "decode_attention", "host_attention")
+RATES = (
+    *CURVES,
+    *CURVES_BY_FORMAT,
+    *("disk_rows", "device_read", "host_read", "disk_compute", "overhead", "correction"),
+)
 
 
 def _lines(value: Any) -> str:
@@ -193,6 +200,31 @@ def _typed(name: str, kind: str, value: Any) -> Any:
 
 def _curve(points: Any) -> Curve:
     return Curve(tuple((float(size), float(rate)) for size, rate in points))
+
+
+def median_of(profiles: Sequence[Hardware]) -> Hardware:
+    """The last profile with the median of all of them for every rate: a machine that others use is not always alike.
+
+    Of a curve the sizes stay that all profiles have.
+    """
+
+    def middle(name: str) -> Any:
+        values = [getattr(p, name) for p in profiles]
+        if name in CURVES:
+            return _median_curve(values)
+        if name in CURVES_BY_FORMAT:
+            return {kind: _median_curve([v[kind] for v in values]) for kind in values[-1]}
+        if name in ("overhead", "correction"):
+            return {lane: median(v.get(lane, values[-1][lane]) for v in values) for lane in values[-1]}
+        return median(values)
+
+    return replace(profiles[-1], **{name: middle(name) for name in RATES})
+
+
+def _median_curve(curves: Sequence[Curve]) -> Curve:
+    rates = [dict(c.points) for c in curves]
+    shared = sorted(set(rates[0]).intersection(*rates))
+    return Curve(tuple((size, median(r[size] for r in rates)) for size in shared))
 
 
 def profile_names() -> list[str]:

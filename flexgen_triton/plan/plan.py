@@ -223,7 +223,17 @@ class Plan:
         batch, layer, model = self.workload.batches[k], self.layers[j], self.model
         rows = batch.size if layer.is_head else batch.tokens(i)
         products, weight_bytes, hidden = self._layer_work[j]
-        work = Work(rows, tuple((kind, flops * rows) for kind, flops in products), weight_bytes, hidden * rows, k == 0)
+        streamed = sum(p.disk_bytes for p in self.parts[j]) // len(self.workload.batches)
+        if layer.has_cache:
+            streamed += self.cache_traffic(i, k).disk_read
+        work = Work(
+            rows,
+            tuple((kind, flops * rows) for kind, flops in products),
+            weight_bytes,
+            hidden * rows,
+            first_of_load=k == 0,
+            streamed_bytes=streamed,
+        )
         if j == 0:
             return replace(work, lookups=round(self._rows_on_disk * self._distinct_rows(i, batch)))
         if not layer.has_cache:

@@ -52,6 +52,7 @@ class Work:
     cache_flops: float = 0.0
     cache_format: str = ""  # ... in this format
     gathered_bytes: int = 0  # V that it fetches from the host's home
+    streamed_bytes: int = 0  # read from disk for it, meanwhile or before
     lookups: int = 0  # rows of tables read from disk one by one
 
     @property

@@ -53,6 +53,7 @@ class Problem:
     stored: bool = True  # the weights are on the disk already, in every format that may be chosen
     prompt_lens: tuple[int, ...] = ()  # all of them, where they differ
     base: Policy = field(default_factory=Policy)  # what the search does not choose
+    alignment: int = 0  # bytes more than planned that a store of another layout may take of a tier
 
     def __post_init__(self) -> None:
         unknown = sorted(self.allow - set(LOSSY))
@@ -147,9 +148,10 @@ class Searched:
 def available(hardware: Hardware, problem: Problem) -> dict[Tier, float]:
     """Bytes a plan may need of each tier: the machine's, less the process's own and the weights' store."""
     store = 0 if problem.stored else max(stored_as(problem.model, p).weight_bytes for p in problem.formats())
-    free = {Tier.HOST: hardware.host_bytes - hardware.process_bytes, Tier.DISK: hardware.disk_bytes - store}
+    host = hardware.host_bytes - hardware.process_bytes - problem.alignment
+    free = {Tier.HOST: host, Tier.DISK: hardware.disk_bytes - store}
     if hardware.copies:
-        free[Tier.GPU] = hardware.gpu_bytes - hardware.context_bytes
+        free[Tier.GPU] = hardware.gpu_bytes - hardware.context_bytes - problem.alignment
     return {tier: float(nbytes) for tier, nbytes in free.items()}
 
 

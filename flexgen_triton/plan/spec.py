@@ -74,7 +74,6 @@ class ModuleSpec:
     kind: str
     index: int  # which decoder block, or which part of the head
     tensors: tuple[TensorSpec, ...]
-    flops_per_token: float  # matrix products only
 
     @property
     def name(self) -> str:
@@ -106,10 +105,6 @@ class LayerSpec:
     @property
     def is_head(self) -> bool:
         return any(m.kind == "head" for m in self.modules)
-
-    @property
-    def flops_per_token(self) -> float:
-        return sum(m.flops_per_token for m in self.modules)
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,6 +43,7 @@ STEPS = 9  # that progress is told of
 LINKS = ("h2d", "d2h", "h2d_pageable", "d2h_pageable")
 TINY = OPTConfig(64, 4, 2, 256, vocab_size=512, max_position_embeddings=128)
 SAMPLE = OPTConfig(2048, 2, 32, 8192, vocab_size=4096, max_position_embeddings=128)
+SAMPLE_STEPS = 16
 LEAST_SHARE = 0.01  # of a run's makespan, for a lane to correct the profile
 
 
@@ -87,7 +88,7 @@ def measure(
     )
     hardware = replace(hardware, overhead=_overheads(hardware, device, directory, quick=quick))
     if not quick:
-        hardware = replace(hardware, correction=_corrections(hardware, device, directory))
+        hardware = _corrected(hardware, device, directory)
     steps.done()
     return with_capacities(hardware, device, directory)
 
@@ -208,23 +209,39 @@ def _excess(spans: Iterable[Span], hardware: Hardware) -> float:
     return max(excess, 0.0)
 
 
-def _corrections(hardware: Hardware, device: torch.device, directory: Path) -> dict[str, float]:
-    """Measured over predicted seconds of lanes, from short runs of the engine on layers of a real model's size.
+def _corrected(hardware: Hardware, device: torch.device, directory: Path) -> Hardware:
+    """With measured over predicted seconds of lanes, from short runs of the engine on layers of a real model's size.
 
-    What is timed by itself is some 15 % quicker than the same between all that an engine does.
+    What is timed by itself is some 15 % quicker than the same between all that an engine does, and where the cores that
+    compute also read the disk, computing takes longer while they do.
     """
-    policies: dict[tuple[Lane, ...], Policy] = {(Lane.COMPUTE,): Policy(8), (Lane.DISK_IN,): Policy(8, 1, 0, 0)}
-    if hardware.copies:
-        policies[Lane.H2D, Lane.D2H] = Policy(8, 2, 0, 100, 0, 100, 0, 100)
-    found = {}
+    copies = hardware.copies
     with tempfile.TemporaryDirectory(prefix=".measure-", dir=directory) as work:
-        for lanes, policy in policies.items():
-            report = _run(SAMPLE, policy, device, Path(work), copies=hardware.copies, steps=8)
-            for lane in lanes:
-                spans = [s for s in report.timeline.spans if s.op.lane is lane]
-                predicted = sum(seconds(s.op, hardware) for s in spans)
-                found[lane.value] = sweeps.rounded(sum(s.end - s.start for s in spans) / predicted)
-    return found
+        resident, streamed = (
+            _run(SAMPLE, policy, device, Path(work), copies=copies, steps=SAMPLE_STEPS)
+            for policy in (Policy(8), Policy(8, 1, 0, 0))
+        )
+        found = {Lane.COMPUTE: _ratio(resident, Lane.COMPUTE, hardware)}
+        found[Lane.DISK_IN] = _ratio(streamed, Lane.DISK_IN, hardware)
+        if copies:
+            beside = _run(SAMPLE, Policy(8, 2, 0, 100, 0, 100, 0, 100), device, Path(work), copies=True, steps=8)
+            found |= {lane: _ratio(beside, lane, hardware) for lane in (Lane.H2D, Lane.D2H)}
+    more = _busy_s(streamed, Lane.COMPUTE) - _busy_s(resident, Lane.COMPUTE)
+    read = sum(s.op.bytes for s in streamed.timeline.spans if s.op.lane is Lane.DISK_IN)
+    return replace(
+        hardware,
+        correction={lane.value: sweeps.rounded(ratio) for lane, ratio in found.items()},
+        disk_compute=0.0 if copies else float(f"{max(more, 0.0) / read / found[Lane.COMPUTE]:.3g}"),
+    )
+
+
+def _busy_s(report: RunReport, lane: Lane) -> float:
+    return sum(s.end - s.start for s in report.timeline.spans if s.op.lane is lane)
+
+
+def _ratio(report: RunReport, lane: Lane, hardware: Hardware) -> float:
+    """Measured over predicted seconds of a lane."""
+    return _busy_s(report, lane) / sum(seconds(s.op, hardware) for s in report.timeline.spans if s.op.lane is lane)
 
 
 # The file of a machine

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
+import argparse
+from dataclasses import asdict, replace
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,11 @@ import auto_policy
 import predictions
 import pytest
 from auto_policy import Comparison, Measured
-from machines import profile_file
+from machines import TWO_CORES, profile_file
 from predictions import CPU_CASES, GPU_CASES, Case, Job, Outcome
 from rows import read_results, write_results
 
+from flexgen_triton.plan.hardware import Curve, load_profile
 from flexgen_triton.plan.policy import CompressionConfig, Policy
 
 CASE = Case("a", "opt-125m", Policy(2, 2, 0, 50, 0, 100), 16, 4)
@@ -114,17 +115,18 @@ def test_rows_are_result_rows(tmp_path: Path) -> None:
     assert second.value is None
 
 
-def test_a_case_is_predicted_from_a_profile_measured_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cases_are_predicted_from_the_median_of_measurements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = iter((1e9, 5e9, 2e9))
+
     def measure(file: Path, offload_dir: Path, *, quick: bool) -> None:
-        file.write_text(json.dumps({"file": file.name}))
+        file.write_text(replace(TWO_CORES, disk_read=Curve.flat(next(rates))).to_json())
 
     monkeypatch.setattr(predictions, "measure_machine", measure)
-    profiles = predictions.Profiles(tmp_path, tmp_path)
-    used = [profiles.before(case) for case in CPU_CASES[:3]]
-    assert [f.name for f in used] == ["machine-0.json", "machine-1.json", "machine-2.json"]
-    assert [m["before"] for m in profiles.measured] == [case.name for case in CPU_CASES[:3]]
-    given = predictions.Profiles(tmp_path, tmp_path, tmp_path / "given.json")
-    assert given.before(CASE) == tmp_path / "given.json" and not given.measured
+    args = argparse.Namespace(hardware=None, offload_dir=tmp_path, quick=False)
+    file, measured = predictions.profile(tmp_path, args)
+    assert len(measured) == 3 and load_profile(file).disk_read == Curve.flat(2e9)
+    args.hardware = tmp_path / "given.json"
+    assert predictions.profile(tmp_path, args) == (args.hardware, [])
 
 
 def test_the_worker_runs_a_model_and_says_what_was_predicted(tiny: Any, tmp_path: Path) -> None:
