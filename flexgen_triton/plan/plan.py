@@ -19,7 +19,7 @@ from .spec import Batch, LayerSpec, ModelSpec, ModuleSpec, Workload
 PART_BYTES = 64 << 20  # a streamed layer is cut at least this fine, so that disk and link overlap within it
 Extents = Mapping[str, Sequence[Extent]]  # by module
 
-LIBRARY_BYTES = 80 << 20  # threads, their heaps and matrix libraries' buffers: 45 to 125 MB measured
+LIBRARY_BYTES = 48 << 20  # threads, their heaps and matrix libraries' buffers, as measured
 WIDEN_BYTES = 16 << 20  # of fp32 rows that the CPU widens a 16-bit matrix to at a time
 
 
