@@ -122,7 +122,7 @@ def test_infeasible_problems_say_what_lacks_and_what_would_do(hardware):
 
 def test_a_shorter_prompt_or_four_bits_are_named_where_they_would_do():
     model = model_spec(SIZES["opt-1.3b"], "opt-1.3b", "float16")
-    host = TWO_CORES.process_bytes + 360 * MIB
+    host = TWO_CORES.process_bytes + 290 * MIB
     with pytest.raises(PolicyError, match=r"prompts of at most \d+ tokens") as refused:
         search(Problem(model, 2000, 32), TWO_CORES.limited(host=host))
     longest = int(re.search(r"at most (\d+) tokens", str(refused.value))[1])
