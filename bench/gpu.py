@@ -110,7 +110,7 @@ def correctness(scratch: Path) -> Iterator[rows.Row]:
 
     torch.backends.cuda.matmul.allow_tf32 = False
     percents = ((100, 0, 100, 0, 100, 0), (0, 100, 0, 100, 0, 100), (0, 0, 0, 0, 0, 0), (20, 30, 25, 30, 40, 30))
-    params = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True)
+    params = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True, temperature=0)
     for n, (name, fields) in enumerate(MODELS.items()):
         tiny = make_tiny(scratch / f"opt-{n}", fields)
         right = total = 0
@@ -170,7 +170,9 @@ def run(tiny: Tiny, policy: Policy, dtype: str, scratch: Path) -> list[tuple[lis
     """Greedy tokens of every prompt and their logits [tokens, V], on the GPU."""
     from tiny_models import NEW_TOKENS
 
-    requests = [Request(list(p), SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True)) for p in tiny.prompts]
+    requests = [
+        Request(list(p), SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True, temperature=0)) for p in tiny.prompts
+    ]
     seen: dict[int, list[torch.Tensor]] = {id(r): [] for r in requests}
 
     def keep(batch: Sequence[Request], logits: torch.Tensor) -> None:
@@ -186,9 +188,9 @@ def engine(case: Case, store: Path, hardware: Hardware | None = None) -> rows.Ro
     """Throughput of one case, judged by the busiest lane of the same run."""
     with LLM(case.model, path="_DUMMY_", policy=case.policy, offload_dir=store, device="cuda") as llm:
         prompts = random_prompts(case.policy.block_size, case.prompt_len, llm.spec.vocab, 0)
-        llm.generate(prompts[:2], SamplingParams(max_tokens=2, ignore_eos=True))
+        llm.generate(prompts[:2], SamplingParams(max_tokens=2, ignore_eos=True, temperature=0))
         torch.cuda.reset_peak_memory_stats()
-        llm.generate(prompts, SamplingParams(max_tokens=case.gen_len, ignore_eos=True))
+        llm.generate(prompts, SamplingParams(max_tokens=case.gen_len, ignore_eos=True, temperature=0))
         report = llm.last_report
         assert report is not None
         figures = timing(

@@ -188,7 +188,7 @@ def work(job_file: Path, out: Path) -> None:
         seed=job.seed,
     ) as llm:
         prompts = random_prompts(job.num_prompts or job.policy.block_size, job.prompt_len, llm.spec.vocab, job.seed)
-        params = SamplingParams(max_tokens=job.gen_len, ignore_eos=True)
+        params = SamplingParams(max_tokens=job.gen_len, ignore_eos=True, temperature=0)
         figures = measure(llm, prompts, params, gen_len=job.gen_len, hardware=hardware)
         assert llm.last_report is not None
         plans = llm.last_report.plans

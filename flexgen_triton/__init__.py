@@ -10,8 +10,9 @@ __version__ = "0.1.0"
 __all__ = ["LLM", "CompressionConfig", "Policy", "RequestOutput", "SamplingParams"]
 
 if TYPE_CHECKING:
-    from .llm import LLM, RequestOutput
-    from .models.sampling import SamplingParams
+    from .llm import LLM
+    from .models.sampling_params import SamplingParams
+    from .outputs import RequestOutput
     from .plan.policy import CompressionConfig, Policy
 
 
@@ -19,7 +20,7 @@ def __getattr__(name: str) -> object:
     """Import the public names on first use, so that planning needs no torch."""
     from importlib import import_module
 
-    homes = {"LLM": ".llm", "RequestOutput": ".llm", "SamplingParams": ".models.sampling"}
+    homes = {"LLM": ".llm", "RequestOutput": ".outputs", "SamplingParams": ".models.sampling_params"}
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(homes.get(name, ".plan.policy"), __name__), name)

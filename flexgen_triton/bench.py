@@ -17,10 +17,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from . import demo, figures
-from .llm import AUTO, DEFAULT_OFFLOAD_DIR, DEMO, LLM, Prompt, RequestOutput, choose_dtype, find_model
+from .llm import AUTO, DEFAULT_OFFLOAD_DIR, LLM, Prompt
 from .memory.arena import peak_rss, reset_peak_rss, rss
+from .model_source import DEMO, choose_dtype, find_model
 from .models.opt import model_spec
-from .models.sampling import SamplingParams
+from .models.sampling_params import SamplingParams
+from .outputs import RequestOutput
 from .plan.hardware import Hardware
 from .plan.plan import Plan, make_plan
 from .plan.policy import CompressionConfig, Policy
@@ -114,7 +116,7 @@ def measure(
 def run_demo(console: Console, offload_dir: Path) -> dict[str, Any]:
     """The shipped model on the shipped prompts, weights on disk, cache on the host, under the three strategies."""
     prompts, gen_len = demo.prompts(), 32
-    params = [SamplingParams(gen_len, temperature=0.7, seed=n, ignore_eos=True) for n in range(len(prompts))]
+    params = [SamplingParams(max_tokens=gen_len, temperature=0.7, seed=n, ignore_eos=True) for n in range(len(prompts))]
     results: dict[str, dict[str, Any]] = {}
     for name, settings in STRATEGIES.items():
         policy = Policy(w_gpu_percent=0, cache_gpu_percent=0, cache_cpu_percent=100, **settings)  # type: ignore[arg-type]
@@ -259,7 +261,9 @@ def run(console: Console, *, by_hand: bool, **o: Any) -> None:
             llm.use(best.policy)
         count = o["num_prompts"] or llm.policy.block_size
         prompts = prompts or random_prompts(count, o["prompt_len"], llm.spec.vocab, o["seed"])
-        params = SamplingParams(max_tokens=min(o["cut_gen_len"] or o["gen_len"], o["gen_len"]), ignore_eos=True)
+        params = SamplingParams(
+            max_tokens=min(o["cut_gen_len"] or o["gen_len"], o["gen_len"]), ignore_eos=True, temperature=0
+        )
         result = measure(llm, prompts, params, gen_len=o["gen_len"], hardware=profile_of(llm, o["hardware"], by_hand))
         write_results(console, llm, result, o)
 

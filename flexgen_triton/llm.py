@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -12,15 +10,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .demo import DEMO_DIR
+from .model_source import check_device, choose_dtype, find_model
 from .models.checkpoint import open_store
-from .models.opt import OPT, ModelError, OPTConfig, config_by_name, model_spec
-from .models.sampling import SamplingParams
+from .models.opt import OPT, ModelError, model_spec
+from .models.sampling_params import SamplingParams
+from .outputs import CompletionOutput, RequestOutput
 from .plan.hardware import Hardware
 from .plan.placement import PAGE
 from .plan.policy import Policy, PolicyError
 from .plan.search import Problem
-from .plan.spec import DTYPE_BYTES, ModelSpec, stored_as
+from .plan.spec import ModelSpec, stored_as
 from .run.auto import choose, machine, typical_length
 from .run.block import Request
 from .run.engine import Engine, Limits, RunReport
@@ -29,119 +28,12 @@ from .sizes import parse_size
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-DUMMY = "_DUMMY_"
-DEMO = "demo"
 AUTO = "auto"
 BASE = Policy()
 DEFAULT_OFFLOAD_DIR = Path("~/.cache/flexgen_triton")
-HUB_PATTERNS = ["*.json", "*.txt", "*.model", "*.safetensors"]
 
 Prompt = str | Sequence[int]
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class CompletionOutput:
-    """One completion: `finish_reason` is "stop" (end of text) or "length" (max_tokens)."""
-
-    index: int
-    text: str
-    token_ids: list[int]
-    finish_reason: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class RequestOutput:
-    """The answer to one prompt, in vLLM's shape. `prompt` is None when token ids were given."""
-
-    request_id: int
-    prompt: str | None
-    prompt_token_ids: list[int]
-    outputs: list[CompletionOutput]
-
-
-@dataclass(frozen=True, slots=True)
-class ModelSource:
-    """A model found: its configuration, its name, and its directory (None: random weights)."""
-
-    name: str
-    config: OPTConfig
-    directory: Path | None
-    dtype: str  # of the checkpoint, by its own config
-
-    @property
-    def is_stored(self) -> bool:
-        """Whether its weights can be read where they lie; else a store of our own takes as much of the disk again."""
-        return self.directory is not None and any(self.directory.glob("*.safetensors"))
-
-
-def find_model(model: str, path: str | None = None) -> ModelSource:
-    """Find a model: the shipped demo, a directory, a hub id, or (`path` `_DUMMY_`) random weights of a known size.
-
-    Raises ModelError or OSError with one sentence when there is no such model.
-    """
-    if path == DUMMY:
-        config = config_by_name(model)
-        if config is None and (Path(model) / "config.json").is_file():
-            return replace(_from_directory(Path(model)), directory=None)
-        if config is None:
-            raise ModelError(f"{model!r} is no known OPT size, so no random weights can be made for it")
-        return ModelSource(model.rsplit("/", 1)[-1], config, None, "float16")
-    if model == DEMO and path is None:
-        return _from_directory(DEMO_DIR)
-    directory = Path(path or model).expanduser()
-    if directory.exists() or path or model.startswith((".", "/", "~")) or model.count("/") != 1:
-        return _from_directory(directory)
-    return replace(_from_directory(_download(model)), name=model.rsplit("/", 1)[-1])
-
-
-def _from_directory(directory: Path) -> ModelSource:
-    if not directory.is_dir():
-        raise ModelError(f"{directory} is not a directory; give a checkpoint's directory, a hub id or --path {DUMMY}")
-    config_path = directory / "config.json"
-    if not config_path.is_file():
-        raise ModelError(f"{directory} has no config.json; a Hugging Face checkpoint directory has one")
-    try:
-        config = json.loads(config_path.read_text())
-    except ValueError as error:
-        raise ModelError(f"{config_path} is not valid JSON: {error}") from error
-    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
-    return ModelSource(directory.resolve().name, OPTConfig.from_json(config), directory, dtype)
-
-
-def _download(model: str) -> Path:
-    """Fetch a hub repository, honouring HF_HOME and HF_HUB_OFFLINE; safetensors where there are any, else `.bin`."""
-    from huggingface_hub import list_repo_files, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    try:
-        try:
-            safe = any(name.endswith(".safetensors") for name in list_repo_files(model))
-        except (OfflineModeIsEnabled, OSError):
-            return Path(snapshot_download(model, local_files_only=True))
-        return Path(snapshot_download(model, allow_patterns=HUB_PATTERNS + ([] if safe else ["pytorch_model*.bin"])))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(f"{model} is neither a directory here nor to be had from the hub: {error}") from error
-
-
-def choose_dtype(asked: str, source: ModelSource) -> str:
-    """The dtype to run in: as asked, or ("auto") the checkpoint's own."""
-    dtype = source.dtype if asked == "auto" else asked
-    if dtype not in DTYPE_BYTES:
-        raise ModelError(f"dtype {dtype!r} is not supported; choose one of {', '.join(DTYPE_BYTES)}")
-    return dtype
-
-
-def check_device(dtype: str, device: torch.device) -> None:
-    """Raise ModelError where the device cannot compute in `dtype`."""
-    if device.type != "cuda" or dtype != "bfloat16":
-        return
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 8:
-        name = torch.cuda.get_device_name(device)
-        raise ModelError(
-            f"bfloat16 needs a GPU of compute capability 8.0, {name} has {major}.{minor}; use --dtype float16"
-        )
 
 
 class LLM:

@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from .bench import progress_bar
-from .llm import DEFAULT_OFFLOAD_DIR, DUMMY, ModelSource, choose_dtype, find_model
+from .llm import DEFAULT_OFFLOAD_DIR
+from .model_source import DUMMY, ModelSource, choose_dtype, find_model
 from .models.opt import ModelError, OPTConfig, config_by_name, model_spec
 from .plan.fit import fits, need
 from .plan.hardware import GIB, Hardware, profile_names

@@ -13,6 +13,7 @@ PACKAGE = ROOT / "flexgen_triton"
 ORDER = ("plan", "memory", "models", "run")  # imports go down this list only: a folder may import those before it
 ENTRY_POINTS = {
     "environment.py", "bench.py", "llm.py", "cli.py", "figures.py", "plan_command.py", "sizes.py", "__main__.py",
+    "options.py", "progress.py", "generate_command.py", "run_batch.py", "flex_opt.py",
 }  # fmt: skip
 
 

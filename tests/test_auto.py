@@ -10,7 +10,7 @@ from flexgen_triton.plan.hardware import HardwareError
 from flexgen_triton.plan.policy import PolicyError
 from flexgen_triton.run import auto
 
-GREEDY = SamplingParams(max_tokens=5, ignore_eos=True)
+GREEDY = SamplingParams(max_tokens=5, ignore_eos=True, temperature=0)
 KIB, MIB = 1 << 10, 1 << 20
 
 
@@ -52,7 +52,7 @@ def test_other_prompts_get_another_policy_where_the_present_one_does_not_fit(tin
     with LLM(
         str(tiny.path), dtype="float32", offload_dir=tmp_path, hardware=SMALL_GPU, copies=True, gpu_memory=memory
     ) as llm:
-        llm.generate([tiny.prompts[0][:2]], SamplingParams(max_tokens=2, ignore_eos=True))
+        llm.generate([tiny.prompts[0][:2]], SamplingParams(max_tokens=2, ignore_eos=True, temperature=0))
         first = llm.policy
         outputs = llm.generate(tiny.prompts * 3, GREEDY)
         assert [o.outputs[0].token_ids for o in outputs] == [t[:5] for t in tiny.tokens] * 3

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flexgen_triton import LLM, Policy, SamplingParams
-from flexgen_triton.llm import check_device, choose_dtype, find_model
+from flexgen_triton.model_source import check_device, choose_dtype, find_model
 from flexgen_triton.models.opt import ModelError
 
 ROOT = Path(__file__).parents[1]
-GREEDY = SamplingParams(max_tokens=5, ignore_eos=True)
+GREEDY = SamplingParams(max_tokens=5, ignore_eos=True, temperature=0)
 
 
 def test_a_hub_id_is_read_from_the_cache_when_offline(tiny, tmp_path):
@@ -30,7 +30,7 @@ def test_a_hub_id_is_read_from_the_cache_when_offline(tiny, tmp_path):
     code = (
         "from flexgen_triton import LLM, Policy, SamplingParams\n"
         f"with LLM('someone/tiny', policy=Policy(), offload_dir={str(tmp_path / 'off')!r}) as llm:\n"
-        f"    out = llm.generate({tiny.prompts!r}, SamplingParams(max_tokens=4, ignore_eos=True))\n"
+        f"    out = llm.generate({tiny.prompts!r}, SamplingParams(max_tokens=4, ignore_eos=True, temperature=0))\n"
         "print([o.outputs[0].token_ids for o in out])"
     )
     env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
@@ -82,7 +82,7 @@ def test_sixteen_bit_weights_stream_from_where_they_lie(tiny, tmp_path):
 def test_texts_go_in_and_come_out(tmp_path):
     prompts = ["Return the", "Raise an exception if the file"]
     with LLM("demo", policy=Policy(1, 2), offload_dir=tmp_path) as llm:
-        outputs = llm.generate(prompts, SamplingParams(max_tokens=6, ignore_eos=True))
+        outputs = llm.generate(prompts, SamplingParams(max_tokens=6, ignore_eos=True, temperature=0))
     for output, prompt in zip(outputs, prompts, strict=True):
         assert output.prompt == prompt
         assert output.prompt_token_ids[0] == 2, "OPT's texts begin with </s>"

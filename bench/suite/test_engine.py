@@ -22,7 +22,7 @@ def test_makespan_over_bound(benchmark, judge, tmp_path_factory, case, copies):
     offload = tmp_path_factory.getbasetemp() / "store"
     with LLM("opt-125m", path="_DUMMY_", policy=CASES[case], offload_dir=offload, copies=copies) as llm:
         prompts = random_prompts(64, 32, llm.spec.vocab, 0)
-        params = SamplingParams(max_tokens=GEN_LEN, ignore_eos=True)
+        params = SamplingParams(max_tokens=GEN_LEN, ignore_eos=True, temperature=0)
         benchmark.pedantic(lambda: llm.generate(prompts, params), rounds=3, warmup_rounds=1)
         assert llm.last_report is not None
         timeline = llm.last_report.timeline

@@ -16,7 +16,8 @@ from ..memory.weights import Segments, Weights
 from ..models import ops
 from ..models.ops import Matrix, Matrix4, Weight
 from ..models.opt import OPT
-from ..models.sampling import Sampler, SamplingParams
+from ..models.sampling import Sampler
+from ..models.sampling_params import SamplingParams
 from ..plan.layout import Group
 from ..plan.plan import Plan
 from ..plan.schedule import Op, Slot
@@ -28,6 +29,7 @@ class Request:
 
     prompt: list[int]
     params: SamplingParams
+    seed: int = 0
     tokens: list[int] = field(default_factory=list)
     finish_reason: str | None = None
 
@@ -63,13 +65,23 @@ class Block:
         self._activations = Activations(plan, buffers, disk, dtype)
         self._device = buffers.device
         self._on_step, self._keep_logits = on_step, keep_logits
-        self._samplers = [Sampler([s.params for s in batch], self._device) for batch in batches]
+        self._samplers = [self._sampler(batch) for batch in batches]
         self._next: list[list[int]] = [[t for s in batch for t in s.prompt] for batch in batches]
         self._head_input: dict[int, Tensor] = {}
         self._logits: dict[int, Tensor] = {}
         self._view: tuple[tuple[int, int], Mapping[str, Weight]] | None = None
         self._keep: dict[tuple[int, int], tuple[Tensor, int]] = {}
         self._step = -1
+
+    def _sampler(self, batch: Sequence[Request]) -> Sampler:
+        return Sampler(
+            [s.params for s in batch],
+            [s.seed for s in batch],
+            [s.prompt for s in batch],
+            vocab=self._plan.model.vocab,
+            eos=self._model.config.eos_token_id,
+            device=self._device,
+        )
 
     @property
     def actions(self) -> dict[str, Callable[[Op], None]]:
@@ -225,7 +237,7 @@ class Block:
         logits = self._logits[op.k]
         if self._keep_logits:
             self._keep_logits(op.k, logits.clone())
-        tokens: list[int] = self._samplers[op.k].sample(logits).tolist()
+        tokens = self._samplers[op.k].sample(logits).tokens
         self._next[op.k] = tokens
         for sequence, token in zip(self._batches[op.k], tokens, strict=True):
             sequence.append(token, self._model.config.eos_token_id)

@@ -24,7 +24,7 @@ from ..memory.disk import free_bytes
 from ..models import ops
 from ..models.checkpoint import open_store
 from ..models.opt import OPT, OPTConfig, model_spec
-from ..models.sampling import SamplingParams
+from ..models.sampling_params import SamplingParams
 from ..plan.cost import seconds
 from ..plan.hardware import Hardware, HardwareError
 from ..plan.layout import cache_fields
@@ -197,7 +197,7 @@ def _run(
     """Generate with random weights, a block of prompts of 16 tokens."""
     spec = model_spec(config, f"measure-{config.hidden_size}", "float16")
     store = open_store(spec, None, directory)
-    params = SamplingParams(max_tokens=steps, ignore_eos=True)
+    params = SamplingParams(max_tokens=steps, ignore_eos=True, temperature=0)
     requests = [Request([5] * 16, params) for _ in range(policy.block_size)]
     with Engine(OPT(config), spec, store, policy, device=device, offload_dir=directory, copies=copies) as engine:
         return engine.generate(requests)

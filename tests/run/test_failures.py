@@ -13,7 +13,7 @@ from flexgen_triton import LLM, Policy, SamplingParams
 from flexgen_triton.plan.policy import PolicyError
 from flexgen_triton.run.block import Block
 
-GREEDY = SamplingParams(max_tokens=6, ignore_eos=True)
+GREEDY = SamplingParams(max_tokens=6, ignore_eos=True, temperature=0)
 OPS = {
     "read_weight": (False, "disk_in"),
     "read_cache": (False, "disk_in"),
@@ -62,7 +62,7 @@ def test_an_interrupt_ends_the_run_and_leaves_no_thread(tiny, tmp_path, monkeypa
     threads = threading.active_count()
     llm = LLM(str(tiny.path), policy=Policy(3, 2, 0, 0, 0, 0), dtype="float32", offload_dir=tmp_path)
     with llm, pytest.raises(KeyboardInterrupt):
-        llm.generate(tiny.prompts, SamplingParams(max_tokens=4))
+        llm.generate(tiny.prompts, SamplingParams(max_tokens=4, temperature=0))
     assert threading.active_count() == threads
 
 

@@ -24,14 +24,14 @@ PERCENTS = {
     "cache on disk": (50, 50, 0, 0, 0, 100),
 }
 STRATEGIES = {"sequential": (2, False), "single batch": (1, True), "multi-batch": (2, True)}
-GREEDY = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True)
+GREEDY = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True, temperature=0)
 
 
 def generated(
     tiny: Tiny, policy: Policy, offload_dir: Path, *, copies: bool, new_tokens: int = NEW_TOKENS
 ) -> list[tuple[list[int], torch.Tensor]]:
     """Greedy tokens of every prompt and their logits [new_tokens, V], in fp32."""
-    greedy = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
+    greedy = SamplingParams(max_tokens=new_tokens, ignore_eos=True, temperature=0)
     with LLM(str(tiny.path), policy=policy, dtype="float32", offload_dir=offload_dir, copies=copies) as llm:
         requests = [Request(list(p), greedy) for p in tiny.prompts]
         numbers = {id(r): n for n, r in enumerate(requests)}
@@ -98,7 +98,7 @@ def test_a_sequence_ends_at_its_end_of_text_and_the_others_go_on(tiny, tmp_path)
             str(tiny.path), policy=Policy(3, num_batches, 0, 50, 0, 50), dtype="float32", offload_dir=tmp_path
         ) as llm:
             object.__setattr__(llm.engine.model.config, "eos_token_id", eos)
-            outputs = llm.generate(tiny.prompts, SamplingParams(max_tokens=NEW_TOKENS))
+            outputs = llm.generate(tiny.prompts, SamplingParams(max_tokens=NEW_TOKENS, temperature=0))
         for output, want in zip(outputs, tiny.tokens, strict=True):
             end = want.index(eos) + 1 if eos in want else NEW_TOKENS
             assert output.outputs[0].token_ids == want[:end]
@@ -107,7 +107,7 @@ def test_a_sequence_ends_at_its_end_of_text_and_the_others_go_on(tiny, tmp_path)
 
 
 def test_each_request_has_its_own_length(tiny, tmp_path):
-    params = [SamplingParams(max_tokens=n + 1, ignore_eos=True) for n in range(len(tiny.prompts))]
+    params = [SamplingParams(max_tokens=n + 1, ignore_eos=True, temperature=0) for n in range(len(tiny.prompts))]
     with LLM(str(tiny.path), policy=Policy(2, 2, 0, 0, 0, 0, 0, 0), dtype="float32", offload_dir=tmp_path) as llm:
         outputs = llm.generate(tiny.prompts, params)
     for n, (output, want) in enumerate(zip(outputs, tiny.tokens, strict=True)):

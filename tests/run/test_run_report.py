@@ -49,7 +49,7 @@ def test_the_headline_policy_on_a_t4_is_within_five_percent_of_its_bound(sep_lay
 
 def run(tiny, tmp_path, policy: Policy, copies: bool = False):
     with LLM(str(tiny.path), policy=policy, dtype="float32", offload_dir=tmp_path, copies=copies) as llm:
-        llm.generate(tiny.prompts, SamplingParams(max_tokens=5, ignore_eos=True))
+        llm.generate(tiny.prompts, SamplingParams(max_tokens=5, ignore_eos=True, temperature=0))
         return llm.last_report, llm.engine.weights.bytes_loaded
 
 

@@ -1,0 +1,104 @@
+"""How one request is to be generated, under vLLM's names and with its defaults."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+MAX_LOGPROBS = 100  # alternatives a position; a table of the whole vocabulary is not what they are for
+MAX_SEED = 1 << 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How one request is generated. Immutable; raises ValueError, in one sentence, for values out of range.
+
+    `n` completions of at most `max_tokens` tokens each. temperature 0 is greedy. `top_k` 0 (or -1), `top_p` 1 and
+    `min_p` 0 leave all tokens in. `repetition_penalty` counts prompt and output, the other two penalties output alone.
+    A completion ends at the end of text (unless `ignore_eos`), at one of `stop_token_ids` or at a `stop` string, which
+    its text then leaves out (unless `include_stop_str_in_output`), but not before `min_tokens`. A request with a `seed`
+    gives the same text whatever else is computed beside it; without one, the seed comes from the model's own.
+    `logprobs`, `prompt_logprobs`: so many of the likeliest tokens at every position, and the one that stands there.
+    """
+
+    n: int = 1
+    max_tokens: int = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    stop: str | Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        for name, low, high in _WHOLE:
+            value = getattr(self, name)
+            if value is None and name in ("seed", "logprobs", "prompt_logprobs"):
+                continue
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ValueError(f"{name} is {value!r}; it must be a whole number")
+            _check_range(name, value, low, high)
+        for name, low, high in _REAL:
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+                raise ValueError(f"{name} is {value!r}; it must be a finite number")
+            _check_range(name, value, low, high)
+        for name in ("top_p", "repetition_penalty"):
+            if getattr(self, name) == 0:
+                raise ValueError(f"{name} is 0; it must be above 0")
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(
+                f"min_tokens is {self.min_tokens} and max_tokens {self.max_tokens}; it may not be above it"
+            )
+        self._settle_stops()
+
+    def _settle_stops(self) -> None:
+        """Make tuples of `stop` and `stop_token_ids`, so that they cannot change and do compare."""
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        if not all(isinstance(s, str) and s for s in stop):
+            raise ValueError(f"stop is {self.stop!r}; it must be a text, or several, none of them empty")
+        ids = tuple(self.stop_token_ids or ())
+        if not all(isinstance(t, int) and not isinstance(t, bool) and t >= 0 for t in ids):
+            raise ValueError(f"stop_token_ids is {self.stop_token_ids!r}; it must be token ids")
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", ids)
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0
+
+
+_WHOLE = (
+    ("n", 1, 1024),
+    ("max_tokens", 1, math.inf),
+    ("min_tokens", 0, math.inf),
+    ("top_k", -1, math.inf),
+    ("seed", -MAX_SEED // 2, MAX_SEED - 1),
+    ("logprobs", 0, MAX_LOGPROBS),
+    ("prompt_logprobs", 0, MAX_LOGPROBS),
+)
+_REAL = (
+    ("temperature", 0, math.inf),
+    ("top_p", 0, 1),
+    ("min_p", 0, 1),
+    ("repetition_penalty", 0, math.inf),
+    ("presence_penalty", -2, 2),
+    ("frequency_penalty", -2, 2),
+)
+
+
+def _check_range(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        allowed = f"between {low:g} and {high:g}" if high < MAX_SEED - 1 else f"at least {low:g}"
+        raise ValueError(f"{name} is {value:g}; it must be {allowed}")

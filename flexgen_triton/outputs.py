@@ -1,0 +1,59 @@
+"""What a model answers, in vLLM's shape."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .models.sampling import Logprobs
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionOutput:
+    """One completion of a prompt.
+
+    `finish_reason` is "stop" (end of text, a stop token or string: `stop_reason` says which, None for end of text),
+    "length" (max_tokens) or None (not finished yet). `logprobs` has one entry per token where they were asked for.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None
+    stop_reason: str | int | None = None
+    cumulative_logprob: float | None = None
+    logprobs: list[Logprobs] | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestMetrics:
+    """When things happened to a request, in seconds of `time.time()`."""
+
+    arrival_time: float
+    first_scheduled_time: float | None
+    first_token_time: float | None
+    finished_time: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """The answer to one prompt. `prompt` is None when token ids were given.
+
+    `request_id` is the prompt's number in the call. `prompt_logprobs`, where asked for, has an entry for each token of
+    the prompt, None for the first. `error` says, in one sentence, why there is no answer; `outputs` is then empty.
+    """
+
+    request_id: int
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    prompt_logprobs: list[Logprobs | None] | None = None
+    metrics: RequestMetrics | None = None
+    error: str | None = None
+
+    @property
+    def finished(self) -> bool:
+        return all(o.finished for o in self.outputs)
