@@ -33,8 +33,8 @@ from flexgen_triton.figures import lanes_json, predicted_json, timing
 from flexgen_triton.memory.arena import Arena
 from flexgen_triton.plan.hardware import Hardware
 from flexgen_triton.run.auto import predict_run
-from flexgen_triton.run.block import Request
 from flexgen_triton.run.measure import measure
+from flexgen_triton.run.request import Request
 
 if TYPE_CHECKING:
     from tiny_models import Tiny

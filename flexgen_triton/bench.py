@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,49 +12,31 @@ import click
 import torch
 from click.core import ParameterSource
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from . import demo, figures
-from .llm import AUTO, DEFAULT_OFFLOAD_DIR, LLM, Prompt
+from .llm import AUTO, LLM, Prompt
 from .memory.arena import peak_rss, reset_peak_rss, rss
 from .model_source import DEMO, choose_dtype, find_model
 from .models.opt import model_spec
 from .models.sampling_params import SamplingParams
+from .options import flags_policy, is_by_hand, load_model, model_options
 from .outputs import RequestOutput
 from .plan.hardware import Hardware
 from .plan.plan import Plan, make_plan
-from .plan.policy import CompressionConfig, Policy
+from .plan.policy import Policy
 from .plan.search import Searched, modest, search
 from .plan.spec import Workload, stored_as
+from .progress import Display
 from .run.auto import predict_run
 from .run.measure import cached_profile
 from .run.trace import write_chrome_trace
-from .sizes import SIZE
-
-Report = Callable[[str, int, int], None]
 
 STRATEGIES = {
     "sequential": {"gpu_batch_size": 4, "num_gpu_batches": 4, "overlap": False},
     "overlap, single batch": {"gpu_batch_size": 4, "num_gpu_batches": 1, "overlap": True},
     "overlap, multi-batch": {"gpu_batch_size": 4, "num_gpu_batches": 4, "overlap": True},
 }
-
-
-@contextmanager
-def progress_bar() -> Iterator[Report]:
-    """A bar with an ETA on stderr for each phase of a run; nothing where stderr is no terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        tasks: dict[str, Any] = {}
-
-        def report(phase: str, done: int, total: int) -> None:
-            if phase not in tasks:
-                tasks[phase] = bar.add_task(phase, total=total)
-            bar.update(tasks[phase], completed=done, total=total)
-
-        yield report
 
 
 def random_prompts(count: int, length: int, vocab: int, seed: int) -> list[list[int]]:
@@ -120,7 +101,7 @@ def run_demo(console: Console, offload_dir: Path) -> dict[str, Any]:
     results: dict[str, dict[str, Any]] = {}
     for name, settings in STRATEGIES.items():
         policy = Policy(w_gpu_percent=0, cache_gpu_percent=0, cache_cpu_percent=100, **settings)  # type: ignore[arg-type]
-        with progress_bar() as report, LLM(DEMO, policy=policy, offload_dir=offload_dir, progress=report) as llm:
+        with Display() as bars, LLM(DEMO, policy=policy, offload_dir=offload_dir, progress=bars.phase) as llm:
             results[name] = measure(llm, prompts, params, gen_len=gen_len)
     answers = {name: [o.outputs[0].token_ids for o in r["outputs"]] for name, r in results.items()}
     first = next(iter(results.values()))
@@ -169,58 +150,20 @@ def log_name(result: dict[str, Any]) -> Path:
     return Path(f"{name}{'-ov' if p['overlap'] else ''}.log")
 
 
-FLAG: dict[str, Any] = {"is_flag": False, "flag_value": True, "type": bool, "show_default": True}
-
-
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--model", help="A checkpoint's directory, a hub id, an OPT size with --path _DUMMY_, or 'demo'.")
-@click.option("--path", help="The checkpoint's directory, or _DUMMY_ for random weights.")
-@click.option("--offload-dir", type=click.Path(path_type=Path), default=DEFAULT_OFFLOAD_DIR, show_default=True)
+@model_options
 @click.option("--prompt-len", type=click.IntRange(1), default=512, show_default=True)
 @click.option("--gen-len", type=click.IntRange(1), default=32, show_default=True)
 @click.option("--cut-gen-len", type=click.IntRange(2), help="Run this many token steps and project the rest.")
-@click.option(
-    "--policy",
-    type=click.Choice(["auto", "manual"]),
-    help="auto: the fastest policy found for this machine; manual: the next three flags. By default auto unless one of "
-    "them is given.",
-)
-@click.option("--gpu-batch-size", type=int, default=4, show_default=True)
-@click.option("--num-gpu-batches", type=int, default=1, show_default=True)
-@click.option(
-    "--percent",
-    nargs=6,
-    type=int,
-    default=(100, 0, 100, 0, 100, 0),
-    show_default=True,
-    help="Six numbers: weights on GPU and CPU, cache on GPU and CPU, activations on GPU and CPU; the rest is disk.",
-)
 @click.option("--num-prompts", type=click.IntRange(1), help="With an automatic policy; by default one block.")
-@click.option("--allow", default="", help="What auto may do that changes the output: 4bit,4bit-cache,sparse.")
+@click.option("--prompts", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="A prompt a line.")
 @click.option("--max-latency", type=float, help="Seconds that a block may take under an automatic policy.")
-@click.option("--gpu-mem", type=SIZE, help="GPU memory to use at most, such as 16GiB; by default what is free.")
-@click.option("--cpu-mem", type=SIZE, help="Host memory to use at most, the process's own included.")
-@click.option("--disk-mem", type=SIZE, help="Disk space to use at most.")
-@click.option("--hardware", help="A machine's profile, by file or name; by default this machine, measured once.")
-@click.option("--sep-layer", default=True, help="Attention and MLP are layers of their own.", **FLAG)
-@click.option("--pin-weight", default=True, help="Keep the host's weights in pinned memory.", **FLAG)
-@click.option("--cpu-cache-compute", is_flag=True)
-@click.option("--attn-sparsity", type=float, default=1.0, show_default=True, help="Share of V that decode reads.")
-@click.option("--compress-weight", is_flag=True, help="Weights in 4 bits.")
-@click.option("--compress-cache", is_flag=True, help="KV cache in 4 bits.")
-@click.option("--group-size", type=int, default=64, show_default=True, help="Weights that share a scale: 32, 64, 128.")
-@click.option("--overlap", default=True, help="Load ahead while computing.", **FLAG)
 @click.option("--log-file", default="auto", show_default=True)
 @click.option("--no-log", is_flag=True)
 @click.option("--verbose", type=int, default=2, show_default=True)
-@click.option("--prompts", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="A prompt a line.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the figures here.")
 @click.option("--trace", type=click.Path(path_type=Path), help="Write a Chrome/Perfetto trace here.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and touch nothing.")
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
-@click.option("--device", help="cuda or cpu; by default a GPU where there is one.")
-@click.option("--copies/--in-place", default=None, help="On a CPU: really copy host bytes, as a GPU run does.")
 @click.pass_context
 def command(context: click.Context, /, **options: Any) -> None:
     """Measure generation under one policy, with FlexGen's flags; without any, run the shipped demo."""
@@ -228,18 +171,8 @@ def command(context: click.Context, /, **options: Any) -> None:
     if all(context.get_parameter_source(name) is ParameterSource.DEFAULT for name in options):
         run_demo(console, options["offload_dir"].expanduser())
         return
-    by_hand = is_by_hand(context, options.pop("policy"))
+    by_hand = is_by_hand(context, options["policy"])
     run(console, by_hand=by_hand, **options)
-
-
-def is_by_hand(context: click.Context, policy: str | None) -> bool:
-    """Whether the policy is given by flags. Raises ValueError where they contradict `--policy`."""
-    flags = ("gpu_batch_size", "num_gpu_batches", "percent")
-    given = [f for f in flags if context.get_parameter_source(f) is ParameterSource.COMMANDLINE]
-    if policy == "auto" and given:
-        named = ", ".join(f"--{f.replace('_', '-')}" for f in given)
-        raise ValueError(f"--policy auto finds what {named} would say; leave out one or the other")
-    return policy == "manual" or bool(given)
 
 
 def run(console: Console, *, by_hand: bool, **o: Any) -> None:
@@ -249,15 +182,16 @@ def run(console: Console, *, by_hand: bool, **o: Any) -> None:
         plan = dry_plan(o["model"] or DEMO, o["path"], o["dtype"], policy, o["prompt_len"], o["gen_len"])
         figures.print_plan(console, plan)
         return
-    with progress_bar() as report, open_model(o, policy if by_hand else AUTO, report) as llm:
+    with Display() as bars, load_model(o, policy if by_hand else AUTO, bars.phase) as llm:
         prompts: Sequence[Prompt] = read_prompts(o["prompts"]) if o["prompts"] else ()
         if not by_hand:
             searched = find_policy(llm, prompts, o, replace(policy, gpu_batch_size=1, num_gpu_batches=1))
             best = searched.best if prompts or o["num_prompts"] else modest(searched)
-            figures.print_found(console, best, searched)
-            if o["dry_run"]:
-                figures.print_plan(console, best.plan)
-                return
+            with bars.aside():
+                figures.print_found(console, best, searched)
+                if o["dry_run"]:
+                    figures.print_plan(console, best.plan)
+                    return
             llm.use(best.policy)
         count = o["num_prompts"] or llm.policy.block_size
         prompts = prompts or random_prompts(count, o["prompt_len"], llm.spec.vocab, o["seed"])
@@ -265,49 +199,8 @@ def run(console: Console, *, by_hand: bool, **o: Any) -> None:
             max_tokens=min(o["cut_gen_len"] or o["gen_len"], o["gen_len"]), ignore_eos=True, temperature=0
         )
         result = measure(llm, prompts, params, gen_len=o["gen_len"], hardware=profile_of(llm, o["hardware"], by_hand))
+        bars.hide()
         write_results(console, llm, result, o)
-
-
-def flags_policy(o: Mapping[str, Any]) -> Policy:
-    """The policy that the flags spell out."""
-    w_gpu, w_cpu, cache_gpu, cache_cpu, act_gpu, act_cpu = o["percent"]
-    return Policy(
-        o["gpu_batch_size"],
-        o["num_gpu_batches"],
-        w_gpu,
-        w_cpu,
-        cache_gpu,
-        cache_cpu,
-        act_gpu,
-        act_cpu,
-        overlap=o["overlap"],
-        sep_layer=o["sep_layer"],
-        pin_weight=o["pin_weight"],
-        cpu_cache_compute=o["cpu_cache_compute"],
-        attn_sparsity=o["attn_sparsity"],
-        compress_weight=o["compress_weight"],
-        comp_weight_config=CompressionConfig(group_size=o["group_size"]),
-        compress_cache=o["compress_cache"],
-    )
-
-
-def open_model(o: Mapping[str, Any], policy: Policy | str, report: Report) -> LLM:
-    return LLM(
-        o["model"] or DEMO,
-        path=o["path"],
-        policy=policy,
-        allow=[word for word in o["allow"].split(",") if word],
-        gpu_memory=o["gpu_mem"],
-        cpu_memory=o["cpu_mem"],
-        disk_memory=o["disk_mem"],
-        hardware=o["hardware"],
-        dtype=o["dtype"],
-        offload_dir=o["offload_dir"],
-        device=o["device"],
-        copies=o["copies"],
-        seed=o["seed"],
-        progress=report,
-    )
 
 
 def read_prompts(path: Path) -> list[str]:

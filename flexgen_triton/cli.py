@@ -1,4 +1,4 @@
-"""`python -m flexgen_triton COMMAND`: measure a machine, plan for one, benchmark a policy."""
+"""`python -m flexgen_triton COMMAND`: generate text, measure a machine, plan for one, benchmark a policy."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from . import bench, plan_command
-from .llm import DEFAULT_OFFLOAD_DIR
+from . import bench, generate_command, plan_command, run_batch
+from .options import DEVICE, OFFLOAD_DIR
 from .plan.hardware import GIB, Curve, Hardware, HardwareError
+from .progress import Display
 from .run.measure import cached_profile, measure, profile_path, read_run, refine, save_profile
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -25,10 +26,12 @@ def cli() -> None:
 
 cli.add_command(bench.command, "bench")
 cli.add_command(plan_command.command, "plan")
+cli.add_command(generate_command.command, "generate")
+cli.add_command(run_batch.command, "run-batch")
 
 
 @cli.command("measure")
-@click.option("--offload-dir", type=click.Path(path_type=Path), default=DEFAULT_OFFLOAD_DIR, show_default=True)
+@OFFLOAD_DIR
 @click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="Write the profile here.")
 @click.option(
     "--refine",
@@ -37,18 +40,18 @@ cli.add_command(plan_command.command, "plan")
     help="Correct the profile there is by a run's `bench --json` instead of measuring.",
 )
 @click.option("--quick", is_flag=True, help="In seconds, coarsely.")
-@click.option("--device", "device_name", help="cuda or cpu; by default a GPU where there is one.")
+@DEVICE
 def measure_command(
-    offload_dir: Path, output: Path | None, run_file: Path | None, quick: bool, device_name: str | None
+    offload_dir: Path, output: Path | None, run_file: Path | None, quick: bool, device: str | None
 ) -> None:
     """Measure what this machine can do, and keep it for planning."""
-    device, offload_dir = choose_device(device_name), offload_dir.expanduser()
+    chosen, offload_dir = choose_device(device), offload_dir.expanduser()
     if run_file:
-        found = refined(offload_dir, device, run_file)
+        found = refined(offload_dir, chosen, run_file)
     else:
-        with bench.progress_bar() as report:
-            found = measure(device, offload_dir, quick=quick, progress=report)
-    path = output or profile_path(offload_dir, device)
+        with Display() as bars:
+            found = measure(chosen, offload_dir, quick=quick, progress=bars.phase)
+    path = output or profile_path(offload_dir, chosen)
     save_profile(found, path)
     console = Console(highlight=False)
     print_hardware(console, found)

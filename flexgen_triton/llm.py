@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import itertools
+import time
+from array import array
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+import xxhash
 
 from .model_source import check_device, choose_dtype, find_model
 from .models.checkpoint import open_store
 from .models.opt import OPT, ModelError, model_spec
+from .models.sampling import Logprobs
 from .models.sampling_params import SamplingParams
-from .outputs import CompletionOutput, RequestOutput
+from .outputs import CompletionOutput, RequestMetrics, RequestOutput
 from .plan.hardware import Hardware
 from .plan.placement import PAGE
 from .plan.policy import Policy, PolicyError
 from .plan.search import Problem
 from .plan.spec import ModelSpec, stored_as
 from .run.auto import choose, machine, typical_length
-from .run.block import Request
-from .run.engine import Engine, Limits, RunReport
+from .run.engine import MIN_WAITING, Engine, Limits, RunReport
+from .run.request import Request
+from .run.totals import Totals
 from .sizes import parse_size
+from .text import TextStream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,11 +44,48 @@ Prompt = str | Sequence[int]
 Progress = Callable[[int, int], None]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class PreparedPrompt:
+    """A prompt that can be run: its text where it was one, its token ids, and how it is to be completed."""
+
+    prompt: str | None
+    token_ids: Sequence[int]
+    params: SamplingParams
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Answer:
+    """One prompt's sequences while they are under way."""
+
+    number: int
+    prepared: PreparedPrompt
+    requests: list[Request]
+    texts: list[TextStream | None]
+    arrival_time: float
+
+    @property
+    def finished(self) -> bool:
+        return all(r.finished for r in self.requests)
+
+
+def _prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt, text or token ids, or several, as a list of them."""
+    if isinstance(prompts, str):
+        return [prompts]
+    found: list[Any] = list(prompts)
+    return [found] if found and isinstance(found[0], int) else found
+
+
+def _earliest(times: Iterable[float | None]) -> float | None:
+    return min((t for t in times if t is not None), default=None)
+
+
 class LLM:
     """A model ready to generate. Use as a context manager, or `close()` it.
 
     `model`: a checkpoint's directory, a hub id, or "demo". `policy`: where its bytes live; "auto" finds the fastest for
-    the prompts of the first `generate`, and loads the weights then. `allow`: what "auto" may do that changes the
+    the prompts of the first `generate`, and loads the weights then; what it does not choose (neither block size nor
+    percentages) it takes from `base`. `allow`: what "auto" may do that changes the
     output, of "4bit", "4bit-cache" and "sparse". `gpu_memory`, `cpu_memory`, `disk_memory`: bytes (or "16GiB") that may
     be used in all; by default what is free. `hardware`: a machine's profile, its file or its name, in place of this
     machine's own, which "auto" measures on first use. `dtype`: "auto" (the checkpoint's), "float32", "bfloat16" or
@@ -55,6 +100,7 @@ class LLM:
         model: str,
         *,
         policy: Policy | str = AUTO,
+        base: Policy = BASE,
         allow: Collection[str] = (),
         gpu_memory: int | str | None = None,
         cpu_memory: int | str | None = None,
@@ -75,12 +121,20 @@ class LLM:
         self.spec: ModelSpec = model_spec(self.source.config, self.source.name, choose_dtype(dtype, self.source))
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         check_device(self.spec.dtype, self._device)
-        self._allow, self._profile, self._copies, self._seed = frozenset(allow), hardware, copies, seed
+        self._base, self._allow, self._profile, self._copies, self._seed = (
+            base,
+            frozenset(allow),
+            hardware,
+            copies,
+            seed,
+        )
         self._limits = Limits(*(None if m is None else parse_size(m) for m in (gpu_memory, cpu_memory, disk_memory)))
         self._progress = progress
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self.offload_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self.last_report: RunReport | None = None
+        self.last_report: RunReport | None = None  # of the last `generate`
+        self.totals = Totals()  # of the last `generate` or `stream`
+        self._drawn = 0  # seeds given to requests without one
         self._engine: Engine | None = None
         self._automatic = isinstance(policy, str)
         if isinstance(policy, Policy):
@@ -158,12 +212,14 @@ class LLM:
             alignment=2 * PAGE * len(self.spec.modules),
         )
 
-    def _settle(self, requests: Sequence[Request]) -> None:
-        """With an automatic policy: find the one for these requests and load the weights as it says."""
+    def _settle(self, waiting: Sequence[PreparedPrompt], num_prompts: int | None, gen_len: int) -> None:
+        """With an automatic policy: find the one for these prompts and load the weights as it says.
+
+        `num_prompts` is how many sequences there are, None where more will follow.
+        """
         if not self._automatic:
             return
-        lens = [len(r.prompt) for r in requests]
-        problem = self.problem(lens, max(r.params.max_tokens for r in requests), len(lens))
+        problem = self.problem([len(p.token_ids) for p in waiting], gen_len, num_prompts, base=self._base)
         current = self._engine.policy if self._engine else None
         policy = choose(problem, self.hardware, current)
         if policy != current:
@@ -186,53 +242,181 @@ class LLM:
 
     def generate(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
         """Complete every prompt (text or token ids), in the order given, whatever order they were computed in.
 
         Raises ValueError for an empty prompt, a token id outside the vocabulary, or one that leaves no position.
         """
+        each = _prompts(prompts)
         params = sampling_params or SamplingParams()
-        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
-        if len(each) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts but {len(each)} sampling parameters; give one, or one each")
-        requests = [self._request(n, p, s) for n, (p, s) in enumerate(zip(prompts, each, strict=True))]
+        params = [params] * len(each) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(params):
+            raise ValueError(f"{len(each)} prompts but {len(params)} sampling parameters; give one, or one each")
+        pairs = zip(each, params, strict=True)
+        prepared = [self._prepare(prompt, p, f"prompt {n}") for n, (prompt, p) in enumerate(pairs)]
+        answers = [self._answer(n, p) for n, p in enumerate(prepared)]
+        requests = [r for a in answers for r in a.requests]
+        self.totals = Totals()
         if requests:
-            self._settle(requests)
+            self._settle(prepared, len(requests), max(r.params.max_tokens for r in requests))
             self.last_report = self.engine.generate(requests, progress=self._phase("generate"))
-        return [self._output(n, p, r) for n, (p, r) in enumerate(zip(prompts, requests, strict=True))]
+            for plan in self.last_report.plans:
+                self.totals.begin(plan)
+            self.totals.end(self.last_report.timeline)
+        return [self._output(a) for a in answers]
+
+    def request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> PreparedPrompt:
+        """Check that a prompt can be run, and turn it into token ids; raises ValueError where it cannot."""
+        return self._prepare(prompt, sampling_params or SamplingParams(), "the prompt")
+
+    def stream(
+        self, prompts: Iterable[PreparedPrompt | tuple[Prompt, SamplingParams]], *, partial: bool = False
+    ) -> Iterator[RequestOutput]:
+        """Complete prompts as they come, each handed back when it has ended, in whatever order that is.
+
+        A bounded number of them is read ahead, so there may be any number; `request_id` counts them from 0. One that
+        does not fit the memory comes back with its `error`. With `partial`, what there is so far comes back after every
+        token step too. `totals` is kept up to date. Raises what `request` raises.
+        """
+        self.totals = totals = Totals()
+        owners: dict[int, _Answer] = {}  # by the identity of a request that has not been handed back
+
+        def answers() -> Iterator[_Answer]:
+            for number, item in enumerate(prompts):
+                prepared = item if isinstance(item, PreparedPrompt) else self.request(*item)
+                yield self._answer(number, prepared, partial=partial)
+
+        def requests(source: Iterable[_Answer]) -> Iterator[Request]:
+            for answer in source:
+                owners.update((id(r), answer) for r in answer.requests)
+                yield from answer.requests
+
+        source = answers()
+        first = list(itertools.islice(source, MIN_WAITING + 1))
+        if not first:
+            return
+        count = sum(len(a.requests) for a in first) if len(first) <= MIN_WAITING else None
+        asked = typical_length([a.prepared.params.max_tokens for a in first])
+        self._settle([a.prepared for a in first], count, asked)
+        waiting = requests(itertools.chain(first, source))
+        first = []
+        for request in self.engine.stream(waiting, totals, partial=partial, progress=self._phase("generate")):
+            answer = owners.get(id(request))
+            if answer is None:  # it has ended since this step
+                continue
+            if request.finished:
+                del owners[id(request)]
+                totals.answer(len(request.prompt), len(request.tokens))
+            if partial or not any(id(r) in owners for r in answer.requests):
+                yield self._output(answer)
 
     def token_ids(self, prompt: Prompt) -> list[int]:
         """A prompt's token ids, by the model's own tokenizer where it is text."""
         return list(self.tokenizer(prompt)["input_ids"]) if isinstance(prompt, str) else [int(t) for t in prompt]
 
-    def _request(self, number: int, prompt: Prompt, params: SamplingParams) -> Request:
+    def _prepare(self, prompt: Prompt, params: SamplingParams, name: str) -> PreparedPrompt:
         ids = self.token_ids(prompt)
         if not ids:
-            raise ValueError(f"prompt {number} is empty; give it at least one token")
+            raise ValueError(f"{name} is empty; give it at least one token")
         bad = next((t for t in ids if not 0 <= t < self.spec.vocab), None)
         if bad is not None:
-            raise ValueError(f"prompt {number} has token id {bad}; the vocabulary has {self.spec.vocab}")
+            raise ValueError(f"{name} has token id {bad}; the vocabulary has {self.spec.vocab}")
         room = self.spec.max_positions - len(ids)
         if params.max_tokens > room:
             raise PolicyError(
-                f"prompt {number} has {len(ids)} tokens and asks for {params.max_tokens} more; "
+                f"{name} has {len(ids)} tokens and asks for {params.max_tokens} more; "
                 f"{self.spec.name} has {self.spec.max_positions} positions, so at most {max(room, 0)} fit"
             )
-        return Request(ids, params)
+        if params.stop and not self.has_tokenizer:
+            raise ValueError(f"stop strings need a tokenizer and {self.spec.name} has none; give stop_token_ids")
+        return PreparedPrompt(prompt if isinstance(prompt, str) else None, array("i", ids), params)
 
-    def _output(self, number: int, prompt: Prompt, request: Request) -> RequestOutput:
-        text = ""
-        if self.source.directory is not None and self._has_tokenizer():
-            text = str(self.tokenizer.decode(request.tokens, skip_special_tokens=True))
-        completion = CompletionOutput(0, text, request.tokens, request.finish_reason)
-        return RequestOutput(number, prompt if isinstance(prompt, str) else None, request.prompt, [completion])
+    def _answer(self, number: int, prepared: PreparedPrompt, *, partial: bool = False) -> _Answer:
+        """The sequences of one prompt, each with a seed and, where text must be watched as it grows, its text."""
+        params = prepared.params
+        seed = params.seed
+        if seed is None:
+            self._drawn += 1
+            seed = xxhash.xxh3_64_intdigest(f"{self._seed} {self._drawn}".encode())
+        requests, texts = [], []
+        for n in range(params.n):
+            watched = params.stop or (partial and self.has_tokenizer)
+            text = TextStream(self._decoder(params), params.stop, params.min_tokens) if watched else None
+            requests.append(Request(prepared.token_ids, params, seed + n, watch=text.add if text else None))
+            texts.append(text)
+        return _Answer(number, prepared, requests, texts, time.time())
 
-    def _has_tokenizer(self) -> bool:
+    def _decoder(self, params: SamplingParams) -> Callable[[Sequence[int]], str]:
+        tokenizer, skip = self.tokenizer, params.skip_special_tokens
+        return lambda ids: str(
+            tokenizer.decode(list(ids), skip_special_tokens=skip, clean_up_tokenization_spaces=False)
+        )
+
+    def _output(self, answer: _Answer) -> RequestOutput:
+        requests, prepared = answer.requests, answer.prepared
+        errors = [r.error for r in requests if r.error]
+        outputs = [self._completion(n, r, t) for n, (r, t) in enumerate(zip(requests, answer.texts, strict=True))]
+        first = requests[0]
+        scored = None
+        if prepared.params.prompt_logprobs is not None:
+            scored = [None, *(self._named(p) for p in first.prompt_logprobs)]
+        return RequestOutput(
+            answer.number,
+            prepared.prompt,
+            list(prepared.token_ids),
+            [] if errors else outputs,
+            scored,
+            RequestMetrics(
+                answer.arrival_time,
+                _earliest(r.first_scheduled_time for r in requests),
+                _earliest(r.first_token_time for r in requests),
+                max(r.finished_time or 0.0 for r in requests) if answer.finished else None,
+            ),
+            errors[0] if errors else None,
+        )
+
+    def _completion(self, index: int, request: Request, text: TextStream | None) -> CompletionOutput:
+        logprobs = None
+        if request.params.logprobs is not None:
+            logprobs = [self._named(p) for p in request.logprobs]
+        return CompletionOutput(
+            index,
+            self._text(request, text),
+            list(request.tokens),
+            request.finish_reason,
+            request.stop_reason,
+            sum(p[t].logprob for p, t in zip(logprobs, request.tokens, strict=True)) if logprobs else None,
+            logprobs,
+        )
+
+    def _text(self, request: Request, text: TextStream | None) -> str:
+        """The completion as text, without what ended it unless that was asked for."""
+        if not self.has_tokenizer:
+            return ""
+        params, tokens = request.params, request.tokens
+        keep = params.include_stop_str_in_output
+        if text is not None and not request.finished:
+            return text.text
+        if text is not None and text.stopped_at is not None and isinstance(request.stop_reason, str):
+            return text.text[: text.stopped_at + (len(request.stop_reason) if keep else 0)]
+        if request.finish_reason == "stop" and not keep:
+            tokens = tokens[:-1]
+        return self._decoder(params)(tokens)
+
+    def _named(self, logprobs: Logprobs) -> Logprobs:
+        """With the text of every token, where there is a tokenizer."""
+        if not self.has_tokenizer:
+            return logprobs
+        return {t: replace(p, decoded_token=str(self.tokenizer.decode([t]))) for t, p in logprobs.items()}
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the model came with a tokenizer; without one, prompts are token ids and answers have no text."""
         directory = self.source.directory
-        assert directory is not None
-        return any((directory / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json"))
+        names = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
+        return directory is not None and any((directory / name).exists() for name in names)
 
     def close(self) -> None:
         """Free the model's memory, files and threads."""

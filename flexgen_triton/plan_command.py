@@ -16,20 +16,20 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .bench import progress_bar
 from .llm import DEFAULT_OFFLOAD_DIR
 from .model_source import DUMMY, ModelSource, choose_dtype, find_model
 from .models.opt import ModelError, OPTConfig, config_by_name, model_spec
+from .options import ALLOW, DTYPE, OFFLOAD_DIR, memory_options
 from .plan.fit import fits, need
 from .plan.hardware import GIB, Hardware, profile_names
 from .plan.placement import Tier
 from .plan.plan import Plan
 from .plan.policy import Policy
 from .plan.predict import PHASES, Prediction
-from .plan.search import LOSSY, Found, Problem, Searched, available, frontier, search, worth
+from .plan.search import Found, Problem, Searched, available, frontier, search, worth
+from .progress import Display
 from .run.auto import machine
 from .run.engine import Limits
-from .sizes import SIZE
 
 WIDTH = 120
 TIERS = {"gpu": "GPU", "cpu": "host", "disk": "disk"}
@@ -366,11 +366,6 @@ def find_policies(model: Model, hardware: Hardware, options: Mapping[str, Any]) 
         return search(problem, hardware)
 
 
-def _split(ctx: click.Context, param: click.Parameter, value: str) -> frozenset[str]:
-    """Words between commas."""
-    return frozenset(word for word in value.split(",") if word)
-
-
 @click.command("plan", context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--model", required=True, help="A checkpoint's directory, a hub id, an OPT size by name, or 'demo'.")
 @click.option("--path", help="The checkpoint's directory; for a known OPT size none is needed.")
@@ -378,13 +373,11 @@ def _split(ctx: click.Context, param: click.Parameter, value: str) -> frozenset[
 @click.option("--prompt-len", type=click.IntRange(1), default=512, show_default=True)
 @click.option("--gen-len", type=click.IntRange(1), default=32, show_default=True)
 @click.option("--num-prompts", type=click.IntRange(1), help="How many there are; default: as many as are best.")
-@click.option("--allow", default="", callback=_split, help=f"What may change the output, of {','.join(LOSSY)}.")
+@ALLOW
 @click.option("--max-latency", type=click.FloatRange(0, min_open=True), help="Seconds for a block of prompts.")
-@click.option("--gpu-mem", type=SIZE, help="GPU memory to use at most, such as 16GiB.")
-@click.option("--cpu-mem", type=SIZE, help="Host memory to use at most, such as 208GB.")
-@click.option("--disk-mem", type=SIZE, help="Disk space to use at most, for weights, cache and activations.")
-@click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
-@click.option("--offload-dir", type=click.Path(path_type=Path), default=DEFAULT_OFFLOAD_DIR, show_default=True)
+@memory_options
+@DTYPE
+@OFFLOAD_DIR
 @click.option("--top", type=click.IntRange(1), default=5, show_default=True, help="How many policies to print.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write all of it here.")
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw throughput, latency, memory (PNG).")
@@ -397,9 +390,9 @@ def command(**options: Any) -> None:
     model = Model.find(options["model"], options["path"], options["dtype"])
     limits = Limits(options["gpu_mem"], options["cpu_mem"], options["disk_mem"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with progress_bar() as report:
+    with Display() as bars:
         offload_dir = options["offload_dir"].expanduser()
-        hardware = machine(device, offload_dir, limits, profile=options["hardware"], progress=report)
+        hardware = machine(device, offload_dir, limits, profile=options["hardware"], progress=bars.phase)
     searched = find_policies(model, hardware, options)
     told = list(islice(choices(searched), options["top"]))
     gains = worth(searched)

@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from flexgen_triton import bench, plan_command
+from flexgen_triton.options import flags_policy, is_by_hand
 from flexgen_triton.plan.policy import CompressionConfig, Policy
 from flexgen_triton.plan.search import Problem
 
@@ -50,7 +51,7 @@ def parsed(command: list[str]) -> dict[str, object]:
     """The options as the benchmark itself reads them."""
     assert command[:3] == ["python", "-m", "flexgen_triton.bench"]
     context = bench.command.make_context("bench", command[3:])
-    assert bench.is_by_hand(context, context.params["policy"])
+    assert is_by_hand(context, context.params["policy"])
     return context.params
 
 
@@ -89,7 +90,7 @@ def test_the_printed_command_runs_the_best_policy(tmp_path, args):
     file = tmp_path / "plan.json"
     output = planned(*SMALL, *args, "--gpu-mem", "1GiB", "--json", str(file))
     options = parsed(printed_command(output))
-    policy = bench.flags_policy(options)
+    policy = flags_policy(options)
     best = json.loads(file.read_text())["policies"][0]["policy"]
     assert plan_command.policy_json(policy) == best
     assert options["prompt_len"] == 64 and options["gen_len"] == 8 and options["num_prompts"] == 16
@@ -113,7 +114,7 @@ def test_every_field_of_a_policy_survives_the_command(policy, tmp_path):
     text = plan_command.shell_lines(command)
     assert all(len(line) <= plan_command.WIDTH for line in text.splitlines())
     options = parsed(shlex.split(text.replace("\\\n", " ")))
-    assert bench.flags_policy(options) == policy
+    assert flags_policy(options) == policy
     assert options["offload_dir"] == tmp_path / "a folder"
 
 

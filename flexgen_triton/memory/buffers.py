@@ -5,8 +5,10 @@ Sized by the largest of the plans that share them; every view of them is handed 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,16 +22,39 @@ from .disk import DiskFile
 STAGE_RINGS = ("stage_in", "stage_out")
 
 
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Bytes of every ring and of the homes on each tier."""
+
+    rings: Mapping[str, int]
+    homes: Mapping[Tier, int]
+
+    @classmethod
+    def of(cls, plan: Plan) -> Sizes:
+        return cls(plan.rings, plan.homes)
+
+    def __or__(self, other: Sizes) -> Sizes:
+        """Enough for both."""
+        return Sizes(_most(self.rings, other.rings), _most(self.homes, other.homes))
+
+    def hold(self, plan: Plan) -> bool:
+        """Whether they are enough for the plan."""
+        return self == self | Sizes.of(plan)
+
+
+def _most(one: Mapping[Any, int], other: Mapping[Any, int]) -> dict[Any, int]:
+    return {key: max(nbytes, other[key]) for key, nbytes in one.items()}
+
+
 class Buffers:
     """Arenas for the rings and the homes of cache and hidden states, and the scratch file of the disk tier.
 
     Raises OSError when the scratch file does not fit the disk.
     """
 
-    def __init__(self, plans: Sequence[Plan], *, device: torch.device, offload_dir: Path) -> None:
-        self.device = device
-        rings = {name: max(p.rings[name] for p in plans) for name in plans[0].rings}
-        homes = {tier: max(p.homes[tier] for p in plans) for tier in Tier}
+    def __init__(self, sizes: Sizes, *, device: torch.device, offload_dir: Path) -> None:
+        self.device, self.sizes = device, sizes
+        rings, homes = sizes.rings, sizes.homes
         on_host = sum(rings[n] for n in STAGE_RINGS)
         pin = device.type == "cuda"
         self.gpu = Arena("gpu homes", homes[Tier.GPU], device)

@@ -11,7 +11,7 @@ few hundred bytes, and picking rows out of pages of 4096 would spare next to not
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate, groupby, pairwise
 from typing import NamedTuple
 
@@ -64,10 +64,14 @@ def _most(counts: Sequence[int]) -> int:
 
 
 class Cache:
-    """Homes of K and V for every layer and GPU batch of a plan, and the transfers between them and attention."""
+    """Homes of K and V for every layer and GPU batch of a plan, and the transfers between them and attention.
 
-    def __init__(self, plan: Plan, buffers: Buffers, disk: DiskQueue) -> None:
-        self._plan, self._buffers, self._disk = plan, buffers, disk
+    `ended(k)` says which sequences of GPU batch k have ended, sooner than planned perhaps: their K and V are left where
+    they are. Where things lie in a slot never depends on it, for lanes may ask at different times.
+    """
+
+    def __init__(self, plan: Plan, buffers: Buffers, disk: DiskQueue, ended: Callable[[int], Sequence[bool]]) -> None:
+        self._plan, self._buffers, self._disk, self._ended = plan, buffers, disk, ended
         self._layout = plan.cache_layout
         self._gpu: dict[Home, Tensor] = {}  # uint8, dense
         self._host: dict[Home, Tensor] = {}
@@ -130,6 +134,15 @@ class Cache:
             self._lens[tag] = torch.tensor(counts, dtype=torch.int32, device=self._buffers.device)
         return self._lens[tag]
 
+    def _live(self, k: int, group: Group, counts: Sequence[int]) -> list[int]:
+        """The counts of a group's sequences, 0 for those that have ended."""
+        ended = self._ended(k)[group.first : group.stop]
+        return [0 if gone else n for n, gone in zip(counts, ended, strict=True)]
+
+    def cached(self, op: Op, group: Group) -> list[int]:
+        """Tokens that attention reads of each sequence, besides its newest one."""
+        return self._live(op.k, group, group.cached(op.i))
+
     def start_step(self) -> None:
         """Forget what was kept for the last token step."""
         self._lens.clear()
@@ -149,35 +162,42 @@ class Cache:
         assert self._buffers.scratch is not None
         return self._buffers.scratch
 
-    def read(self, op: Op, into: Tensor) -> None:
-        """disk_in: the disk's full blocks, dense, to the start of `into`."""
+    def read(self, op: Op, into: Tensor) -> int:
+        """disk_in: the disk's full blocks, dense, to the start of `into`; returns the bytes of them."""
         at = self._offsets[op.j, op.k]
-        ranges = self._layout.ranges(self._full(op))
+        ranges = list(self._layout.ranges(self._live(op.k, self._plan.groups[op.k].cache[2], self._full(op))))
         self._disk.read([Read(self._file, at + low, into[low:high]) for low, high in ranges])
+        return sum(high - low for low, high in ranges)
 
-    def load(self, op: Op, staged: Tensor | None, into: Tensor) -> None:
-        """h2d: staged full blocks, open blocks and the host's blocks or their K, to a slot of the device's ring."""
+    def load(self, op: Op, staged: Tensor | None, into: Tensor) -> int:
+        """h2d: staged full blocks, open blocks and the host's blocks or their K, to a slot of the device's ring.
+
+        Returns the bytes of them.
+        """
+        _, host, disk = self._plan.groups[op.k].cache
         full, used, home = self._full(op), self._used(op), self._host[op.j, op.k]
         blocks, opened, hosted = self._split(op, into, _most(full), _most(used), self._plan.host_halves)
+        full, used = self._live(op.k, disk, full), self._live(op.k, host, used)
+        nbytes = len(opened)
         if staged is not None:
-            self._copy_blocks(staged, blocks, full)
+            nbytes += self._copy_blocks(staged, blocks, full)
         opened.copy_(self._open[op.j, op.k], non_blocking=True)
-        if self._plan.host_halves == 2:
-            self._copy_blocks(home, hosted, used)
-        else:
-            self._copy_keys(home, hosted, used)
+        copy = self._copy_blocks if self._plan.host_halves == 2 else self._copy_keys
+        return nbytes + copy(home, hosted, used)
 
-    def _copy_blocks(self, source: Tensor, target: Tensor, counts: Sequence[int]) -> None:
+    def _copy_blocks(self, source: Tensor, target: Tensor, counts: Sequence[int]) -> int:
         """Copy the blocks that sequences have, [blocks, 2, n, half]; one copy where every sequence has them all."""
         for low, high in self._layout.ranges(counts):
             target[low:high].copy_(source[low:high], non_blocking=True)
+        return self._layout.dense(sum(counts), 1)
 
-    def _copy_keys(self, source: Tensor, target: Tensor, counts: Sequence[int]) -> None:
+    def _copy_keys(self, source: Tensor, target: Tensor, counts: Sequence[int]) -> int:
         """Copy K of the blocks that sequences have, [blocks, 2, n, half] -> [blocks, n, half]: a copy for each."""
-        row = len(counts) * self._layout.half
-        for block, n in block_runs(counts):
-            keys = source[2 * block * row :][: n * self._layout.half]
-            target[block * row :][: len(keys)].copy_(keys, non_blocking=True)
+        half = self._layout.half
+        for block, first, n in block_runs(counts):
+            keys = source[(2 * block * len(counts) + first) * half :][: n * half]
+            target[(block * len(counts) + first) * half :][: len(keys)].copy_(keys, non_blocking=True)
+        return self._layout.dense(sum(counts), 1, halves=1)
 
     def store(self, op: Op, out: Tensor, staged: Tensor | None) -> None:
         """d2h: what attention handed over, to the host's homes and to a staging slot on the way to disk."""
@@ -297,9 +317,9 @@ class Cache:
     def _resident(self, op: Op, homes: dict[Home, Tensor], group: Group) -> list[Segment]:
         if not group.size:
             return []
-        counts = [n + 1 for n in group.cached(op.i)]
+        counts = [n + 1 for n in self.cached(op, group)]
         lens = self._valid((op.i, op.k, group.first, 0), counts)
-        blocks = self._layout.blocks(counts[0])
+        blocks = self._layout.blocks(_most(counts))
         return [_segment(self._blocks(homes[op.j, op.k], group.size), lens, blocks)]
 
     def _in_place(self, op: Op, slot: Tensor | None) -> list[Segment]:
@@ -316,20 +336,24 @@ class Cache:
         if not _most(full):
             return []
         assert slot is not None
-        lens = self._valid((op.i, op.k, group.first, 2), [n * self._layout.block_tokens for n in full])
-        return [_segment(self._blocks(self._split(op, slot, full[0], 0)[0], group.size), lens)]
+        tokens = [n * self._layout.block_tokens for n in self._live(op.k, group, full)]
+        lens = self._valid((op.i, op.k, group.first, 2), tokens)
+        return [_segment(self._blocks(self._split(op, slot, _most(full), 0)[0], group.size), lens)]
 
     def _staged(self, op: Op, slot: Tensor | None, out: Tensor | None) -> list[tuple[Group, list[Segment]]]:
         """Host and disk sequences from the device's ring; the new token is a segment of its own."""
         _, host, disk = self._plan.groups[op.k].cache
-        if slot is None or out is None:
+        if out is None:
             return []
+        if slot is None:  # all of them have ended, and attend to their newest token
+            new = self._tokens(out, host.size + disk.size)
+            return [(group, [self._newest(op, group, new)]) for group in (host, disk) if group.size]
         full, used, tokens = self._full(op), self._used(op), self._layout.block_tokens
         _, opened, hosted = self._split(op, slot, _most(full), _most(used), self._plan.host_halves)
         new = self._tokens(out, host.size + disk.size)
         found: list[tuple[Group, list[Segment]]] = []
         if host.size:
-            lens = self._valid((op.i, op.k, host.first, 3), host.cached(op.i))
+            lens = self._valid((op.i, op.k, host.first, 3), self.cached(op, host))
             earlier = self._host_segment(op, hosted, lens, _most(used))
             found.append((host, [earlier, self._newest(op, host, new)]))
         if disk.size:

@@ -236,11 +236,19 @@ class OPT:
             x = self._norm(w, "final_norm", x)
         return ops.linear(x, w["project_out.weight"]) if self._projected else x
 
+    def head_columns(self, w: Mapping[str, Weight]) -> slice:
+        """The part of the vocabulary that this part of the head makes the logits of."""
+        weight = self._head(w)
+        return slice(weight.row, weight.row + weight.rows)
+
     def logits(self, w: Mapping[str, Weight], x: Tensor, out: Tensor) -> None:
-        """Write the logits of this part's rows of the vocabulary: [B, width] -> out[:, rows] [B, V] fp32."""
+        """Write the logits of this part of the vocabulary: [T, width] -> out [T, columns] fp32."""
+        ops.linear_into(x, self._head(w), out)
+
+    def _head(self, w: Mapping[str, Weight]) -> Matrix:
         weight = w[self._head_weight]
         assert isinstance(weight, Matrix), self._head_weight
-        ops.linear_into(x, weight, out[:, weight.row : weight.row + weight.rows])
+        return weight
 
     def _linear(
         self,

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 MAX_LOGPROBS = 100  # alternatives a position; a table of the whole vocabulary is not what they are for
 MAX_SEED = 1 << 64
+MIN_TEMPERATURE = 1e-5  # below it there is no chance left to speak of, and logits divided by it may overflow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How one request is generated. Immutable; raises ValueError, in one sentence, for values out of range.
 
-    `n` completions of at most `max_tokens` tokens each. temperature 0 is greedy. `top_k` 0 (or -1), `top_p` 1 and
-    `min_p` 0 leave all tokens in. `repetition_penalty` counts prompt and output, the other two penalties output alone.
-    A completion ends at the end of text (unless `ignore_eos`), at one of `stop_token_ids` or at a `stop` string, which
-    its text then leaves out (unless `include_stop_str_in_output`), but not before `min_tokens`. A request with a `seed`
-    gives the same text whatever else is computed beside it; without one, the seed comes from the model's own.
-    `logprobs`, `prompt_logprobs`: so many of the likeliest tokens at every position, and the one that stands there.
+    `n` completions of at most `max_tokens` tokens each. temperature 0 (any below 1e-5) is greedy. `top_k` 0 (or -1),
+    `top_p` 1 and `min_p` 0 leave all tokens in. `repetition_penalty` counts prompt and output, the other two penalties
+    output alone. A completion ends at the end of text (unless `ignore_eos`), at one of `stop_token_ids` or at a `stop`
+    string, which its text then leaves out (unless `include_stop_str_in_output`), but not before `min_tokens`. A request
+    with a `seed` gives the same text whatever else is computed beside it; without one, the seed comes from the model's
+    own. `logprobs`, `prompt_logprobs`: so many of the likeliest tokens at every position, and the one that is there.
     """
 
     n: int = 1
@@ -51,7 +53,7 @@ class SamplingParams:
             _check_range(name, value, low, high)
         for name, low, high in _REAL:
             value = getattr(self, name)
-            if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+            if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= sys.float_info.max:
                 raise ValueError(f"{name} is {value!r}; it must be a finite number")
             _check_range(name, value, low, high)
         for name in ("top_p", "repetition_penalty"):
@@ -65,6 +67,10 @@ class SamplingParams:
 
     def _settle_stops(self) -> None:
         """Make tuples of `stop` and `stop_token_ids`, so that they cannot change and do compare."""
+        for name in ("stop", "stop_token_ids"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, Iterable):
+                raise ValueError(f"{name} is {value!r}; it must be a sequence")
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         if not all(isinstance(s, str) and s for s in stop):
             raise ValueError(f"stop is {self.stop!r}; it must be a text, or several, none of them empty")
@@ -76,7 +82,7 @@ class SamplingParams:
 
     @property
     def is_greedy(self) -> bool:
-        return self.temperature == 0
+        return self.temperature < MIN_TEMPERATURE
 
 
 _WHOLE = (
@@ -100,5 +106,5 @@ _REAL = (
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
-        allowed = f"between {low:g} and {high:g}" if high < MAX_SEED - 1 else f"at least {low:g}"
-        raise ValueError(f"{name} is {value:g}; it must be {allowed}")
+        allowed = f"between {low} and {high}" if high < math.inf else f"at least {low}"
+        raise ValueError(f"{name} is {value}; it must be {allowed}")

@@ -10,7 +10,7 @@ from .hardware import GIB
 from .placement import Tier
 from .plan import Plan, make_plan
 from .policy import Policy, PolicyError
-from .spec import Batch, Workload
+from .spec import Workload
 
 MIB = 1 << 20
 SHARES = tuple(f"{kind}_{at}_percent" for kind in ("w", "cache", "act") for at in ("gpu", "cpu"))
@@ -81,5 +81,5 @@ def _way_out(plan: Plan, available: Mapping[Tier, float]) -> str:
 
 def _smaller(plan: Plan, gpu_batch_size: int, policy: Policy | None = None) -> Plan:
     policy = replace(policy or plan.policy, gpu_batch_size=gpu_batch_size)
-    batches = tuple(Batch(b.prompt_lens[:gpu_batch_size], b.new_tokens) for b in plan.workload.batches)
+    batches = tuple(b.first(gpu_batch_size) for b in plan.workload.batches)
     return make_plan(plan.model, policy, Workload(batches), align=plan.align, copies=plan.copies)

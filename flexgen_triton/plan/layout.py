@@ -11,22 +11,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 
 from .placement import PAGE, Tier
 from .policy import CACHE_GROUP
-from .spec import CODES_PER_WORD, STORED_BYTES, Batch, ModelSpec
+from .spec import CODES_PER_WORD, STORED_BYTES, Batch, ModelSpec, cached
 
-BLOCK_TOKENS = 64
-SHORT_BLOCK_TOKENS = 8  # for sequences so short that a 64-token block would be mostly padding
-SHORT_SEQUENCE = 128
+BLOCK_TOKENS = (64, 32, 16, 8)
+MAX_OPEN_SHARE = 8  # a sequence's last block is half empty in the mean: that may be an eighth of what it holds
 
 
 def pad(nbytes: int, to: int = PAGE) -> int:
     return -(-nbytes // to) * to
 
 
-def block_tokens_for(max_len: int) -> int:
-    return BLOCK_TOKENS if max_len > SHORT_SEQUENCE else SHORT_BLOCK_TOKENS
+def block_tokens_for(mean_len: float) -> int:
+    """Tokens of a block for sequences of that mean length: many, unless too much of what moves would be empty."""
+    return next((n for n in BLOCK_TOKENS if n / 2 * MAX_OPEN_SHARE <= mean_len), BLOCK_TOKENS[-1])
 
 
 def split_counts(sizes: Sequence[int], percents: Sequence[float]) -> list[tuple[int, int, int]]:
@@ -51,6 +53,7 @@ class Group:
     tier: Tier
     first: int
     prompt_lens: tuple[int, ...]
+    asked: tuple[int, ...]  # new tokens of each
 
     @property
     def size(self) -> int:
@@ -61,8 +64,8 @@ class Group:
         return self.first + self.size
 
     def cached(self, step: int) -> tuple[int, ...]:
-        """Cached tokens of each sequence when token step `step` begins."""
-        return tuple(p + step - 1 if step else 0 for p in self.prompt_lens)
+        """Cached tokens of each sequence when token step `step` begins; none of one that has ended."""
+        return cached(self.prompt_lens, self.asked, step)
 
     def tokens(self, step: int) -> int:
         return sum(self.prompt_lens) if step == 0 else self.size
@@ -72,7 +75,8 @@ def make_groups(batch: Batch, counts: tuple[int, int, int]) -> tuple[Group, Grou
     """The GPU's, the host's and the disk's sequences of one batch."""
     gpu, host, _ = counts
     cuts = (0, gpu, gpu + host, batch.size)
-    groups = [Group(t, a, batch.prompt_lens[a:b]) for t, a, b in zip(Tier, cuts, cuts[1:], strict=False)]
+    asked = batch.new_tokens_each
+    groups = [Group(t, a, batch.prompt_lens[a:b], asked[a:b]) for t, a, b in zip(Tier, cuts, cuts[1:], strict=False)]
     return groups[0], groups[1], groups[2]
 
 
@@ -125,19 +129,27 @@ class CacheLayout:
         return blocks * halves * size * self.half
 
     def ranges(self, counts: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """(start, end) in `[blocks, 2, n, half]` of what sequences have; `counts` are their blocks, longest first."""
+        """(start, end) in `[blocks, 2, n, half]` of what sequences have; `counts` are their blocks."""
         row = len(counts) * self.half
         start = end = 0
-        for block, n in block_runs(counts):
-            for low in (2 * block * row, (2 * block + 1) * row):
-                if low != end:
-                    yield start, end
-                    start = low
-                end = low + n * self.half
-        if end:
+        for block, runs in groupby(block_runs(counts), key=itemgetter(0)):
+            found = [(first, n) for _, first, n in runs]
+            for half in (2 * block * row, (2 * block + 1) * row):
+                for first, n in found:
+                    low = half + first * self.half
+                    if low != end:
+                        if end > start:
+                            yield start, end
+                        start = low
+                    end = low + n * self.half
+        if end > start:
             yield start, end
 
 
-def block_runs(counts: Sequence[int]) -> list[tuple[int, int]]:
-    """(block, n): the first n sequences have that block. `counts` are blocks per sequence, longest first."""
-    return [(b, sum(c > b for c in counts)) for b in range(max(counts, default=0))]
+def block_runs(counts: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """(block, first, n): the n neighbours from sequence `first` on have that block. `counts` are blocks of each."""
+    for block in range(max(counts, default=0)):
+        for has, run in groupby(range(len(counts)), key=lambda s, b=block: counts[s] > b):  # type: ignore[misc]
+            if has:
+                neighbours = list(run)
+                yield block, neighbours[0], len(neighbours)

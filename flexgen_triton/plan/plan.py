@@ -20,6 +20,7 @@ PART_BYTES = 64 << 20  # a streamed layer is cut at least this fine, so that dis
 Extents = Mapping[str, Sequence[Extent]]  # by module
 
 LIBRARY_BYTES = 48 << 20  # threads, their heaps and matrix libraries' buffers, as measured
+SCORED_ROWS = 256  # prompt positions whose logits are made at a time
 WIDEN_BYTES = 16 << 20  # of fp32 rows that the CPU widens a 16-bit matrix to at a time
 
 
@@ -91,7 +92,7 @@ class Plan:
         # what the device is sent of the host's cache: K and V, or K alone, sparse attention fetching the V it needs
         self.host_halves = 1 if copies and policy.attn_sparsity < 1 else 2
         fields = cache_fields(model, is_4bit=policy.is_cache_4bit)
-        self.cache_layout = CacheLayout(model.num_kv_heads, fields, block_tokens_for(max(b.max_len for b in batches)))
+        self.cache_layout = CacheLayout(model.num_kv_heads, fields, block_tokens_for(_mean_len(batches)))
         sizes = [b.size for b in batches]
         cache_counts = split_counts(sizes, (policy.cache_gpu_percent, policy.cache_cpu_percent))
         hidden_counts = split_counts(sizes, (policy.act_gpu_percent, policy.act_cpu_percent))
@@ -138,7 +139,7 @@ class Plan:
         full = [layout.full(n) for n in disk.cached(i)]
         used = [layout.blocks(n) for n in host.cached(i)]
         read, read_slot = layout.dense(sum(full), 1), layout.dense(max(full, default=0), disk.size)
-        filled = sum((n + 1) % layout.block_tokens == 0 for n in disk.cached(i))
+        filled = sum((n + 1) % layout.block_tokens == 0 for n in disk.cached(i))  # an ended one stays at 0
         written = 0 if last else layout.dense(filled, 1)
         if not self.copies:
             return CacheTraffic(disk_read=read, read_slot=read_slot, slot=read_slot, disk_write=written)
@@ -221,7 +222,7 @@ class Plan:
     def work(self, i: int, j: int, k: int) -> Work:
         """What the computation of one block does."""
         batch, layer, model = self.workload.batches[k], self.layers[j], self.model
-        rows = batch.size if layer.is_head else batch.tokens(i)
+        rows = batch.size + (0 if i else batch.scored) if layer.is_head else batch.tokens(i)
         products, weight_bytes, hidden = self._layer_work[j]
         streamed = sum(p.disk_bytes for p in self.parts[j]) // len(self.workload.batches)
         if layer.has_cache:
@@ -299,9 +300,9 @@ class Plan:
 
     @staticmethod
     def _extreme_steps(batch: Batch) -> set[int]:
-        """Token steps among which the largest of every kind of cache traffic is found."""
-        steps = batch.new_tokens
-        return {0, min(1, steps - 1), max(steps - 2, 0), steps - 1}
+        """Token steps among which the largest of every kind of cache traffic is found: before sequences end."""
+        ends = {batch.new_tokens, *batch.asked}
+        return {0, min(1, batch.new_tokens - 1), *(max(n - back, 0) for n in ends for back in (1, 2))}
 
     def _weight_ring(self) -> int:
         """Room for a layer in use and, with overlap, for the next two wherever the first one lies."""
@@ -317,9 +318,9 @@ class Plan:
         for tier in Tier:
             weights[tier] = sum(p.share(tier).useful for p in (*self.placements, self.tables))
         attention_layers = sum(layer.has_cache for layer in self.layers)
-        for batch, groups in zip(self.workload.batches, self.groups, strict=True):
+        for groups in self.groups:
             for g in groups.cache:
-                tokens = sum(p + batch.new_tokens - 1 for p in g.prompt_lens)
+                tokens = sum(p + n - 1 for p, n in zip(g.prompt_lens, g.asked, strict=True))
                 cache[g.tier] += attention_layers * tokens * self.cache_layout.token_bytes
             for g in groups.hidden:
                 hidden[g.tier] += g.tokens(0) * self.model.hidden * self.model.itemsize
@@ -345,8 +346,8 @@ class Plan:
 
     @cached_property
     def logits_bytes(self) -> int:
-        """fp32 logits of every GPU batch of the block, kept while the parts of the head go by."""
-        return sum(b.size for b in self.workload.batches) * self.model.vocab * 4
+        """fp32 logits of every GPU batch of the block, kept while the parts of the head go by, and what samplers keep."""
+        return sum(4 * b.size + b.sampler_bytes for b in self.workload.batches) * self.model.vocab
 
     @cached_property
     def workspace_bytes(self) -> int:
@@ -381,7 +382,11 @@ class Plan:
         """The largest part of the output projection's product, where it is not made in place."""
         parts = (t.shape[0] for layer in self.layers if layer.is_head for t in layer.tensors if t.exact)
         in_place = not self.copies and self.model.itemsize == 2
-        return 0 if in_place else max(parts) * max(b.size for b in self.workload.batches) * self.model.itemsize
+        largest, batches = max(parts), self.workload.batches
+        sampled = 0 if in_place else largest * max(b.size for b in batches) * self.model.itemsize
+        scored = max(b.scored for b in batches)
+        chunk = 2 * largest * min(scored, SCORED_ROWS) * 4  # logits of some positions, and their exponentials
+        return sampled + chunk + sum(b.scored for b in batches) * self.model.hidden * self.model.itemsize
 
     @property
     def _unfilled_bytes(self) -> int:
@@ -431,6 +436,12 @@ class Plan:
         return Generator(self.program)
 
 
+def _mean_len(batches: Sequence[Batch]) -> float:
+    """Cached tokens of a sequence, in the mean over sequences and token steps."""
+    tokens = sum(p + n / 2 for b in batches for p, n in zip(b.prompt_lens, b.new_tokens_each, strict=True))
+    return tokens / sum(b.size for b in batches)
+
+
 def make_plan(
     model: ModelSpec,
     policy: Policy,
@@ -446,10 +457,11 @@ def make_plan(
     new tokens exceed the model's positions.
     """
     for batch in workload.batches:
-        if batch.max_len + 1 > model.max_positions:
+        longest, asked = max(zip(batch.prompt_lens, batch.new_tokens_each, strict=True), key=sum)
+        if longest + asked > model.max_positions:
             raise PolicyError(
-                f"a prompt of {batch.prompt_lens[0]} tokens and {batch.new_tokens} new ones need "
-                f"{batch.max_len + 1} positions, {model.name} has {model.max_positions}; "
-                f"at most {max(model.max_positions - batch.prompt_lens[0], 0)} new tokens fit"
+                f"a prompt of {longest} tokens and {asked} new ones need {longest + asked} positions, "
+                f"{model.name} has {model.max_positions}; "
+                f"at most {max(model.max_positions - longest, 0)} new tokens fit"
             )
     return Plan(model=model, policy=policy, workload=workload, extents=extents, align=align, copies=copies)

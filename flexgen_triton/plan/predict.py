@@ -99,5 +99,5 @@ def predict(plan: Plan, hardware: Hardware, *, exact: int = EXACT_STEPS) -> Pred
         if op.lane is Lane.COMPUTE:
             ends[op.i] = max(ends[op.i], span.end)
     decode = sum((b - a) * w for a, b, w in zip(ends, ends[1:], weights[1:], strict=False))
-    tokens = sum(b.size * b.new_tokens for b in plan.workload.batches)
+    tokens = sum(sum(b.new_tokens_each) for b in plan.workload.batches)
     return Prediction(ends[0], decode, tokens, lanes, ops)

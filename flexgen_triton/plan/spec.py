@@ -5,7 +5,7 @@ Knows shapes, bytes and floating-point operations. Does not know where anything 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -195,12 +195,23 @@ def _halves(tensor: TensorSpec, group_size: int) -> tuple[TensorSpec, TensorSpec
     return codes, scales
 
 
+def cached(prompt_lens: Sequence[int], asked: Sequence[int], step: int) -> tuple[int, ...]:
+    """Cached tokens of sequences when token step `step` begins."""
+    return tuple(p + step - 1 if 0 < step < n else 0 for p, n in zip(prompt_lens, asked, strict=True))
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One GPU batch: prompt lengths in tokens, longest first, and the new tokens asked of each sequence."""
+    """One GPU batch: prompt lengths in tokens, longest first, and the most new tokens that a sequence asks.
+
+    `asked` says what each of them asks, where they differ: one that has all it asked for moves no cache any more.
+    """
 
     prompt_lens: tuple[int, ...]
     new_tokens: int
+    asked: tuple[int, ...] = ()
+    scored: int = 0  # prompt tokens whose log-probabilities are asked for
+    sampler_bytes: int = 0  # kept to sample from, for every entry of the vocabulary: counts of tokens, raw logits
 
     @property
     def size(self) -> int:
@@ -213,11 +224,21 @@ class Batch:
     @property
     def max_len(self) -> int:
         """Positions that the longest sequence's cache must hold (the last token is never cached)."""
-        return self.prompt_lens[0] + self.new_tokens - 1
+        return max(p + n - 1 for p, n in zip(self.prompt_lens, self.new_tokens_each, strict=True))
+
+    @property
+    def new_tokens_each(self) -> tuple[int, ...]:
+        return self.asked or (self.new_tokens,) * self.size
+
+    def first(self, size: int) -> Batch:
+        """With its first sequences alone."""
+        asked = self.new_tokens_each[:size]
+        lens = self.prompt_lens[:size]
+        return Batch(lens, max(asked), asked, min(self.scored, sum(lens)), self.sampler_bytes)
 
     def cached(self, step: int) -> tuple[int, ...]:
-        """Cached tokens of each sequence when token step `step` begins."""
-        return tuple(p + step - 1 if step else 0 for p in self.prompt_lens)
+        """Cached tokens of each sequence when token step `step` begins; none of one that has ended."""
+        return cached(self.prompt_lens, self.new_tokens_each, step)
 
     def tokens(self, step: int) -> int:
         """Tokens computed in token step `step`: the packed prompts, then one per sequence."""

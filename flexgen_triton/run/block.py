@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,35 +17,18 @@ from ..models import ops
 from ..models.ops import Matrix, Matrix4, Weight
 from ..models.opt import OPT
 from ..models.sampling import Sampler
-from ..models.sampling_params import SamplingParams
+from ..models.scoring import PromptScorer
 from ..plan.layout import Group
-from ..plan.plan import Plan
+from ..plan.plan import SCORED_ROWS, Plan
 from ..plan.schedule import Op, Slot
-
-
-@dataclass(slots=True)
-class Request:
-    """A request on its way: token ids in, token ids out, and why it ended ("stop", "length" or not yet)."""
-
-    prompt: list[int]
-    params: SamplingParams
-    seed: int = 0
-    tokens: list[int] = field(default_factory=list)
-    finish_reason: str | None = None
-
-    def append(self, token: int, eos: int) -> None:
-        """Take one more token, unless the sequence has ended."""
-        if self.finish_reason is not None:
-            return
-        self.tokens.append(token)
-        if token == eos and not self.params.ignore_eos:
-            self.finish_reason = "stop"
-        elif len(self.tokens) >= self.params.max_tokens:
-            self.finish_reason = "length"
+from .request import Request
 
 
 class Block:
-    """State of the GPU batches of one plan while it runs; `actions` maps an op's name to what it does."""
+    """State of the GPU batches of one plan while it runs; `actions` maps an op's name to what it does.
+
+    `on_step(i, k)` is called when GPU batch k has its tokens of token step i, on the lane that computes.
+    """
 
     def __init__(
         self,
@@ -57,11 +40,11 @@ class Block:
         disk: DiskQueue,
         *,
         dtype: torch.dtype,
-        on_step: Callable[[int, int], None] | None = None,
+        on_step: Callable[[int, int], None],
         keep_logits: Callable[[int, Tensor], None] | None = None,
     ) -> None:
         self._plan, self._batches, self._model, self._weights, self._buffers = plan, batches, model, weights, buffers
-        self._cache = Cache(plan, buffers, disk)
+        self._cache = Cache(plan, buffers, disk, lambda k: [s.finished for s in batches[k]])
         self._activations = Activations(plan, buffers, disk, dtype)
         self._device = buffers.device
         self._on_step, self._keep_logits = on_step, keep_logits
@@ -69,6 +52,7 @@ class Block:
         self._next: list[list[int]] = [[t for s in batch for t in s.prompt] for batch in batches]
         self._head_input: dict[int, Tensor] = {}
         self._logits: dict[int, Tensor] = {}
+        self._scorers: dict[int, list[_Scored]] = {}
         self._view: tuple[tuple[int, int], Mapping[str, Weight]] | None = None
         self._keep: dict[tuple[int, int], tuple[Tensor, int]] = {}
         self._step = -1
@@ -84,7 +68,8 @@ class Block:
         )
 
     @property
-    def actions(self) -> dict[str, Callable[[Op], None]]:
+    def actions(self) -> dict[str, Callable[[Op], int | None]]:
+        """What each op does; a transfer of fewer bytes than planned returns how many."""
         return {
             "read_weight": self._read_weight,
             "load_weight": self._load_weight,
@@ -103,7 +88,7 @@ class Block:
 
     def alive(self, i: int, k: int) -> bool:
         """Whether GPU batch k still has an unfinished sequence."""
-        return any(s.finish_reason is None for s in self._batches[k])
+        return not all(s.finished for s in self._batches[k])
 
     # Slots
 
@@ -215,21 +200,25 @@ class Block:
             return ops.decode_attention(q, segments)
         tag = op.k, group.first
         if tag not in self._keep:
-            counts = [self._plan.kept(n) for n in group.cached(op.i)]
+            counts = [self._plan.kept(n) for n in self._cache.cached(op, group)]
             self._keep[tag] = torch.tensor(counts, dtype=torch.int32, device=self._device), max(counts)
         return ops.sparse_decode_attention(q, segments, *self._keep[tag])
 
     def _head(self, op: Op, w: Mapping[str, Weight], x: Tensor, *, part: int) -> None:
         batch = self._plan.workload.batches[op.k]
+        columns = self._model.head_columns(w)
         if part == 0:
             if op.i == 0:
                 last = torch.tensor(batch.prompt_lens).cumsum(0) - 1
+                self._scorers[op.k] = self._score_inputs(op.k, w, x)
                 x = x[last.to(x.device)]
             self._head_input[op.k] = self._model.head_input(w, x)
             if op.k not in self._logits:
                 shape = (batch.size, self._plan.model.vocab)
                 self._logits[op.k] = torch.empty(shape, dtype=torch.float32, device=self._device)
-        self._model.logits(w, self._head_input[op.k], self._logits[op.k])
+        self._model.logits(w, self._head_input[op.k], self._logits[op.k][:, columns])
+        for scored in self._scorers[op.k] if op.i == 0 else ():
+            self._score(scored, w, columns)
         if op.j + 1 == len(self._plan.layers):
             self._finish_step(op)
 
@@ -237,9 +226,42 @@ class Block:
         logits = self._logits[op.k]
         if self._keep_logits:
             self._keep_logits(op.k, logits.clone())
-        tokens = self._samplers[op.k].sample(logits).tokens
-        self._next[op.k] = tokens
-        for sequence, token in zip(self._batches[op.k], tokens, strict=True):
-            sequence.append(token, self._model.config.eos_token_id)
-        if self._on_step:
-            self._on_step(op.i, op.k)
+        for scored in self._scorers.pop(op.k, ()):
+            scored.request.prompt_logprobs = scored.scorer.result()
+        drawn = self._samplers[op.k].sample(logits)
+        self._next[op.k] = drawn.tokens
+        for sequence, token, logprobs in zip(self._batches[op.k], drawn.tokens, drawn.logprobs, strict=True):
+            sequence.append(token, logprobs, self._model.config.eos_token_id)
+        self._on_step(op.i, op.k)
+
+    # Log-probabilities of prompts
+
+    def _score_inputs(self, k: int, w: Mapping[str, Weight], x: Tensor) -> list[_Scored]:
+        """What the head multiplies to score the prompts that ask for it: packed rows [T, E] -> a part for each."""
+        found, first = [], 0
+        for request in self._batches[k]:
+            stop = first + len(request.prompt)
+            num = request.params.prompt_logprobs
+            if num is not None and stop - first > 1:
+                targets = torch.tensor(request.prompt[1:], device=x.device)
+                scorer = PromptScorer(targets, num, x.device)
+                found.append(_Scored(request, scorer, self._model.head_input(w, x[first : stop - 1])))
+            first = stop
+        return found
+
+    def _score(self, scored: _Scored, w: Mapping[str, Weight], columns: slice) -> None:
+        """Add this part of the vocabulary, a few positions at a time."""
+        for low in range(0, len(scored.rows), SCORED_ROWS):
+            rows = scored.rows[low : low + SCORED_ROWS]
+            shape = (len(rows), columns.stop - columns.start)
+            logits = torch.empty(shape, dtype=torch.float32, device=rows.device)
+            self._model.logits(w, rows, logits)
+            scored.scorer.add(logits, position=low, token=columns.start)
+
+
+class _Scored(NamedTuple):
+    """A request whose prompt is scored, and what the head multiplies for it: [T - 1, width]."""
+
+    request: Request
+    scorer: PromptScorer
+    rows: Tensor

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from types import TracebackType
 
@@ -11,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..memory.arena import host_available, rss
-from ..memory.buffers import Buffers
+from ..memory.buffers import Buffers, Sizes
 from ..memory.disk import DiskQueue, free_bytes
 from ..memory.store import Store
 from ..memory.weights import Weights
@@ -21,13 +25,20 @@ from ..plan import fit
 from ..plan.link import Span
 from ..plan.placement import Tier
 from ..plan.plan import Plan, make_plan
-from ..plan.policy import Policy
+from ..plan.policy import Policy, PolicyError
 from ..plan.spec import Batch, ModelSpec, Workload
-from .block import Block, Request
+from .batching import Batches, Pool, divide, make_batches, workload
+from .block import Block
 from .executor import execute
+from .request import Request
+from .totals import Totals
 from .trace import Timeline
 
 Progress = Callable[[int, int], None]  # token steps done, of how many
+KeepLogits = Callable[[Sequence[Request], Tensor], None]
+
+MIN_WAITING = 1024  # requests read ahead, to run those alike together ...
+WAITING_BLOCKS = 4  # ... or so many blocks of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +54,30 @@ NO_LIMITS = Limits()
 
 
 @dataclass(frozen=True, slots=True)
+class BlockReport:
+    """What one block did: its plan, when its ops ran, and the seconds from its start at which each token step ended."""
+
+    plan: Plan
+    timeline: Timeline
+    step_ends: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class RunReport:
     """What a call of `generate` did: when, and in which blocks."""
 
     timeline: Timeline
     plans: tuple[Plan, ...]
     step_ends: tuple[tuple[float, ...], ...]  # by block: seconds at which each token step ended, from its start
+
+    @classmethod
+    def of(cls, blocks: Sequence[BlockReport]) -> RunReport:
+        """Blocks that ran one after the other."""
+        spans: list[Span] = []
+        for block in blocks:
+            start = max((s.end for s in spans), default=0.0)
+            spans += [Span(s.op, s.start + start, s.end + start) for s in block.timeline.spans]
+        return cls(Timeline.of(spans), tuple(b.plan for b in blocks), tuple(b.step_ends for b in blocks))
 
     @property
     def prefill_s(self) -> float:
@@ -124,37 +153,120 @@ class Engine:
         requests: Sequence[Request],
         *,
         progress: Progress | None = None,
-        keep_logits: Callable[[Sequence[Request], Tensor], None] | None = None,
+        keep_logits: KeepLogits | None = None,
     ) -> RunReport:
-        """Generate every request, longest prompts first, and fill in its tokens and finish reason.
+        """Generate every request and fill in its tokens and finish reason.
 
         `keep_logits(requests of a GPU batch, logits [B, V])` is called at every token step. Raises PolicyError when the
         prompts do not fit the model's positions or the memory there is; OSError when the disk cannot hold the cache.
         """
-        blocks = self._divide(requests)
-        plans = tuple(self.plan(_workload(batches)) for batches in blocks)
+        blocks = divide(requests, self.policy.gpu_batch_size, self.policy.num_gpu_batches)
+        plans = [self.plan(workload(batches)) for batches in blocks]
         for plan in plans:
             fit.check(plan, self._remaining())
         total = sum(p.workload.steps for p in plans)
-        done = 0
-        spans: list[Span] = []
-        step_ends = []
-        buffers = Buffers(plans, device=self.device, offload_dir=self._offload_dir)
+        reports: list[BlockReport] = []
+        buffers = self._buffers(reduce(Sizes.__or__, map(Sizes.of, plans)))
         try:
             for plan, batches in zip(plans, blocks, strict=True):
+                before = sum(p.workload.steps for p in plans[: len(reports)])
 
-                def on_step(i: int, k: int, before: int = done) -> None:
+                def on_step(i: int, k: int, before: int = before) -> None:
                     if progress:
                         progress(before + i + 1, total)
 
-                start = max((s.end for s in spans), default=0.0)
-                found = self._run_block(plan, batches, buffers, on_step, keep_logits)
-                spans += [Span(s.op, s.start + start, s.end + start) for s in found]
-                step_ends.append(_step_ends(found))
-                done += plan.workload.steps
+                block = self._run_block(plan, batches, buffers, on_step=on_step, keep_logits=keep_logits)
+                reports.append(_exhaust(block))
         finally:
             buffers.close()
-        return RunReport(Timeline.of(spans), plans, tuple(step_ends))
+        return RunReport.of(reports)
+
+    def stream(
+        self, requests: Iterable[Request], totals: Totals, *, partial: bool = False, progress: Progress | None = None
+    ) -> Iterator[Request]:
+        """Generate requests as they come, each handed back when it has ended (`partial`: after every token step too).
+
+        Reads a bounded number of them ahead and runs those alike together, in blocks no larger than the policy says and
+        than memory holds; one that does not fit by itself is handed back with its `error`. `totals` is kept up to date,
+        `progress` is told of each block's token steps. Raises OSError when the disk cannot hold the cache.
+        """
+        policy = self.policy
+        pool = Pool(requests, size=max(MIN_WAITING, WAITING_BLOCKS * policy.block_size))
+        room = _Room()
+        try:
+            while waiting := pool.take(policy.block_size):
+                try:
+                    plan, batches = self._fitting(waiting, room)
+                except PolicyError as error:
+                    waiting[0].fail(str(error))
+                    pool.put_back(waiting[1:])
+                    yield waiting[0]
+                    continue
+                pool.put_back(waiting[sum(map(len, batches)) :])
+                totals.begin(plan)
+
+                def on_step(i: int, steps: int = plan.workload.steps) -> None:
+                    if progress:
+                        progress(i + 1, steps)
+
+                totals.end((yield from self._stream_block(plan, batches, room, on_step, partial=partial)))
+        finally:
+            room.close()
+
+    def _stream_block(
+        self, plan: Plan, batches: Batches, room: _Room, stepped: Callable[[int], None], *, partial: bool
+    ) -> Generator[Request, None, Timeline]:
+        """Run one block; its requests are handed over as they end, by the thread that asks for the next one."""
+        news: deque[Request] = deque()  # filled on the lane that computes
+        ended: set[int] = set()
+
+        def on_step(i: int, k: int) -> None:
+            stepped(i)
+            news.extend(r for r in batches[k] if (partial or r.finished) and id(r) not in ended)
+            ended.update(id(r) for r in batches[k] if r.finished)
+
+        assert room.buffers is not None
+        block = self._run_block(plan, batches, room.buffers, on_step=on_step, watched=partial)
+        try:
+            while True:
+                try:
+                    next(block)
+                except StopIteration as end:
+                    report: BlockReport = end.value
+                    break
+                while news:
+                    yield news.popleft()
+        finally:
+            block.close()
+        yield from news
+        return report.timeline
+
+    def _fitting(self, requests: Sequence[Request], room: _Room) -> tuple[Plan, Batches]:
+        """The first of the requests, as many as the policy lets and as fit, and buffers for them in `room`.
+
+        Raises PolicyError when not even the first one fits.
+        """
+        policy = self.policy
+        plan, batches = self._planned(requests, policy.gpu_batch_size, policy.num_gpu_batches)
+        if room.holds(plan):
+            return plan, batches
+        room.close()
+        available = self._remaining()
+        for size, count in _smaller(policy.gpu_batch_size, policy.num_gpu_batches):
+            plan, batches = self._planned(requests, size, count)
+            if fit.fits(plan, available):
+                break
+        else:
+            fit.check(plan, available)
+        room.buffers, room.workspace = self._buffers(Sizes.of(plan)), plan.workspace_bytes
+        return plan, batches
+
+    def _planned(self, requests: Sequence[Request], size: int, count: int) -> tuple[Plan, Batches]:
+        batches = make_batches(requests[: size * count], size)
+        return self.plan(workload(batches)), batches
+
+    def _buffers(self, sizes: Sizes) -> Buffers:
+        return Buffers(sizes, device=self.device, offload_dir=self._offload_dir)
 
     def _remaining(self) -> dict[Tier, int]:
         """Bytes there are for a plan, whose resident weights are already loaded."""
@@ -164,23 +276,21 @@ class Engine:
         free[tier] += self.weights.gpu_bytes
         return free
 
-    def _divide(self, requests: Sequence[Request]) -> list[list[list[Request]]]:
-        """Requests of similar length to the same GPU batch: blocks of GPU batches of requests."""
-        ordered = sorted(requests, key=lambda r: (len(r.prompt), r.params.max_tokens), reverse=True)
-        size = self.policy.gpu_batch_size
-        batches = [ordered[n : n + size] for n in range(0, len(ordered), size)]
-        count = self.policy.num_gpu_batches
-        return [batches[n : n + count] for n in range(0, len(batches), count)]
-
     def _run_block(
         self,
         plan: Plan,
-        batches: Sequence[Sequence[Request]],
+        batches: Batches,
         buffers: Buffers,
+        *,
         on_step: Callable[[int, int], None],
-        keep_logits: Callable[[Sequence[Request], Tensor], None] | None,
-    ) -> list[Span]:
+        watched: bool = False,
+        keep_logits: KeepLogits | None = None,
+    ) -> Generator[None, None, BlockReport]:
+        """Run one block, yielding as its ops are issued; `watched` keeps them from running ahead of its token steps."""
         buffers.reset()
+        started = time.time()
+        for request in itertools.chain.from_iterable(batches):
+            request.first_scheduled_time = started
         keep = (lambda k, logits: keep_logits(batches[k], logits)) if keep_logits else None
         block = Block(
             plan,
@@ -193,9 +303,11 @@ class Engine:
             on_step=on_step,
             keep_logits=keep,
         )
-        asked = {r.params.max_tokens for batch in batches for r in batch}
-        fixed = len(asked) == 1 and all(r.params.ignore_eos for batch in batches for r in batch)
-        return execute(plan.program, block.actions, device=self.device, alive=None if fixed else block.alive)
+        fixed = not watched and all(_runs_to_its_end(batch) for batch in batches)
+        spans = yield from execute(
+            plan.program, block.actions, device=self.device, alive=None if fixed else block.alive
+        )
+        return BlockReport(plan, Timeline.of(spans), _step_ends(spans))
 
     def close(self) -> None:
         self.weights.close()
@@ -210,10 +322,46 @@ class Engine:
         self.close()
 
 
-def _workload(batches: Sequence[Sequence[Request]]) -> Workload:
-    return Workload(
-        tuple(Batch(tuple(len(r.prompt) for r in batch), max(r.params.max_tokens for r in batch)) for batch in batches)
-    )
+@dataclass(slots=True)
+class _Room:
+    """The buffers of a stream, kept from block to block while they are large enough, and the workspace that fitted."""
+
+    buffers: Buffers | None = None
+    workspace: int = 0
+
+    def holds(self, plan: Plan) -> bool:
+        buffers = self.buffers
+        return buffers is not None and buffers.sizes.hold(plan) and plan.workspace_bytes <= self.workspace
+
+    def close(self) -> None:
+        if self.buffers is not None:
+            self.buffers.close()
+            self.buffers = None
+
+
+def _smaller(gpu_batch_size: int, num_gpu_batches: int) -> Iterator[tuple[int, int]]:
+    """Sizes of a block, from the one asked for down to one sequence."""
+    size = gpu_batch_size
+    while size > 1:
+        yield size, num_gpu_batches
+        size = size * 3 // 4
+    for count in range(num_gpu_batches, 0, -1):
+        yield 1, count
+
+
+def _runs_to_its_end(batch: Sequence[Request]) -> bool:
+    """Whether it is known beforehand at which token step the GPU batch ends."""
+    return all(r.params.ignore_eos and not r.params.stop_token_ids and not r.watch for r in batch)
+
+
+def _exhaust(block: Generator[None, None, BlockReport]) -> BlockReport:
+    """Run a block to its end."""
+    try:
+        while True:
+            next(block)
+    except StopIteration as end:
+        report: BlockReport = end.value
+        return report
 
 
 def _step_ends(spans: Sequence[Span]) -> tuple[float, ...]:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import replace
 from functools import partial
 
 import torch
 
 from ..memory.lanes import Lanes
 from ..plan.link import Linker, Span
-from ..plan.schedule import Generator, Lane, Op, Program
+from ..plan.schedule import Generator as Issue
+from ..plan.schedule import Lane, Op, Program
 
-Action = Callable[[Op], None]
+Action = Callable[[Op], int | None]  # returns the bytes moved, None where they are as planned
 HOST_LANES = (Lane.DISK_IN, Lane.DISK_OUT)
 
 
@@ -26,19 +28,31 @@ def execute(
     *,
     device: torch.device,
     alive: Callable[[int, int], bool] | None = None,
-) -> list[Span]:
-    """Run `program`, looking each op's action up by name; returns when every op has finished.
+) -> Generator[None, None, list[Span]]:
+    """Run `program`, looking each op's action up by name; yields whenever an op was issued, returns when all finished.
 
     `alive(i, k)` is asked when all computation of GPU batch k before token step i has finished; None never asks.
-    The first error of any op stops the run and is raised with that op in its notes; no thread is left either way.
+    The first error of any op stops the run and is raised with that op in its notes; no thread is left either way, nor
+    when the generator is closed.
     """
     spans: list[Span] = []
+    moved: dict[int, int] = {}  # by the identity of an op, until it is done
+
+    def act(op: Op) -> None:
+        nbytes = actions[op.name](op)
+        if nbytes is not None and nbytes != op.bytes:
+            moved[id(op)] = nbytes
+
+    def on_done(op: Op, start: float, end: float) -> None:
+        nbytes = moved.pop(id(op), op.bytes)
+        spans.append(Span(op if nbytes == op.bytes else replace(op, bytes=nbytes), start, end))
+
     streams = [lane for lane in Lane if lane not in HOST_LANES]
     lanes = Lanes(
         lanes_of(program),
         device=device,
         streams=streams,
-        on_done=lambda op, start, end: spans.append(Span(op, start, end)),
+        on_done=on_done,
     )
     computed: dict[int, int] = {}  # GPU batch -> position of its latest computation
 
@@ -50,10 +64,11 @@ def execute(
 
     linker = Linker(serial=program.serial)
     try:
-        for op in Generator(program, still_alive):
-            position = lanes.submit(op.lane, partial(actions[op.name], op), linker.link(op), op)
+        for op in Issue(program, still_alive):
+            position = lanes.submit(op.lane, partial(act, op), linker.link(op), op)
             if op.lane is Lane.COMPUTE:
                 computed[op.k] = position
+            yield
         lanes.finish()
     finally:
         lanes.close()

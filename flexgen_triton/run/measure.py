@@ -33,8 +33,8 @@ from ..plan.policy import Policy
 from ..plan.schedule import Lane
 from ..plan.spec import DTYPE_BYTES, to_4bit
 from . import sweeps
-from .block import Request
 from .engine import Engine, RunReport
+from .request import Request
 from .sweeps import CPU, MIB, Clock, Workbench
 
 Progress = Callable[[str, int, int], None]  # the phase, steps done, of how many

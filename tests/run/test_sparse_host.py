@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_compression import check, make_policy
 
-from flexgen_triton.memory.buffers import Buffers
+from flexgen_triton.memory.buffers import Buffers, Sizes
 from flexgen_triton.memory.cache import Cache
 from flexgen_triton.memory.disk import DiskQueue
 from flexgen_triton.models.opt import OPTConfig, model_spec
@@ -36,8 +36,8 @@ def plan_of(percent: tuple[int, int], sparsity: float, *, is_4bit: bool) -> Plan
 def filled(plan: Plan, folder: Path) -> Iterator[tuple[Cache, Buffers]]:
     """A cache whose homes on the host hold nothing but K, V and OPEN."""
     disk = DiskQueue(threads=1)
-    buffers = Buffers([plan], device=torch.device("cpu"), offload_dir=folder)
-    cache = Cache(plan, buffers, disk)
+    buffers = Buffers(Sizes.of(plan), device=torch.device("cpu"), offload_dir=folder)
+    cache = Cache(plan, buffers, disk, lambda k: [False] * plan.workload.batches[k].size)
     for home, buffer in cache._host.items():
         row = plan.groups[home[1]].cache[1].size * plan.cache_layout.half
         halves = buffer.view(plan.cache_home_blocks(home[1]), 2, row)

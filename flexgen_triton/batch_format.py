@@ -1,0 +1,591 @@
+"""OpenAI's batch format: what a line of the input asks for, and what a line of the output answers.
+
+Owns the fields, their checks and the shapes of answers. Knows no file, no model and no tokenizer: it gets token texts
+through `TokenText`. Every refusal is a `LineError`, one sentence; nothing that a line asks for is ignored silently.
+"""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import xxhash
+
+from .models.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from .models.sampling import Logprob, Logprobs
+    from .outputs import CompletionOutput, RequestOutput
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+MAX_CHOICES = 4096  # completions that one line may ask for: they are held until its last one is done
+BIGGEST = 1 << 64  # of any number but a token id
+MAX_TOKEN_ID = 1 << 31
+LOWEST_LOGPROB = -9999.0  # JSON has no infinity
+UNREADABLE = "\ufffd"  # what a part of a character decodes to
+WINDOW = 16  # tokens that one character may need
+
+LINE_FIELDS = ("custom_id", "method", "url", "body")
+WHOLE = ("n", "seed", "top_k", "min_tokens", "prompt_logprobs")
+REAL = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+FLAGS = ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens")
+SAMPLING = frozenset((*WHOLE, *REAL, *FLAGS, "stop", "stop_token_ids"))
+HARMLESS = (
+    "model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
+    "prompt_cache_retention",
+)  # fmt: skip
+NEUTRAL: dict[str, tuple[object, ...]] = {  # known but not done here, and the values that ask for nothing
+    "stream": (False,),
+    "stream_options": (),
+    "logit_bias": ({},),
+    "response_format": ({"type": "text"},),
+}
+COMPLETION_NEUTRAL = NEUTRAL | {"suffix": ("",)}
+CHAT_NEUTRAL = NEUTRAL | {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "reasoning_effort": (),
+    "verbosity": (),
+    "web_search_options": (),
+}
+COMPLETION_FIELDS = SAMPLING | {"prompt", "max_tokens", "logprobs", "echo", "best_of"}
+CHAT_FIELDS = SAMPLING | {"messages", "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs"}
+ROLES = ("system", "developer", "user", "assistant")
+
+
+class LineError(ValueError):
+    """A line that cannot be answered: a code for programs and one sentence for people."""
+
+    def __init__(self, message: str, code: str = "invalid_request") -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionRequest:
+    """A line for /v1/completions. `only_echo`: max_tokens was 0; one token is drawn all the same, and dropped."""
+
+    prompts: tuple[str | tuple[int, ...], ...]
+    params: SamplingParams
+    logprobs: int | None
+    prompt_logprobs: int | None
+    echo: bool
+    only_echo: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRequest:
+    """A line for /v1/chat/completions. `fills`: no max_tokens was given, so it may use every position there is."""
+
+    messages: tuple[dict[str, str], ...]
+    params: SamplingParams
+    fills: bool
+
+
+class TokenText(Protocol):
+    def __call__(self, ids: Sequence[int], *, special: bool) -> str:
+        """The text of these tokens, with the special ones or without."""
+
+
+class SeenIds:
+    """The custom_ids of a batch and the lines they stand on, at 18 to 36 bytes each.
+
+    Open addressing over 64-bit hashes: two different ids among a million pass for one with a probability of 3e-8.
+    """
+
+    def __init__(self) -> None:
+        self._slots = 1 << 10
+        self._hashes, self._lines = self._empty()
+        self._count = 0
+
+    def _empty(self) -> tuple[array[int], array[int]]:
+        return array("Q", bytes(8 * self._slots)), array("I", bytes(4 * self._slots))
+
+    def add(self, custom_id: str, line: int) -> int | None:
+        """Note that the id stands on this line; the line where it stood first, if it did."""
+        key = xxhash.xxh3_64_intdigest(custom_id.encode("utf-8", "surrogatepass")) or 1
+        slot = self._slot(key)
+        if self._hashes[slot]:
+            return self._lines[slot]
+        self._hashes[slot], self._lines[slot] = key, min(line, (1 << 32) - 1)
+        self._count += 1
+        if 3 * self._count > 2 * self._slots:
+            self._grow()
+        return None
+
+    def _slot(self, key: int) -> int:
+        """Where the hash stands, or the empty slot where it would."""
+        hashes, mask = self._hashes, self._slots - 1
+        slot = key & mask
+        while hashes[slot] and hashes[slot] != key:
+            slot = (slot + 1) & mask
+        return slot
+
+    def _grow(self) -> None:
+        hashes, lines = self._hashes, self._lines
+        self._slots *= 2
+        self._hashes, self._lines = self._empty()
+        for key, line in zip(hashes, lines, strict=True):
+            if key:
+                slot = self._slot(key)
+                self._hashes[slot], self._lines[slot] = key, line
+
+
+def read_object(raw: bytes) -> dict[str, Any]:
+    """The JSON object that a line holds. Raises LineError for anything else."""
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError as error:
+        raise LineError(f"byte {error.start + 1} of the line is not UTF-8", "invalid_json") from error
+    try:
+        found = json.loads(
+            text.removeprefix("\ufeff"), object_pairs_hook=_without_repeats, parse_constant=_refuse_constant
+        )
+    except json.JSONDecodeError as error:
+        reason = f"{error.msg[0].lower()}{error.msg[1:]} at character {error.pos + 1}"
+        raise LineError(f"the line is not valid JSON: {reason}", "invalid_json") from error
+    except RecursionError as error:
+        raise LineError("the line nests JSON too deeply; a request needs a few levels", "invalid_json") from error
+    except LineError:
+        raise
+    except ValueError as error:
+        raise LineError("the line holds a number of more than 4300 digits", "invalid_json") from error
+    if not isinstance(found, dict):
+        raise LineError(f"the line is {_shown(found)}; it must be a JSON object", "invalid_json")
+    return found
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object's fields; json would keep the last of two that have one name."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        (repeated, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise LineError(f"{_name(repeated)} is given twice in one object", "invalid_json")
+    return found
+
+
+def _refuse_constant(name: str) -> float:
+    raise LineError(f"{name} is not a number in JSON", "invalid_json")
+
+
+def read_custom_id(fields: Mapping[str, Any]) -> str:
+    """The line's custom_id. Raises LineError where there is none."""
+    found = fields.get("custom_id")
+    if found is None:
+        raise LineError("custom_id is missing")
+    if not isinstance(found, str) or not found:
+        raise LineError(f"custom_id is {_shown(found)}; it must be a text that is not empty")
+    return found
+
+
+def read_request(fields: Mapping[str, Any]) -> CompletionRequest | ChatRequest:
+    """What a line asks for. Raises LineError for what is missing, wrong, unknown, or not done here.
+
+    `model` must be a text where it is given, but is not compared: the answer names the model that ran.
+    """
+    unknown = next((name for name in fields if name not in LINE_FIELDS), None)
+    if unknown is not None:
+        raise LineError(f"{_name(unknown)} is no field of a line; those are {', '.join(LINE_FIELDS)}", "unknown_field")
+    if fields.get("method") != "POST":
+        raise LineError(f'method is {_given(fields, "method")}; it must be "POST"')
+    url = fields.get("url")
+    if url not in (COMPLETIONS, CHAT):
+        raise LineError(f'url is {_given(fields, "url")}; it must be "{COMPLETIONS}" or "{CHAT}"', "unsupported_url")
+    body = fields.get("body")
+    if not isinstance(body, dict):
+        raise LineError(f"body is {_given(fields, 'body')}; it must be an object")
+    given = {name: value for name, value in body.items() if value is not None}  # null: as if left out
+    if not isinstance(given.get("model", ""), str):
+        raise LineError(f"model is {_shown(given['model'])}; it must be a text")
+    return _completion_request(given) if url == COMPLETIONS else _chat_request(given)
+
+
+def _completion_request(body: Mapping[str, Any]) -> CompletionRequest:
+    _check_fields(body, COMPLETION_FIELDS, COMPLETION_NEUTRAL, COMPLETIONS)
+    prompts = _prompts(body)
+    params = _sampling(body)
+    n = params.get("n", 1)
+    if "best_of" in body and _whole("best_of", body["best_of"]) != n:
+        raise LineError(f"best_of is {body['best_of']} and n {n}; only as many as are returned are made")
+    if n * len(prompts) > MAX_CHOICES:
+        raise LineError(
+            f"{len(prompts)} prompts with n {n} are {n * len(prompts)} completions; a line may have {MAX_CHOICES}"
+        )
+    max_tokens = _whole("max_tokens", body.get("max_tokens", 16))
+    echo = _flag("echo", body.get("echo", False))
+    if max_tokens == 0 and not echo:
+        raise LineError("max_tokens is 0; it must be at least 1, or echo true")
+    if max_tokens == 0 and params.get("min_tokens", 0) > 0:
+        raise LineError(f"min_tokens is {params['min_tokens']} and max_tokens 0; it may not be above it")
+    logprobs = _whole("logprobs", body["logprobs"]) if "logprobs" in body else None
+    asked = params.pop("prompt_logprobs", None)
+    scored = max((k for k in (asked, logprobs if echo else None) if k is not None), default=None)
+    made = _params(params | {"max_tokens": max_tokens or 1, "logprobs": logprobs, "prompt_logprobs": scored})
+    return CompletionRequest(prompts, made, logprobs, asked, echo, only_echo=max_tokens == 0)
+
+
+def _prompts(body: Mapping[str, Any]) -> tuple[str | tuple[int, ...], ...]:
+    """One prompt or several, each a text or token ids."""
+    if "prompt" not in body:
+        raise LineError("body has no prompt")
+    given = body["prompt"]
+    if isinstance(given, str):
+        return (_text("prompt", given),)
+    if not isinstance(given, list) or not given:
+        raise LineError(f"prompt is {_shown(given)}; it must be a text, token ids, or a list of one or the other")
+    if isinstance(given[0], int):
+        return (_token_ids("prompt", given),)
+    if isinstance(given[0], str):
+        return tuple(_text(f"prompt {n}", p) for n, p in enumerate(given))
+    return tuple(_token_ids(f"prompt {n}", p) for n, p in enumerate(given))
+
+
+def _chat_request(body: Mapping[str, Any]) -> ChatRequest:
+    _check_fields(body, CHAT_FIELDS, CHAT_NEUTRAL, CHAT)
+    params = _sampling(body)
+    limits = {_whole(name, body[name]) for name in ("max_tokens", "max_completion_tokens") if name in body}
+    if len(limits) > 1:
+        raise LineError(
+            f"max_tokens is {body['max_tokens']} and max_completion_tokens {body['max_completion_tokens']}; give one"
+        )
+    wants = _flag("logprobs", body.get("logprobs", False))
+    if "top_logprobs" in body and not wants:
+        raise LineError("top_logprobs is given without logprobs; it needs logprobs true")
+    logprobs = _whole("top_logprobs", body.get("top_logprobs", 0)) if wants else None
+    messages = _messages(body)
+    max_tokens = limits.pop() if limits else None
+    room = max(params.get("min_tokens", 0), 1)  # stands in until the prompt's length is known
+    made = _params(params | {"max_tokens": room if max_tokens is None else max_tokens, "logprobs": logprobs})
+    return ChatRequest(messages, made, fills=max_tokens is None)
+
+
+def _messages(body: Mapping[str, Any]) -> tuple[dict[str, str], ...]:
+    if "messages" not in body:
+        raise LineError("body has no messages")
+    given = body["messages"]
+    if not isinstance(given, list) or not given:
+        raise LineError(f"messages is {_shown(given)}; it must be a list of at least one message")
+    return tuple(_message(f"message {n}", m) for n, m in enumerate(given))
+
+
+def _message(what: str, given: object) -> dict[str, str]:
+    if not isinstance(given, dict):
+        raise LineError(f"{what} is {_shown(given)}; it must be an object")
+    found = {name: value for name, value in given.items() if value is not None}
+    unknown = next((name for name in found if name not in ("role", "content", "name")), None)
+    if unknown is not None:
+        raise LineError(f"{what} has {_name(unknown)}; role, content and name are understood", "unsupported_parameter")
+    if found.get("role") not in ROLES:
+        raise LineError(f"{what}: role is {_given(found, 'role')}; it must be one of {', '.join(ROLES)}")
+    if "content" not in found:
+        raise LineError(f"{what} has no content")
+    name = {"name": _text(f"{what}: name", found["name"])} if "name" in found else {}
+    return {"role": found["role"], "content": _content(f"{what}: content", found["content"]), **name}
+
+
+def _content(what: str, given: object) -> str:
+    """A message's text; of several parts, each on lines of its own, as vLLM joins them."""
+    if not isinstance(given, list):
+        return _text(what, given)
+    if not given:
+        raise LineError(f"{what} is {_shown(given)}; it must be a text or a list of at least one part")
+    texts = []
+    for n, part in enumerate(given):
+        if not isinstance(part, dict) or part.get("type") != "text" or set(part) != {"type", "text"}:
+            raise LineError(
+                f'{what}: part {n} must be {{"type": "text", "text": ...}}; only text is understood',
+                "unsupported_parameter",
+            )
+        texts.append(_text(f"{what}: part {n}", part["text"]))
+    return "\n".join(texts)
+
+
+def _check_fields(
+    body: Mapping[str, Any], known: frozenset[str], neutral: Mapping[str, tuple[object, ...]], url: str
+) -> None:
+    """Raise LineError for the first field that is unknown, or asks for what is not done here."""
+    for name, value in body.items():
+        if name in known or name in HARMLESS or value in neutral.get(name, ()):
+            continue
+        if name in neutral:
+            raise LineError(f"{name} is {_shown(value)}, which is not supported; leave it out", "unsupported_parameter")
+        raise LineError(f"{_name(name)} is no parameter of {url} here; leave it out", "unknown_field")
+
+
+def _sampling(body: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the body's fields that both urls have and that say how tokens are drawn, with their types checked."""
+    found: dict[str, Any] = {name: _whole(name, body[name]) for name in WHOLE if name in body}
+    found |= {name: _real(name, body[name]) for name in REAL if name in body}
+    found |= {name: _flag(name, body[name]) for name in FLAGS if name in body}
+    if "stop" in body:
+        stop = body["stop"]
+        found["stop"] = tuple(_text("stop", s) for s in (stop if isinstance(stop, list) else [stop]))
+    if "stop_token_ids" in body:
+        found["stop_token_ids"] = _token_ids("stop_token_ids", body["stop_token_ids"])
+    return found
+
+
+def _params(fields: Mapping[str, Any]) -> SamplingParams:
+    try:
+        return SamplingParams(**fields)
+    except ValueError as error:
+        raise LineError(str(error)) from error
+
+
+def _whole(name: str, value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise LineError(f"{name} is {_shown(value)}; it must be a whole number")
+    if abs(value) >= BIGGEST:
+        raise LineError(f"{name} is {_shown(value)}; it must be below 2^64")
+    return value
+
+
+def _real(name: str, value: object) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < BIGGEST:
+        raise LineError(f"{name} is {_shown(value)}; it must be a number below 2^64")
+    return value
+
+
+def _flag(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise LineError(f"{name} is {_shown(value)}; it must be true or false")
+    return value
+
+
+def _text(name: str, value: object) -> str:
+    """A text that has an encoding: JSON may hold half of a character that needs two escapes."""
+    if not isinstance(value, str):
+        raise LineError(f"{name} is {_shown(value)}; it must be a text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise LineError(f"character {error.start + 1} of {name} is half a surrogate pair, so no text") from error
+    return value
+
+
+def _token_ids(name: str, value: object) -> tuple[int, ...]:
+    if not isinstance(value, list):
+        raise LineError(f"{name} is {_shown(value)}; it must be a list of token ids")
+    bad = next((t for t in value if type(t) is not int or not 0 <= t < MAX_TOKEN_ID), None)
+    if bad is not None or None in value:
+        raise LineError(f"{name} holds {_shown(bad)}, which is no token id")
+    return tuple(value)
+
+
+def _given(fields: Mapping[str, Any], name: str) -> str:
+    """ "missing", or the value."""
+    return _shown(fields[name]) if name in fields else "missing"
+
+
+def _name(name: str) -> str:
+    """A field's name as a message can show it."""
+    return _shown(name) if len(name) > 40 or not name.isidentifier() else name
+
+
+def _shown(value: object) -> str:
+    """A value of JSON in a few words, however large it is."""
+    if isinstance(value, dict):
+        return "an object"
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    if isinstance(value, str):
+        return json.dumps(value if len(value) <= 40 else value[:40] + "...")
+    if isinstance(value, int) and abs(value) >= BIGGEST:
+        return f"a number of {len(str(abs(value)))} digits"
+    return json.dumps(value)
+
+
+def answer(custom_id: str, request_id: str, body: Mapping[str, Any]) -> dict[str, Any]:
+    """An output line of a request that was answered, but for its id."""
+    response = {"status_code": 200, "request_id": request_id, "body": body}
+    return {"custom_id": custom_id, "response": response, "error": None}
+
+
+def failure(custom_id: str | None, line: int, code: str, message: str) -> dict[str, Any]:
+    """An output line of a request that has no answer; without a custom_id its message names the input's line."""
+    message = message if custom_id is not None else f"line {line}: {message}"
+    return {"custom_id": custom_id, "response": None, "error": {"code": code, "message": message}}
+
+
+def completion_body(
+    request: CompletionRequest,
+    outputs: Sequence[RequestOutput],
+    *,
+    request_id: str,
+    created: int,
+    model: str,
+    text: TokenText,
+) -> dict[str, Any]:
+    """A `text_completion`: the choices of the first prompt, of the second...; `outputs` has one entry a prompt."""
+    choices = [
+        {
+            "index": prompt * request.params.n + completion.index,
+            "text": _echoed(request, prompt, output, text) + ("" if request.only_echo else completion.text),
+            "logprobs": _completion_logprobs(request, prompt, output, completion, text),
+            "finish_reason": "length" if request.only_echo else completion.finish_reason,
+            **_prompt_logprobs(request.prompt_logprobs, output, text),
+        }
+        for prompt, output in enumerate(outputs)
+        for completion in output.outputs
+    ]
+    return {
+        "id": f"cmpl-{request_id}",
+        "object": "text_completion",
+        "created": created,
+        "model": model,
+        "choices": choices,
+        "usage": _usage(outputs, counts_output=not request.only_echo),
+    }
+
+
+def chat_body(
+    request: ChatRequest, output: RequestOutput, *, request_id: str, created: int, model: str, text: TokenText
+) -> dict[str, Any]:
+    """A `chat.completion`."""
+    choices = [
+        {
+            "index": completion.index,
+            "message": {"role": "assistant", "content": completion.text, "refusal": None},
+            "logprobs": _chat_logprobs(request.params.logprobs, completion, text),
+            "finish_reason": completion.finish_reason,
+        }
+        for completion in output.outputs
+    ]
+    return {
+        "id": f"chatcmpl-{request_id}",
+        "object": "chat.completion",
+        "created": created,
+        "model": model,
+        "choices": choices,
+        "usage": _usage([output]),
+        **_prompt_logprobs(request.params.prompt_logprobs, output, text),
+    }
+
+
+def _usage(outputs: Sequence[RequestOutput], *, counts_output: bool = True) -> dict[str, int]:
+    prompt = sum(len(o.prompt_token_ids) for o in outputs)
+    completion = sum(len(c.token_ids) for o in outputs for c in o.outputs) if counts_output else 0
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def _echoed(request: CompletionRequest, prompt: int, output: RequestOutput, text: TokenText) -> str:
+    given = request.prompts[prompt]
+    if not request.echo or isinstance(given, str):
+        return str(given) if request.echo else ""
+    return text(output.prompt_token_ids, special=not request.params.skip_special_tokens)
+
+
+def _completion_logprobs(
+    request: CompletionRequest, prompt: int, output: RequestOutput, completion: CompletionOutput, text: TokenText
+) -> dict[str, Any] | None:
+    """Four lists with an entry a token: of the prompt where it is echoed, then of the completion."""
+    if request.logprobs is None:
+        return None
+    special = not request.params.skip_special_tokens
+    tokens: list[int] = []
+    entries: list[Logprobs | None] = []
+    offsets: list[int] = []
+    start, end = 0, len(completion.text)
+    if request.echo:
+        tokens += output.prompt_token_ids
+        entries += output.prompt_logprobs or []
+        start = len(_echoed(request, prompt, output, text))
+        offsets += [min(at, start) for at in _offsets(tokens, text, special=special)]
+    if not request.only_echo:
+        tokens += completion.token_ids
+        entries += completion.logprobs or []
+        offsets += [start + min(at, end) for at in _offsets(completion.token_ids, text, special=special)]
+    pairs = list(zip(tokens, entries, strict=True))
+    return {
+        "text_offset": offsets,
+        "tokens": [_token_text(token, None if entry is None else entry[token], text) for token, entry in pairs],
+        "token_logprobs": [None if entry is None else _number(entry[token]) for token, entry in pairs],
+        "top_logprobs": [
+            None if entry is None else _by_text(entry, token, request.logprobs, text) for token, entry in pairs
+        ],
+    }
+
+
+def _offsets(ids: Sequence[int], text: TokenText, *, special: bool) -> list[int]:
+    """Where each token's text starts in the text of all; tokens that share a character start with it.
+
+    A token's text may depend on those before it, so each is read with the tokens of the character before.
+    """
+    found, at, before, read = [], 0, 0, 0
+    for end in range(1, len(ids) + 1):
+        found.append(at)
+        known, seen = text(ids[before:read], special=special), text(ids[before:end], special=special)
+        if (len(seen) > len(known) and not seen.endswith(UNREADABLE)) or end - read >= WINDOW:
+            at += max(len(seen) - len(known), 0)
+            before, read = read, end
+    return found
+
+
+def _top(entry: Logprobs, limit: int) -> list[tuple[int, Logprob]]:
+    """The likeliest tokens at a position."""
+    return sorted(entry.items(), key=lambda item: -_number(item[1]))[:limit]
+
+
+def _by_text(entry: Logprobs, token: int, limit: int, text: TokenText) -> dict[str, float]:
+    """The likeliest tokens and the one that stands there; of tokens that read alike, the likeliest."""
+    found: dict[str, float] = {}
+    for each, logprob in [*_top(entry, limit), (token, entry[token])]:
+        found.setdefault(_token_text(each, logprob, text), _number(logprob))
+    return found
+
+
+def _chat_logprobs(limit: int | None, completion: CompletionOutput, text: TokenText) -> dict[str, Any] | None:
+    if limit is None:
+        return None
+    content = [
+        {
+            **_token(token, entry[token], text),
+            "top_logprobs": [_token(each, logprob, text) for each, logprob in _top(entry, limit)],
+        }
+        for token, entry in zip(completion.token_ids, completion.logprobs or [], strict=True)
+    ]
+    return {"content": content, "refusal": None}
+
+
+def _token(token: int, logprob: Logprob, text: TokenText) -> dict[str, Any]:
+    shown = _token_text(token, logprob, text)
+    return {
+        "token": shown,
+        "logprob": _number(logprob),
+        "bytes": None if UNREADABLE in shown else list(shown.encode()),
+    }
+
+
+def _prompt_logprobs(limit: int | None, output: RequestOutput, text: TokenText) -> dict[str, Any]:
+    """The field `prompt_logprobs`, in vLLM's shape, where it was asked for."""
+    if limit is None:
+        return {}
+    pairs = zip(output.prompt_token_ids, output.prompt_logprobs or [], strict=True)
+    return {"prompt_logprobs": [None if entry is None else _by_id(entry, token, limit, text) for token, entry in pairs]}
+
+
+def _by_id(entry: Logprobs, token: int, limit: int, text: TokenText) -> dict[str, Any]:
+    chosen = dict([*_top(entry, limit), (token, entry[token])])
+    return {
+        str(each): {"logprob": _number(p), "rank": p.rank, "decoded_token": _token_text(each, p, text)}
+        for each, p in chosen.items()
+    }
+
+
+def _token_text(token: int, logprob: Logprob | None, text: TokenText) -> str:
+    known = None if logprob is None else logprob.decoded_token
+    return text([token], special=True) if known is None else known
+
+
+def _number(logprob: Logprob) -> float:
+    return logprob.logprob if logprob.logprob > LOWEST_LOGPROB else LOWEST_LOGPROB

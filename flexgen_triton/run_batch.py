@@ -1,0 +1,339 @@
+"""`python -m flexgen_triton run-batch`: answer a file of requests in OpenAI's batch format, whatever interrupts it.
+
+Owns the way of a line: read, checked, run, answered. The format is `batch_format`'s, the output file `journal`'s, the
+generation the library's.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any, BinaryIO, cast
+
+import click
+import xxhash
+
+from . import batch_format, progress
+from .batch_format import ChatRequest, CompletionRequest, LineError, SeenIds
+from .journal import MAX_LINE, Journal, JournalError, Line, read_lines
+from .llm import LLM, PreparedPrompt
+from .model_source import DEMO, choose_dtype, find_model
+from .options import LOG_JSON, flags_policy, is_by_hand, model_options, open_model
+from .outputs import RequestOutput
+from .plan.policy import Policy
+from .progress import Display
+
+SAMPLES, SAMPLE = 16, 1 << 16  # of each of a model's files: pieces that are hashed, and their bytes
+MODEL_FILES = (
+    "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "config.json", "generation_config.json",
+    "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "*.model",
+    "chat_template*",
+)  # fmt: skip
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked the job to stop."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+@dataclass(slots=True)
+class _Pending:
+    """A line whose prompts are under way: what is needed to write its answer."""
+
+    line: Line  # without its bytes
+    custom_id: str
+    request: CompletionRequest | ChatRequest
+    outputs: list[RequestOutput | None]
+    missing: int
+
+
+class Job:
+    """Runs the lines of an input that its journal does not hold yet."""
+
+    def __init__(self, llm: LLM, journal: Journal, seed: int) -> None:
+        self._llm, self._journal, self._seed = llm, journal, seed
+        self._seen = SeenIds()
+        self._pending: dict[int, tuple[_Pending, int]] = {}  # by a prompt's number: its line, its place there
+        self._num_prompts = 0
+        self.failed = 0
+
+    def run(self, file: BinaryIO, progress: Callable[[], None]) -> None:
+        """Answer every line that is left, telling `progress` now and then. Raises what model and journal raise."""
+        stream = cast(Generator[RequestOutput, None, None], self._llm.stream(self._prompts(file)))
+        with closing(stream) as outputs:
+            for n, output in enumerate(outputs):
+                if n == 0:
+                    self._journal.confirm(formats(self._llm.policy))
+                self._take(output)
+                progress()
+        assert not self._pending, sorted(self._pending)
+
+    def _prompts(self, file: BinaryIO) -> Iterator[PreparedPrompt]:
+        """The prompts of the lines that are left, in order; lines that cannot be run are answered on the way."""
+        for line in read_lines(file):
+            is_done = self._journal.is_done(line)
+            if not line.is_blank:
+                yield from self._line_prompts(line, is_done=is_done)
+
+    def _line_prompts(self, line: Line, *, is_done: bool) -> Sequence[PreparedPrompt]:
+        """A line's prompts, noted as pending. One that is done is read for its custom_id, which others may repeat."""
+        custom_id = None
+        try:
+            fields = batch_format.read_object(_bytes(line))
+            custom_id = batch_format.read_custom_id(fields)
+            first = self._seen.add(custom_id, line.number)
+            if is_done:
+                return ()
+            if first is not None:
+                raise LineError(f"line {first} has the same custom_id; each line needs its own", "duplicate_custom_id")
+            request = batch_format.read_request(fields)
+            prompts = self._prepare(request, line.number)
+        except LineError as error:
+            if not is_done:
+                self._fail(line, custom_id, error.code, str(error))
+            return ()
+        pending = _Pending(replace(line, raw=None), custom_id, request, [None] * len(prompts), len(prompts))
+        for place in range(len(prompts)):
+            self._pending[self._num_prompts] = pending, place
+            self._num_prompts += 1
+        return prompts
+
+    def _prepare(self, request: CompletionRequest | ChatRequest, line: int) -> list[PreparedPrompt]:
+        """The request's prompts, each with a seed that no interruption changes. Raises LineError."""
+        if isinstance(request, ChatRequest):
+            prompts: Sequence[str | Sequence[int]] = [self._render(request)]
+        else:
+            prompts = request.prompts
+        prepared = []
+        for n, prompt in enumerate(prompts):
+            params = request.params
+            if isinstance(request, ChatRequest) and request.fills:
+                room = self._llm.spec.max_positions - len(prompt)
+                params = replace(params, max_tokens=max(room, params.max_tokens))
+            if params.seed is None:
+                key = f"{self._seed} {line} {n}".encode()
+                params = replace(params, seed=xxhash.xxh3_64_intdigest(key))
+            try:
+                prepared.append(self._llm.request(prompt, params))
+            except ValueError as error:
+                raise LineError(f"prompt {n}: {error}" if len(prompts) > 1 else str(error)) from error
+        return prepared
+
+    def _render(self, request: ChatRequest) -> list[int]:
+        """The conversation's token ids, by the model's own template."""
+        from jinja2 import TemplateError
+
+        try:
+            tokenizer = self._llm.tokenizer
+        except ValueError as error:
+            raise LineError(str(error)) from error
+        if tokenizer.chat_template is None:
+            raise LineError(
+                f"{self._llm.spec.name} has no chat template; ask {batch_format.COMPLETIONS}", "unsupported_url"
+            )
+        try:
+            ids = tokenizer.apply_chat_template(
+                list(request.messages), add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        except (
+            TemplateError,
+            ValueError,
+            TypeError,
+            LookupError,
+            ArithmeticError,
+            AttributeError,
+            RuntimeError,
+        ) as error:
+            raise LineError(f"{self._llm.spec.name}'s chat template refuses the messages: {error}") from error
+        return list(cast(list[int], ids))
+
+    def _take(self, output: RequestOutput) -> None:
+        """Note a prompt's answer, and write the line's when it was the last one."""
+        pending, place = self._pending.pop(output.request_id)
+        pending.outputs[place] = output
+        pending.missing -= 1
+        outputs = [o for o in pending.outputs if o is not None]
+        if pending.missing:
+            return
+        error = next((o.error for o in outputs if o.error), None)
+        if error is not None:
+            self._fail(pending.line, pending.custom_id, "not_run", error)
+        else:
+            request_id = f"req_{pending.line.tag}"
+            body = self._body(pending.request, outputs, pending.line.tag)
+            self._journal.append(pending.line, batch_format.answer(pending.custom_id, request_id, body))
+
+    def _body(
+        self, request: CompletionRequest | ChatRequest, outputs: Sequence[RequestOutput], tag: str
+    ) -> dict[str, Any]:
+        created, model = int(time.time()), self._llm.spec.name
+        if isinstance(request, ChatRequest):
+            (output,) = outputs
+            return batch_format.chat_body(
+                request, output, request_id=tag, created=created, model=model, text=self._text
+            )
+        return batch_format.completion_body(
+            request, outputs, request_id=tag, created=created, model=model, text=self._text
+        )
+
+    def _text(self, ids: Sequence[int], *, special: bool) -> str:
+        if not self._llm.has_tokenizer:
+            return "".join(f"token_id:{t}" for t in ids)
+        decoded = self._llm.tokenizer.decode(
+            list(ids), skip_special_tokens=not special, clean_up_tokenization_spaces=False
+        )
+        return str(decoded)
+
+    def _fail(self, line: Line, custom_id: str | None, code: str, message: str) -> None:
+        self._journal.append(line, batch_format.failure(custom_id, line.number, code, message))
+        self.failed += 1
+
+
+def _bytes(line: Line) -> bytes:
+    if line.raw is None:
+        raise LineError(f"the line has {line.size} bytes; at most {MAX_LINE} are read", "line_too_long")
+    return line.raw
+
+
+def formats(policy: Policy) -> dict[str, Any]:
+    """What of a policy changes the numbers that come out."""
+    group = policy.weight_group
+    return {
+        "weights": f"in 4 bits, groups of {group}" if group else "uncompressed",
+        "cache": "in 4 bits" if policy.is_cache_4bit else "uncompressed",
+        "attn_sparsity": policy.attn_sparsity,
+    }
+
+
+def fingerprint(context: click.Context, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What must be the same for a job to go on. An automatic policy's formats are left out where it may choose them."""
+    source = find_model(options["model"] or DEMO, options["path"])
+    found = {
+        "model": source.name,
+        "model's files": "none" if source.directory is None else files_digest(source.directory),
+        "dtype": choose_dtype(options["dtype"], source),
+        "seed": options["seed"],
+    }
+    if is_by_hand(context, options["policy"]):
+        return found | formats(flags_policy(options))
+    return found if options["allow"] else found | formats(Policy())
+
+
+def files_digest(directory: Path) -> str:
+    """A digest of a model's files, wherever they lie: of each its name, its size, and its bytes or samples of them."""
+    digest = xxhash.xxh3_64()
+    for path in sorted({path for pattern in MODEL_FILES for path in directory.glob(pattern)}):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        step = max((size - SAMPLE) // (SAMPLES - 1), SAMPLE)
+        with path.open("rb") as file:
+            for start in range(0, size, step):
+                file.seek(start)
+                digest.update(file.read(SAMPLE))
+    return digest.hexdigest()
+
+
+def survey(file: BinaryIO, journal: Journal) -> tuple[int, int]:
+    """Lines to answer in all, and lines that are left. Raises JournalError where the done ones are not the input's."""
+    total = left = number = 0
+    for line in read_lines(file):
+        number = line.number
+        is_done = journal.is_done(line)
+        if not line.is_blank:
+            total += 1
+            left += not is_done
+    journal.check_end(number)
+    return total, left
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Within, the first SIGINT or SIGTERM raises Stopped; a second one ends the process, which the journal survives."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)
+        raise Stopped(number)
+
+    ignored = [each for each in SIGNALS if signal.getsignal(each) is signal.SIG_IGN]  # as nohup and & do
+    before = {each: signal.signal(each, stop) for each in SIGNALS if each not in ignored}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "-i",
+    "--input-file",
+    "source",
+    required=True,
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Requests, a line each, in OpenAI's batch format.",
+)
+@click.option(
+    "-o",
+    "--output-file",
+    "output",
+    required=True,
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Answers are added here, a line each, as they come; OUTPUT.job beside it says whose they are.",
+)
+@model_options
+@LOG_JSON
+@click.pass_context
+def command(context: click.Context, /, source: Path, output: Path, log_json: bool, **options: Any) -> None:
+    """Answer a file of requests in OpenAI's batch format.
+
+    A job that was stopped in any way, even by a power cut, goes on when the same command is given again: lines that
+    are answered stay as they are. A line that cannot be answered gets an error in its place and stops nothing.
+    """
+    try:
+        with stoppable():
+            click.echo(answer_file(context, source, output, options, log_json=log_json), err=True)
+    except Stopped as stopped:
+        sentence = "; ".join([*getattr(stopped, "__notes__", ()), "the same command goes on"])
+        click.echo(f"stopped: {sentence}", err=True)
+        raise SystemExit(128 + stopped.number) from None
+
+
+def answer_file(
+    context: click.Context, source: Path, output: Path, options: Mapping[str, Any], *, log_json: bool
+) -> str:
+    """Answer what is left of the input; returns what there is to say in the end.
+
+    Raises JournalError, what the model raises, and Stopped, with a note that says how far the job has come.
+    """
+    if not source.is_file():
+        raise JournalError(f"{source} is no ordinary file; a job that can go on reads its input more than once")
+    if output.exists() and source.samefile(output):
+        raise JournalError(f"{output} is the input too; name another output")
+    begun_with = fingerprint(context, options)
+    with source.open("rb") as file, Journal(output, begun_with) as journal:
+        total, left = survey(file, journal)
+        if not left:
+            return f"all {total} lines of {source} are done: {output}"
+        file.seek(0)
+        try:
+            with Display(total, log_json=log_json) as display, open_model(context, options, display.phase) as llm:
+                job = Job(llm, journal, options["seed"])
+                job.run(file, lambda: display.update(journal.done, llm.totals, total))
+        except JournalError:  # says so itself
+            raise
+        except BaseException as error:
+            error.add_note(f"{journal.done} of {total} lines are done")
+            raise
+        figures = progress.closing_text(progress.figures(llm.totals.sequences, llm.totals))
+        failed = f", {job.failed} of them with an error" if job.failed else ""
+        return f"{figures}\nall {total} lines of {source} are done, {left} in this run{failed}: {output}"
