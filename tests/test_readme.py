@@ -1,12 +1,23 @@
-"""The README's two commands are the ones that CI runs, and what it refers to exists."""
+"""The README's two commands are what CI runs, its four ways in run as written, and what it refers to exists."""
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
+import torch
+from machines import TWO_CORES
+
+from flexgen_triton.run.measure import profile_path, save_profile
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+WAYS = re.findall(r"```(python|sh)\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_two_commands_are_what_ci_runs():
@@ -22,8 +33,29 @@ def test_files_that_it_links_to_exist():
     assert all((ROOT / link).exists() for link in links)
 
 
-def test_its_python_example_uses_the_public_names():
-    import flexgen_triton
+def test_there_are_four_ways_in():
+    starts = (
+        "from flexgen_triton import LLM",
+        "python -m flexgen_triton generate",
+        "echo",
+        "from flexgen_triton.flex_opt",
+    )
+    assert len(WAYS) == 4 and all(code.startswith(s) for (_, code), s in zip(WAYS, starts, strict=True))
 
-    (imported,) = re.findall(r"from flexgen_triton import (.+)", README)
-    assert {name.strip() for name in imported.split(",")} <= set(flexgen_triton.__all__)
+
+@pytest.mark.parametrize("way", range(4))
+def test_each_runs_as_written(way, tmp_path):
+    """In an empty directory of a user whose machine was measured before."""
+    language, code = WAYS[way]
+    save_profile(TWO_CORES, profile_path(tmp_path / ".cache" / "flexgen_triton", torch.device("cpu")))
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    env = {**os.environ, "HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "PATH": path}
+    command = [sys.executable, "-c", code] if language == "python" else ["sh", "-ec", code]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    if code.startswith("echo"):
+        (answer,) = (json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines())
+        assert answer["custom_id"] == "a" and answer["response"]["body"]["choices"][0]["text"]
+    else:
+        assert len(done.stdout) > 40
+    assert "Traceback" not in done.stderr

@@ -346,7 +346,7 @@ class Plan:
 
     @cached_property
     def logits_bytes(self) -> int:
-        """fp32 logits of every GPU batch of the block, kept while the parts of the head go by, and what samplers keep."""
+        """fp32 logits of all GPU batches, kept while the parts of the head go by, and what their samplers keep."""
         return sum(4 * b.size + b.sampler_bytes for b in self.workload.batches) * self.model.vocab
 
     @cached_property
