@@ -29,7 +29,7 @@ from .plan.spec import ModelSpec, stored_as
 from .run.auto import choose, machine, typical_length
 from .run.engine import MIN_WAITING, Engine, Limits, RunReport
 from .run.request import Request
-from .run.totals import Totals
+from .run.totals import Choice, Totals
 from .sizes import parse_size
 from .text import TextStream
 
@@ -212,18 +212,19 @@ class LLM:
             alignment=2 * PAGE * len(self.spec.modules),
         )
 
-    def _settle(self, waiting: Sequence[PreparedPrompt], num_prompts: int | None, gen_len: int) -> None:
+    def _settle(self, waiting: Sequence[PreparedPrompt], num_prompts: int | None, gen_len: int) -> Choice | None:
         """With an automatic policy: find the one for these prompts and load the weights as it says.
 
-        `num_prompts` is how many sequences there are, None where more will follow.
+        `num_prompts` is how many sequences there are, None where more will follow. Returns what is predicted.
         """
         if not self._automatic:
-            return
+            return None
         problem = self.problem([len(p.token_ids) for p in waiting], gen_len, num_prompts, base=self._base)
         current = self._engine.policy if self._engine else None
-        policy = choose(problem, self.hardware, current)
-        if policy != current:
-            self.use(policy)
+        choice = choose(problem, self.hardware, current)
+        if choice.policy != current:
+            self.use(choice.policy)
+        return choice
 
     def _phase(self, name: str) -> Progress | None:
         progress = self._progress
@@ -299,7 +300,7 @@ class LLM:
             return
         count = sum(len(a.requests) for a in first) if len(first) <= MIN_WAITING else None
         asked = typical_length([a.prepared.params.max_tokens for a in first])
-        self._settle([a.prepared for a in first], count, asked)
+        totals.choice = self._settle([a.prepared for a in first], count, asked)
         waiting = requests(itertools.chain(first, source))
         first = []
         for request in self.engine.stream(waiting, totals, partial=partial, progress=self._phase("generate")):

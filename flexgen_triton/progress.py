@@ -36,7 +36,9 @@ def figures(done: int, totals: Totals, total: int | None = None) -> dict[str, An
         "total": total,
         "prompt_tokens": totals.prompt_tokens,
         "output_tokens": totals.output_tokens,
-        "output_tok_s": totals.output_tokens / seconds if seconds else None,
+        "output_tok_s": totals.output_tokens / seconds if seconds and totals.output_tokens else None,
+        "predicted_tok_s": totals.choice.tokens_per_s if totals.choice else None,
+        "predicted_busiest": totals.choice.busiest if totals.choice else None,
         "eta_s": max((total or 0) - done, 0) * seconds / totals.sequences if is_timed else None,
         "blocks": totals.blocks,
         "seconds": seconds,
@@ -52,6 +54,7 @@ def figures_text(f: Mapping[str, Any]) -> str:
     """ "1234 tokens, 56.7 tok/s, 1:02:03 to go, busiest disk_in (93 %), GiB planned: GPU 1.2, host 30.0" """
     texts = [f"{f['output_tokens']} tokens"]
     texts += [f"{f['output_tok_s']:.4g} tok/s"] if f["output_tok_s"] is not None else []
+    texts += _predicted(f)
     texts += [f"{_clock(f['eta_s'])} to go"] if f["eta_s"] is not None else []
     texts += [_busiest(f)] if f["busiest"] else []
     memory = [f"{TIERS[tier]} {n / GIB:.1f}" for tier, n in f["memory"].items() if n]
@@ -62,9 +65,16 @@ def closing_text(f: Mapping[str, Any]) -> str:
     """The last line of a run: what was done, how fast, and how near to the bound of its busiest lane."""
     texts = [_count(f["done"], "prompt"), _count(f["output_tokens"], "token")]
     if f["seconds"]:
-        texts += [f"{f['seconds']:.2f} s", f"{f['output_tok_s']:.4g} tok/s"]
+        texts += [f"{f['seconds']:.2f} s", f"{f['output_tok_s'] or 0:.4g} tok/s", *_predicted(f)]
         texts += [f"makespan / bound {f['seconds'] / f['bound_s']:.3f}"] if f["bound_s"] else []
     return ", ".join(texts + ([_busiest(f)] if f["busiest"] else []))
+
+
+def _predicted(f: Mapping[str, Any]) -> list[str]:
+    """What an automatic policy was expected to do; until there is a measurement, the only figure there is."""
+    if f["predicted_tok_s"] is None:
+        return []
+    return [f"predicted {f['predicted_tok_s']:.4g} tok/s by {f['predicted_busiest']}"]
 
 
 def _busiest(f: Mapping[str, Any]) -> str:

@@ -83,11 +83,11 @@ def test_profiles_and_limits_that_make_no_sense(tiny, tmp_path):
 def test_a_policy_in_use_is_kept_while_it_is_nearly_the_best(tiny, tmp_path):
     with automatic(tiny, tmp_path) as llm:
         problem = llm.problem([20], 8, 64)
-        best = auto.choose(problem, llm.hardware)
+        best = auto.choose(problem, llm.hardware).policy
         half = Policy(best.gpu_batch_size, best.num_gpu_batches, 99, 1, 100, 0, 100, 0)
-        assert auto.choose(problem, llm.hardware, half) == half
+        assert auto.choose(problem, llm.hardware, half).policy == half
         slow = Policy(1, 1, 0, 0, 0, 0, 0, 0)
-        assert auto.choose(problem, llm.hardware, slow) == best
+        assert auto.choose(problem, llm.hardware, slow).policy == best
 
 
 def test_one_length_stands_for_the_longer_half():

@@ -11,10 +11,11 @@ import torch
 from ..plan.fit import fits
 from ..plan.hardware import Hardware, load_profile
 from ..plan.policy import Policy, PolicyError
-from ..plan.predict import Prediction, predict
+from ..plan.predict import DECODE, Prediction, predict
 from ..plan.search import Problem, available, search
 from .engine import Limits, RunReport
 from .measure import load_or_measure
+from .totals import Choice
 
 KEEP = 0.9  # a policy in use this near to the best is kept: another one means loading all weights anew
 
@@ -44,19 +45,21 @@ def machine(
     return hardware.capped(limits.gpu, limits.host, limits.disk)
 
 
-def choose(problem: Problem, hardware: Hardware, current: Policy | None = None) -> Policy:
+def choose(problem: Problem, hardware: Hardware, current: Policy | None = None) -> Choice:
     """The best policy for a problem, or the current one where it fits and is predicted nearly as fast.
 
     Raises PolicyError when no policy fits.
     """
-    best = search(problem, hardware).best
+    found = search(problem, hardware).best
+    best = Choice(found.policy, found.tokens_per_s, found.prediction.busiest(DECODE))
     if current is None or current == best.policy:
-        return best.policy
+        return best
     plan = problem.plan(current, copies=hardware.copies)
     if not fits(plan, available(hardware, problem)):
-        return best.policy
-    throughput = problem.throughput(current, predict(plan, hardware).total_s)
-    return current if throughput >= KEEP * best.tokens_per_s else best.policy
+        return best
+    prediction = predict(plan, hardware)
+    throughput = problem.throughput(current, prediction.total_s)
+    return Choice(current, throughput, prediction.busiest(DECODE)) if throughput >= KEEP * best.tokens_per_s else best
 
 
 def predict_run(report: RunReport, hardware: Hardware) -> Prediction:

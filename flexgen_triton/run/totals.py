@@ -7,7 +7,17 @@ from dataclasses import dataclass, field
 
 from ..plan.fit import need
 from ..plan.plan import Plan
+from ..plan.policy import Policy
 from .trace import Timeline
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A policy, what it is predicted to generate per second, and the lane that is predicted to be busiest."""
+
+    policy: Policy
+    tokens_per_s: float
+    busiest: str
 
 
 @dataclass(slots=True)
@@ -26,6 +36,7 @@ class Totals:
     busy: dict[str, float] = field(default_factory=dict)
     moved: dict[str, int] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
+    choice: Choice | None = None  # the automatic policy, and what it was predicted to do
     began: float | None = None  # when the block under way did, by time.perf_counter()
 
     def begin(self, plan: Plan) -> None:
