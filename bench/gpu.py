@@ -166,6 +166,38 @@ def compression(scratch: Path) -> Iterator[rows.Row]:
                 yield rows.Row(f"{what}: {name}, {fmt}", share, "share", roof=1.0, share=share)
 
 
+def front_door(scratch: Path) -> Iterator[rows.Row]:
+    """Streams, sampling on the device, log-probabilities, and engines made and closed, as the tests do on a CPU."""
+    from tiny_models import MODELS, make_tiny
+
+    name = next(iter(MODELS))
+    tiny = make_tiny(scratch / "front-door", MODELS[name])
+    params = [
+        SamplingParams(max_tokens=3 + n, seed=n, top_p=0.9, top_k=40, repetition_penalty=1.1, logprobs=2,
+                       prompt_logprobs=2, ignore_eos=True)
+        for n in range(len(tiny.prompts))
+    ]  # fmt: skip
+    answers = []
+    policies = (Policy(7, 1), Policy(2, 2, 0, 50, 0, 50, 50, 50), Policy(3, 2, 20, 30, 25, 30, 40, 30))
+    for policy in policies:
+        with LLM(str(tiny.path), policy=policy, dtype="float32", offload_dir=scratch, device="cuda") as llm:
+            outputs = sorted(llm.stream(zip(tiny.prompts, params, strict=True)), key=lambda o: o.request_id)
+        answers.append([o.outputs[0].token_ids for o in outputs])
+        scored = [list(o.prompt_logprobs or ()) for o in outputs]
+        given = [len(s) == len(p) and all(s[1:]) for s, p in zip(scored, tiny.prompts, strict=True)]
+        share = sum(given) / len(given)
+        yield rows.Row(f"prompts scored, {policy.gpu_batch_size} at a time", share, "share", roof=1.0, share=share)
+    same = [a == b == c for a, b, c in zip(*answers, strict=True)]
+    yield rows.Row("seeded samples, any policy", sum(same) / len(same), "share", roof=1.0, share=sum(same) / len(same))
+    held = []
+    for _ in range(20):
+        with LLM(str(tiny.path), policy=policies[2], dtype="float32", offload_dir=scratch, device="cuda") as llm:
+            list(llm.stream((p, SamplingParams(max_tokens=2, temperature=0)) for p in tiny.prompts[:3]))
+        held.append(torch.cuda.memory_allocated())
+    kept = float(held[-1] == held[4])
+    yield rows.Row("20 engines leave no GPU memory", kept, "share", roof=1.0, share=kept, note=f"{held[-1]} bytes")
+
+
 def run(tiny: Tiny, policy: Policy, dtype: str, scratch: Path) -> list[tuple[list[int], torch.Tensor]]:
     """Greedy tokens of every prompt and their logits [tokens, V], on the GPU."""
     from tiny_models import NEW_TOKENS
@@ -266,6 +298,7 @@ def main() -> int:
         recorder.attempt("kernels", kernel_speed.rows)
         recorder.attempt("correctness", lambda: correctness(scratch))
         recorder.attempt("compression", lambda: compression(scratch))
+        recorder.attempt("front door", lambda: front_door(scratch))
         found: list[Hardware] = []
 
         def measured() -> Iterator[rows.Row]:

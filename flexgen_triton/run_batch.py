@@ -23,7 +23,7 @@ from .batch_format import ChatRequest, CompletionRequest, LineError, SeenIds
 from .journal import MAX_LINE, Journal, JournalError, Line, read_lines
 from .llm import LLM, PreparedPrompt
 from .model_source import DEMO, choose_dtype, find_model
-from .options import LOG_JSON, flags_policy, is_by_hand, model_options, open_model
+from .options import LOG_JSON, base_policy, is_by_hand, model_options, open_model
 from .outputs import RequestOutput
 from .plan.policy import Policy
 from .progress import Display
@@ -223,9 +223,9 @@ def fingerprint(context: click.Context, options: Mapping[str, Any]) -> dict[str,
         "dtype": choose_dtype(options["dtype"], source),
         "seed": options["seed"],
     }
-    if is_by_hand(context, options["policy"]):
-        return found | formats(flags_policy(options))
-    return found if options["allow"] else found | formats(Policy())
+    if options["allow"] and not is_by_hand(context, options["policy"]):
+        return found
+    return found | formats(base_policy(options))
 
 
 def files_digest(directory: Path) -> str:
