@@ -495,6 +495,7 @@ def test_killed_at_any_instant_it_ends_as_if_it_never_was(tmp_path, offload):
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
     whole, job = (Job(tmp_path / name, lines, offload) for name in ("whole", "killed"))
+    job.args += ["--gpu-batch-size", "2"]  # few at a time: the job is to last, and a policy is invisible
     whole.done()
     chance, kinds = random.Random(2), [signal.SIGINT, *[signal.SIGKILL] * (KILLS // 2), signal.SIGTERM]
     kinds += [signal.SIGKILL] * (KILLS - KILLS // 2)
@@ -504,11 +505,16 @@ def test_killed_at_any_instant_it_ends_as_if_it_never_was(tmp_path, offload):
         share = (KILL_LINES - before) // (len(kinds) - n + 1)
         wanted = before + (chance.randint(0, 2 * share) if kind == signal.SIGKILL else max(share, 1))
         process = job.start()
+        if n % 5 == 4:  # somewhere in its start
+            wanted = 0
+            time.sleep(chance.uniform(0, 4))
         while job.written() < wanted and process.poll() is None:
-            time.sleep(0.01)
+            time.sleep(0.003)
         if n == 0:
+            process.send_signal(signal.SIGSTOP)
             assert "is being written by another process" in job.refused()
-        time.sleep(chance.uniform(0, 0.1) if kind == signal.SIGKILL else 0)
+            process.send_signal(signal.SIGCONT)
+        time.sleep(chance.uniform(0, 0.03) if kind == signal.SIGKILL else 0)
         process.send_signal(kind)
         output, errors = process.communicate(timeout=100)
         seen.append(job.written())
@@ -521,6 +527,7 @@ def test_killed_at_any_instant_it_ends_as_if_it_never_was(tmp_path, offload):
             assert process.returncode == 128 + kind, errors
             assert errors == f"stopped: {seen[-1]} of {KILL_LINES} lines are done; the same command goes on\n"
             assert job.output.read_bytes().endswith(b"\n")
+    assert len(seen) > 0.8 * len(kinds), f"it was done after {len(seen)} of {len(kinds)} signals"
     print(f"lines done after each signal: {seen}")
     result = job.run()
     assert result.exit_code == 0, (result.output, result.exception)
