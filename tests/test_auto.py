@@ -93,3 +93,32 @@ def test_a_policy_in_use_is_kept_while_it_is_nearly_the_best(tiny, tmp_path):
 def test_one_length_stands_for_the_longer_half():
     assert auto.typical_length([10]) == 10
     assert auto.typical_length([1, 2, 100, 98]) == 99
+
+
+def test_a_stream_has_a_policy_before_all_of_it_is_read(tiny, tmp_path, monkeypatch):
+    """It is found for the first few prompts, as if they went on for ever, and one block is no larger than it pays."""
+    monkeypatch.setattr("flexgen_triton.llm.MIN_WAITING", 5)
+    read = 0
+
+    def prompts():
+        nonlocal read
+        for prompt in tiny.prompts * 4:
+            read += 1
+            yield prompt, GREEDY
+
+    with automatic(tiny, tmp_path, cpu_memory="2GiB") as llm:
+        stream = llm.stream(prompts())
+        found = {}
+        for output in stream:
+            found[output.request_id] = output.outputs[0].token_ids
+        choice = llm.totals.choice
+        assert choice is not None and choice.policy == llm.policy and choice.tokens_per_s > 0
+        assert choice.busiest == "compute", "all of it fits"
+    assert [found[n] for n in range(read)] == [t[:5] for t in tiny.tokens] * 4
+
+
+def test_what_it_does_not_choose_is_as_told(tiny, tmp_path):
+    base = Policy(overlap=False, compress_cache=True)
+    with automatic(tiny, tmp_path, base=base) as llm:
+        llm.generate(tiny.prompts, GREEDY)
+        assert not llm.policy.overlap and llm.policy.compress_cache and not llm.policy.compress_weight

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import xxhash
 from click.testing import CliRunner, Result
+from machines import profile_file
 
 from flexgen_triton import LLM, Policy, SamplingParams, demo
 from flexgen_triton.demo import DEMO_DIR
@@ -107,6 +108,12 @@ class Job:
 
     def start(self, limit: int | None = None) -> subprocess.Popen[str]:
         """Run it in a process of its own, which may write files of `limit` bytes."""
+
+        def prepare() -> None:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # what runs in the background may have it ignored
+            if limit is not None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
         code = "from flexgen_triton.bench import invoke; from flexgen_triton.run_batch import command; invoke(command)"
         return subprocess.Popen(
             [sys.executable, "-c", code, *map(str, self.args)],
@@ -115,7 +122,7 @@ class Job:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=None if limit is None else lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+            preexec_fn=prepare,
         )
 
     def written(self) -> int:
@@ -464,6 +471,14 @@ def test_another_job_on_the_same_output_is_refused(make, chatty):
     job.source.write_bytes(b"\n".join(lines))
     job.output.write_bytes(job.output.read_bytes().replace(b'"custom_id": "request-1"', b"", 1))
     assert "is not as this job wrote it" in job.refused()
+
+
+def test_formats_that_an_automatic_policy_is_told_are_part_of_the_job(make, tmp_path):
+    job = make(sampled(4))
+    job.args = [a for a in job.args if a not in POLICY] + ["--hardware", profile_file(tmp_path), "--device", "cpu"]
+    job.done("--compress-cache")
+    assert "begun with cache in 4 bits, this is uncompressed" in job.refused()
+    assert job.run("--compress-cache", "--gpu-batch-size", "2").exit_code == 0  # by hand, of the same formats
 
 
 def test_files_that_are_not_the_jobs_are_left_alone(make):

@@ -12,7 +12,7 @@ from ..plan.fit import fits
 from ..plan.hardware import Hardware, load_profile
 from ..plan.policy import Policy, PolicyError
 from ..plan.predict import DECODE, Prediction, predict
-from ..plan.search import Problem, available, search
+from ..plan.search import Problem, available, modest, search
 from .engine import Limits, RunReport
 from .measure import load_or_measure
 from .totals import Choice
@@ -48,9 +48,12 @@ def machine(
 def choose(problem: Problem, hardware: Hardware, current: Policy | None = None) -> Choice:
     """The best policy for a problem, or the current one where it fits and is predicted nearly as fast.
 
+    Of prompts without number, the one with the smallest block that is nearly the best: answers come sooner.
+
     Raises PolicyError when no policy fits.
     """
-    found = search(problem, hardware).best
+    searched = search(problem, hardware)
+    found = searched.best if problem.num_prompts else modest(searched)
     best = Choice(found.policy, found.tokens_per_s, found.prediction.busiest(DECODE))
     if current is None or current == best.policy:
         return best
