@@ -537,7 +537,7 @@ def test_killed_at_any_instant_it_ends_as_if_it_never_was(tmp_path, offload):
             break
         assert output == ""
         if kind == signal.SIGKILL:
-            assert process.returncode == -kind
+            assert process.returncode == -kind, errors
         else:
             assert process.returncode == 128 + kind, errors
             assert errors == f"stopped: {seen[-1]} of {KILL_LINES} lines are done; the same command goes on\n"

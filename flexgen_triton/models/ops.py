@@ -22,8 +22,8 @@ from ..kernels.formats import SEARCHED, KVSegment, quantize_kv
 from ..kernels.formats import quantize_weight as quantize
 from ..memory.cache import Fields, PromptTarget, Segment, TokenTarget, append_tokens
 from ..plan.layout import Field
-from ..plan.plan import WIDEN_BYTES
 from ..plan.spec import BLOCK_ROWS, ModelSpec
+from ..plan.workspace import WIDEN_BYTES
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,

@@ -15,13 +15,12 @@ from .placement import Extent, LayerPlacement, Run, Tier, packed_layout, place_l
 from .policy import Policy, PolicyError
 from .schedule import CacheTraffic, Generator, HiddenTraffic, Program, WeightTraffic, Work
 from .spec import Batch, LayerSpec, ModelSpec, ModuleSpec, Workload
+from .workspace import workspace_bytes
 
 PART_BYTES = 64 << 20  # a streamed layer is cut at least this fine, so that disk and link overlap within it
 Extents = Mapping[str, Sequence[Extent]]  # by module
 
 LIBRARY_BYTES = 48 << 20  # threads, their heaps and matrix libraries' buffers, as measured
-SCORED_ROWS = 256  # prompt positions whose logits are made at a time
-WIDEN_BYTES = 16 << 20  # of fp32 rows that the CPU widens a 16-bit matrix to at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,73 +344,9 @@ class Plan:
         return total
 
     @cached_property
-    def logits_bytes(self) -> int:
-        """fp32 logits of all GPU batches, kept while the parts of the head go by, and what their samplers keep."""
-        return sum(4 * b.size + b.sampler_bytes for b in self.workload.batches) * self.model.vocab
-
-    @cached_property
     def workspace_bytes(self) -> int:
-        """Temporaries of the largest computation, with the logits.
-
-        In place, pages count when they are first written: what the cache does not yet hold after the prompts is taken
-        off what the prompts' computation needs.
-        """
-        batches = self.workload.batches
-        prompts = self._rows_workspace(max(b.prompt_tokens for b in batches))
-        tokens = self._rows_workspace(max(b.size for b in batches))
-        largest = max(prompts - (0 if self.copies else self._unfilled_bytes), tokens)
-        return largest + self._head_bytes + self._dense_bytes + self._score_bytes + self.logits_bytes
-
-    def _rows_workspace(self, rows: int) -> int:
-        """Temporaries of an MLP or an attention over `rows` packed rows, whichever needs more.
-
-        On a CPU products of 16-bit matrices are fp32, [rows, ffn] widened beside the 16-bit one; an activation
-        function's result is a second tensor of that size.
-        """
-        model, itemsize = self.model, self.model.itemsize
-        widens = not self.copies and itemsize == 2 and not model.is_4bit
-        inner = model.ffn * (6 if widens else 2 * itemsize if self.copies else 8)
-        mlp = inner + model.hidden * (4 * itemsize + 4)
-        quantised = 20 if self.policy.is_cache_4bit and not self.copies else 0  # K or V on its way to 4 bits
-        attention = model.hidden * (5 * itemsize + 16 + quantised)
-        panels = 2 * WIDEN_BYTES if not self.copies and (itemsize == 2 or model.is_4bit) else 0
-        return rows * max(mlp, attention) + panels
-
-    @property
-    def _head_bytes(self) -> int:
-        """The largest part of the output projection's product, where it is not made in place."""
-        parts = (t.shape[0] for layer in self.layers if layer.is_head for t in layer.tensors if t.exact)
-        in_place = not self.copies and self.model.itemsize == 2
-        largest, batches = max(parts), self.workload.batches
-        sampled = 0 if in_place else largest * max(b.size for b in batches) * self.model.itemsize
-        scored = max(b.scored for b in batches)
-        chunk = 2 * largest * min(scored, SCORED_ROWS) * 4  # logits of some positions, and their exponentials
-        return sampled + chunk + sum(b.scored for b in batches) * self.model.hidden * self.model.itemsize
-
-    @property
-    def _unfilled_bytes(self) -> int:
-        """Bytes of the cache's homes in memory that are first written after the prompts."""
-        layout, layers, total = self.cache_layout, sum(layer.has_cache for layer in self.layers), 0
-        for batch, groups in zip(self.workload.batches, self.groups, strict=True):
-            blocks = layout.blocks(batch.max_len)
-            for group in groups.cache[:2]:
-                total += sum(layout.dense(blocks - layout.blocks(n), 1) for n in group.prompt_lens)
-        return layers * total
-
-    @property
-    def _dense_bytes(self) -> int:
-        """A 4-bit layer dequantised, which a GPU keeps for all GPU batches that use this load of it."""
-        if not self.copies:
-            return 0
-        parameters = (sum(t.num_parameters for t in layer.tensors if t.packing) for layer in self.layers)
-        return max(parameters) * self.model.itemsize
-
-    @property
-    def _score_bytes(self) -> int:
-        """Sparse attention's scores, fp32, and their largest: of every sequence, head and token."""
-        if self.policy.attn_sparsity == 1:
-            return 0
-        return max(b.size * b.max_len for b in self.workload.batches) * self.model.num_heads * 8
+        """Temporaries of the largest computation, with the logits."""
+        return workspace_bytes(self)
 
     @cached_property
     def device_bytes(self) -> int:

@@ -19,8 +19,9 @@ from ..models.opt import OPT
 from ..models.sampling import Sampler
 from ..models.scoring import PromptScorer
 from ..plan.layout import Group
-from ..plan.plan import SCORED_ROWS, Plan
+from ..plan.plan import Plan
 from ..plan.schedule import Op, Slot
+from ..plan.workspace import SCORED_ROWS
 from .request import Request
 
 
