@@ -114,14 +114,22 @@ def test_each_request_has_its_own_length(tiny, tmp_path):
         assert output.outputs[0].token_ids == want[: n + 1]
 
 
-def test_a_seed_gives_the_same_sample_in_any_batch(tiny, tmp_path):
-    params = [SamplingParams(max_tokens=8, temperature=0.9, seed=n, ignore_eos=True) for n in range(len(tiny.prompts))]
+def test_a_seed_gives_the_same_sample_alone_in_any_batch_and_in_any_order(tiny, tmp_path):
+    params = [
+        SamplingParams(max_tokens=8, temperature=0.9, top_p=0.95, seed=n, n=1 + n % 2, ignore_eos=True)
+        for n in range(len(tiny.prompts))
+    ]
+    pairs = list(zip(tiny.prompts, params, strict=True))
     answers = []
     for policy in (Policy(7, 1), Policy(2, 2, 0, 0, 0, 0, 0, 0), Policy(1, 1, 0, 100)):
         with LLM(str(tiny.path), policy=policy, dtype="float32", offload_dir=tmp_path) as llm:
-            answers.append([o.outputs[0].token_ids for o in llm.generate(tiny.prompts, params)])
-    assert answers[0] == answers[1] == answers[2]
-    assert answers[0] != tiny.tokens
+            answers.append([[c.token_ids for c in o.outputs] for o in llm.generate(tiny.prompts, params)])
+            alone = [llm.generate([p], s)[0] for p, s in pairs]
+            answers.append([[c.token_ids for c in o.outputs] for o in alone])
+            backwards = {len(pairs) - 1 - o.request_id: o.outputs for o in llm.stream(pairs[::-1])}
+            answers.append([[c.token_ids for c in backwards[n]] for n in range(len(pairs))])
+    assert all(answer == answers[0] for answer in answers)
+    assert len({str(c) for answer in answers[0] for c in answer}) == sum(p.n for p in params), "all differ"
 
 
 def test_nothing_is_left_behind(tiny, tmp_path):
