@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 from . import environment as _environment  # noqa: F401  # before anything imports torch
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "CompressionConfig", "Policy", "RequestOutput", "SamplingParams"]
+__all__ = ["LLM", "CompletionOutput", "CompressionConfig", "Policy", "RequestOutput", "SamplingParams"]
 
 if TYPE_CHECKING:
     from .llm import LLM
     from .models.sampling_params import SamplingParams
-    from .outputs import RequestOutput
+    from .outputs import CompletionOutput, RequestOutput
     from .plan.policy import CompressionConfig, Policy
 
 
@@ -20,7 +20,8 @@ def __getattr__(name: str) -> object:
     """Import the public names on first use, so that planning needs no torch."""
     from importlib import import_module
 
-    homes = {"LLM": ".llm", "RequestOutput": ".outputs", "SamplingParams": ".models.sampling_params"}
+    homes = {"LLM": ".llm", "SamplingParams": ".models.sampling_params"}
+    homes |= dict.fromkeys(("CompletionOutput", "RequestOutput"), ".outputs")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(homes.get(name, ".plan.policy"), __name__), name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from array import array
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -274,7 +274,7 @@ class LLM:
 
     def stream(
         self, prompts: Iterable[PreparedPrompt | tuple[Prompt, SamplingParams]], *, partial: bool = False
-    ) -> Iterator[RequestOutput]:
+    ) -> Generator[RequestOutput, None, None]:
         """Complete prompts as they come, each handed back when it has ended, in whatever order that is.
 
         A bounded number of them is read ahead, so there may be any number; `request_id` counts them from 0. One that
@@ -315,7 +315,9 @@ class LLM:
 
     def token_ids(self, prompt: Prompt) -> list[int]:
         """A prompt's token ids, by the model's own tokenizer where it is text."""
-        return list(self.tokenizer(prompt)["input_ids"]) if isinstance(prompt, str) else [int(t) for t in prompt]
+        if not isinstance(prompt, str):
+            return [int(t) for t in prompt]
+        return list(self.tokenizer(prompt, verbose=False)["input_ids"])  # length is checked here, not warned of
 
     def _prepare(self, prompt: Prompt, params: SamplingParams, name: str) -> PreparedPrompt:
         ids = self.token_ids(prompt)
@@ -345,7 +347,8 @@ class LLM:
         for n in range(params.n):
             watched = params.stop or (partial and self.has_tokenizer)
             text = TextStream(self._decoder(params), params.stop, params.min_tokens) if watched else None
-            requests.append(Request(prepared.token_ids, params, seed + n, watch=text.add if text else None))
+            once = params if n == 0 else replace(params, prompt_logprobs=None)  # the prompt is the same
+            requests.append(Request(prepared.token_ids, once, seed + n, watch=text.add if text else None))
             texts.append(text)
         return _Answer(number, prepared, requests, texts, time.time())
 
@@ -412,7 +415,7 @@ class LLM:
             return logprobs
         return {t: replace(p, decoded_token=str(self.tokenizer.decode([t]))) for t, p in logprobs.items()}
 
-    @property
+    @cached_property
     def has_tokenizer(self) -> bool:
         """Whether the model came with a tokenizer; without one, prompts are token ids and answers have no text."""
         directory = self.source.directory

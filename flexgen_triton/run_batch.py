@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -68,8 +68,7 @@ class Job:
 
     def run(self, file: BinaryIO, progress: Callable[[], None]) -> None:
         """Answer every line that is left, telling `progress` now and then. Raises what model and journal raise."""
-        stream = cast(Generator[RequestOutput, None, None], self._llm.stream(self._prompts(file)))
-        with closing(stream) as outputs:
+        with closing(self._llm.stream(self._prompts(file))) as outputs:
             for n, output in enumerate(outputs):
                 if n == 0:
                     self._journal.confirm(formats(self._llm.policy))

@@ -14,7 +14,7 @@ from flexgen_triton.plan.plan import make_plan
 from flexgen_triton.plan.policy import Policy
 from flexgen_triton.plan.schedule import Generator
 from flexgen_triton.plan.spec import Workload
-from flexgen_triton.run.executor import execute
+from flexgen_triton.run.executor import execute, open_lanes
 
 
 def handovers_per_second(count: int = 20_000) -> float:
@@ -53,7 +53,8 @@ def test_run_empty_ops(benchmark, judge):
     nothing = {name: lambda op: None for name in actions}
 
     def run() -> int:
-        return sum(1 for _ in execute(program, nothing, device=torch.device("cpu")))
+        with open_lanes(torch.device("cpu"), copies=program.copies) as lanes:
+            return sum(1 for _ in execute(program, nothing, lanes))
 
     count = benchmark.pedantic(run, rounds=3, warmup_rounds=1)
     judge(count / benchmark.stats.stats.median, "ops/s", handovers_per_second())

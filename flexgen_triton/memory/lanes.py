@@ -11,12 +11,14 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 
 LaneName = Hashable
 LaneWait = tuple[LaneName, int]  # a lane and the position of one of its pieces of work
+OnDone = Callable[[Any, float, float], None]  # tag, and the seconds at which it began and ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +53,9 @@ class _Lane:
 class Lanes:
     """A set of lanes that wait for each other by position. The first error stops them all and is raised to the user.
 
-    `on_done(tag, start, end)` is called with seconds since creation, on the lane's thread for host lanes and from
-    `finish` for streams. At most `window` pieces of work are outstanding; `submit` blocks beyond that.
+    `on_done(tag, start, end)` is called with seconds since `restart`, on the lane's thread for host lanes and from
+    `finish` for streams. At most `window` pieces of work are outstanding; `submit` blocks beyond that. A context
+    manager, which closes them.
     """
 
     def __init__(
@@ -61,21 +64,37 @@ class Lanes:
         *,
         device: torch.device,
         streams: Iterable[LaneName] = (),
-        on_done: Callable[[Any, float, float], None],
+        on_done: OnDone = lambda tag, start, end: None,
         window: int = 1024,
     ) -> None:
-        self._device, self._on_done, self._window = device, on_done, window
+        self._device, self._window = device, window
         self._changed = threading.Condition()
         self._error: BaseException | None = None
         self._outstanding = 0
         with_stream = set(streams) if device.type == "cuda" else set()
         self._lanes = {n: _Lane(n, self._stream() if n in with_stream else None) for n in names}
         self._stream_times: list[tuple[Any, torch.cuda.Event, torch.cuda.Event]] = []
-        self._base = self._record(None) if with_stream else None
-        self._start = time.perf_counter()
+        self._with_stream = bool(with_stream)
+        self.restart(on_done)
         for lane in self._lanes.values():
             lane.thread = threading.Thread(target=self._work, args=(lane,), name=f"lane-{lane.name}", daemon=True)
             lane.thread.start()
+
+    def restart(self, on_done: OnDone) -> None:
+        """Count work and seconds anew, and report to `on_done`; what was submitted must have finished.
+
+        Threads stay, so that blocks which follow each other share theirs: a new thread starts its own team of OpenMP
+        threads and may get its own heap, which keeps what others would use (60 MB more after 20 blocks of the demo).
+        """
+        with self._changed:
+            self._raise_error()
+            assert not self._outstanding, f"{self._outstanding} pieces of work are outstanding"
+            for lane in self._lanes.values():
+                lane.submitted = lane.done = 0
+                lane.events.clear()
+            self._on_done = on_done
+            self._base = self._record(None) if self._with_stream else None
+            self._start = time.perf_counter()
 
     def submit(self, name: LaneName, run: Callable[[], None], waits: Sequence[LaneWait], tag: Any) -> int:
         """Queue work on a lane behind what is there; returns its position. Raises the first error of any lane."""
@@ -123,6 +142,14 @@ class Lanes:
             lane.thread.join()
             if lane.stream is not None:
                 lane.stream.synchronize()  # nothing may still read or write memory that is about to be freed
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
 
     def _raise_error(self) -> None:
         if self._error is not None:

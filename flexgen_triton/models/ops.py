@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import groupby, pairwise
-from threading import get_ident
 from typing import Any
 
 import torch
@@ -226,10 +225,8 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Non
 def _widened_product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """x [M, K] fp32, weight [N, K] 16-bit: a panel of rows at a time, its product in a dense buffer of its own."""
     size = max(1, WIDEN_BYTES // (4 * weight.shape[1]))
-    panel, buffer = _panels(get_ident())
-    panel = panel[: max(size * weight.shape[1], 1)] if size > 1 else torch.empty(weight.shape[1])
-    needed = len(x) * min(size, len(weight))
-    buffer = buffer if needed <= len(buffer) else torch.empty(needed)
+    panel = torch.empty(min(size, len(weight)) * weight.shape[1])
+    buffer = torch.empty(len(x) * min(size, len(weight)))
     for low in range(0, len(weight), size):
         rows = weight[low : low + size]
         wide = panel[: rows.numel()].view(rows.shape).copy_(rows).t()
@@ -239,16 +236,6 @@ def _widened_product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor
         else:
             torch.addmm(bias[low : low + size], x, wide, out=y)
         out[:, low : low + size] = y
-
-
-@lru_cache(maxsize=4)
-def _panels(_thread: int) -> tuple[Tensor, Tensor]:
-    """Where a thread widens panels, and where it puts their products.
-
-    Kept from one product to the next: an allocator that gives such pages back each time makes a run twice as long.
-    """
-    with torch.inference_mode(False):
-        return torch.empty(WIDEN_BYTES // 4), torch.empty(WIDEN_BYTES // 4)
 
 
 def prepare(spec: ModelSpec, fields: Sequence[Field], *, sparse: bool) -> None:

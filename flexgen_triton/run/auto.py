@@ -11,7 +11,7 @@ import torch
 from ..plan.fit import fits
 from ..plan.hardware import Hardware, load_profile
 from ..plan.policy import Policy, PolicyError
-from ..plan.predict import DECODE, Prediction, predict
+from ..plan.predict import DECODE, PREFILL, Prediction, predict
 from ..plan.search import Problem, available, modest, search
 from .engine import Limits, RunReport
 from .measure import load_or_measure
@@ -54,7 +54,7 @@ def choose(problem: Problem, hardware: Hardware, current: Policy | None = None) 
     """
     searched = search(problem, hardware)
     found = searched.best if problem.num_prompts else modest(searched)
-    best = Choice(found.policy, found.tokens_per_s, found.prediction.busiest(DECODE))
+    best = _choice(found.policy, found.tokens_per_s, found.prediction)
     if current is None or current == best.policy:
         return best
     plan = problem.plan(current, copies=hardware.copies)
@@ -62,7 +62,12 @@ def choose(problem: Problem, hardware: Hardware, current: Policy | None = None) 
         return best
     prediction = predict(plan, hardware)
     throughput = problem.throughput(current, prediction.total_s)
-    return Choice(current, throughput, prediction.busiest(DECODE)) if throughput >= KEEP * best.tokens_per_s else best
+    return _choice(current, throughput, prediction) if throughput >= KEEP * best.tokens_per_s else best
+
+
+def _choice(policy: Policy, tokens_per_s: float, prediction: Prediction) -> Choice:
+    busiest = prediction.busiest(DECODE) or prediction.busiest(PREFILL)  # one token asks for no decoding
+    return Choice(policy, tokens_per_s, busiest)
 
 
 def predict_run(report: RunReport, hardware: Hardware) -> Prediction:

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..memory.arena import host_available, rss
 from ..memory.buffers import Buffers, Sizes
 from ..memory.disk import DiskQueue, free_bytes
+from ..memory.lanes import Lanes
 from ..memory.store import Store
 from ..memory.weights import Weights
 from ..models import ops
@@ -29,7 +30,7 @@ from ..plan.policy import Policy, PolicyError
 from ..plan.spec import Batch, ModelSpec, Workload
 from .batching import Batches, Pool, divide, make_batches, workload
 from .block import Block
-from .executor import execute
+from .executor import execute, open_lanes
 from .request import Request
 from .totals import Totals
 from .trace import Timeline
@@ -167,6 +168,7 @@ class Engine:
         total = sum(p.workload.steps for p in plans)
         reports: list[BlockReport] = []
         buffers = self._buffers(reduce(Sizes.__or__, map(Sizes.of, plans)))
+        lanes = open_lanes(self.device, copies=self.copies)
         try:
             for plan, batches in zip(plans, blocks, strict=True):
                 before = sum(p.workload.steps for p in plans[: len(reports)])
@@ -175,9 +177,10 @@ class Engine:
                     if progress:
                         progress(before + i + 1, total)
 
-                block = self._run_block(plan, batches, buffers, on_step=on_step, keep_logits=keep_logits)
+                block = self._run_block(plan, batches, buffers, lanes, on_step=on_step, keep_logits=keep_logits)
                 reports.append(_exhaust(block))
         finally:
+            lanes.close()
             buffers.close()
         return RunReport.of(reports)
 
@@ -193,6 +196,7 @@ class Engine:
         policy = self.policy
         pool = Pool(requests, size=max(MIN_WAITING, WAITING_BLOCKS * policy.block_size))
         room = _Room()
+        lanes = open_lanes(self.device, copies=self.copies)
         try:
             while waiting := pool.take(policy.block_size):
                 try:
@@ -209,12 +213,20 @@ class Engine:
                     if progress:
                         progress(i + 1, steps)
 
-                totals.end((yield from self._stream_block(plan, batches, room, on_step, partial=partial)))
+                totals.end((yield from self._stream_block(plan, batches, room, lanes, on_step, partial=partial)))
         finally:
+            lanes.close()
             room.close()
 
     def _stream_block(
-        self, plan: Plan, batches: Batches, room: _Room, stepped: Callable[[int], None], *, partial: bool
+        self,
+        plan: Plan,
+        batches: Batches,
+        room: _Room,
+        lanes: Lanes,
+        stepped: Callable[[int], None],
+        *,
+        partial: bool,
     ) -> Generator[Request, None, Timeline]:
         """Run one block; its requests are handed over as they end, by the thread that asks for the next one."""
         news: deque[Request] = deque()  # filled on the lane that computes
@@ -226,18 +238,15 @@ class Engine:
             ended.update(id(r) for r in batches[k] if r.finished)
 
         assert room.buffers is not None
-        block = self._run_block(plan, batches, room.buffers, on_step=on_step, watched=partial)
-        try:
-            while True:
-                try:
-                    next(block)
-                except StopIteration as end:
-                    report: BlockReport = end.value
-                    break
-                while news:
-                    yield news.popleft()
-        finally:
-            block.close()
+        block = self._run_block(plan, batches, room.buffers, lanes, on_step=on_step, watched=partial)
+        while True:
+            try:
+                next(block)
+            except StopIteration as end:
+                report: BlockReport = end.value
+                break
+            while news:
+                yield news.popleft()
         yield from news
         return report.timeline
 
@@ -281,6 +290,7 @@ class Engine:
         plan: Plan,
         batches: Batches,
         buffers: Buffers,
+        lanes: Lanes,
         *,
         on_step: Callable[[int, int], None],
         watched: bool = False,
@@ -304,9 +314,7 @@ class Engine:
             keep_logits=keep,
         )
         fixed = not watched and all(_runs_to_its_end(batch) for batch in batches)
-        spans = yield from execute(
-            plan.program, block.actions, device=self.device, alive=None if fixed else block.alive
-        )
+        spans = yield from execute(plan.program, block.actions, lanes, alive=None if fixed else block.alive)
         return BlockReport(plan, Timeline.of(spans), _step_ends(spans))
 
     def close(self) -> None:

@@ -17,23 +17,24 @@ Action = Callable[[Op], int | None]  # returns the bytes moved, None where they 
 HOST_LANES = (Lane.DISK_IN, Lane.DISK_OUT)
 
 
-def lanes_of(program: Program) -> tuple[Lane, ...]:
-    """The lanes a program uses: no copies, no link."""
-    return tuple(Lane) if program.copies else (*HOST_LANES, Lane.COMPUTE)
+def open_lanes(device: torch.device, *, copies: bool) -> Lanes:
+    """The lanes of an engine whose host memory is apart from the device's (`copies`) or is not: no copies, no link."""
+    names = tuple(Lane) if copies else (*HOST_LANES, Lane.COMPUTE)
+    return Lanes(names, device=device, streams=[lane for lane in Lane if lane not in HOST_LANES])
 
 
 def execute(
     program: Program,
     actions: Mapping[str, Action],
+    lanes: Lanes,
     *,
-    device: torch.device,
     alive: Callable[[int, int], bool] | None = None,
 ) -> Generator[None, None, list[Span]]:
-    """Run `program`, looking each op's action up by name; yields whenever an op was issued, returns when all finished.
+    """Run `program` on idle `lanes`, looking each op's action up by name.
 
-    `alive(i, k)` is asked when all computation of GPU batch k before token step i has finished; None never asks.
-    The first error of any op stops the run and is raised with that op in its notes; no thread is left either way, nor
-    when the generator is closed.
+    Yields whenever an op was issued, returns when all finished. `alive(i, k)` is asked when all computation of GPU
+    batch k before token step i has finished; None never asks. The first error of any op stops the lanes and is raised
+    with that op in its notes.
     """
     spans: list[Span] = []
     moved: dict[int, int] = {}  # by the identity of an op, until it is done
@@ -47,13 +48,7 @@ def execute(
         nbytes = moved.pop(id(op), op.bytes)
         spans.append(Span(op if nbytes == op.bytes else replace(op, bytes=nbytes), start, end))
 
-    streams = [lane for lane in Lane if lane not in HOST_LANES]
-    lanes = Lanes(
-        lanes_of(program),
-        device=device,
-        streams=streams,
-        on_done=on_done,
-    )
+    lanes.restart(on_done)
     computed: dict[int, int] = {}  # GPU batch -> position of its latest computation
 
     def still_alive(i: int, k: int) -> bool:
@@ -63,13 +58,10 @@ def execute(
         return alive(i, k)
 
     linker = Linker(serial=program.serial)
-    try:
-        for op in Issue(program, still_alive):
-            position = lanes.submit(op.lane, partial(act, op), linker.link(op), op)
-            if op.lane is Lane.COMPUTE:
-                computed[op.k] = position
-            yield
-        lanes.finish()
-    finally:
-        lanes.close()
+    for op in Issue(program, still_alive):
+        position = lanes.submit(op.lane, partial(act, op), linker.link(op), op)
+        if op.lane is Lane.COMPUTE:
+            computed[op.k] = position
+        yield
+    lanes.finish()
     return spans
