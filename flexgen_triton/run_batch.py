@@ -1,7 +1,7 @@
 """`python -m flexgen_triton run-batch`: answer a file of requests in OpenAI's batch format, whatever interrupts it.
 
-Owns the way of a line: read, checked, run, answered. The format is `batch_format`'s, the output file `journal`'s, the
-generation the library's.
+Owns the way of a line: read, checked, run, answered. The format is `batch_format`'s and `batch_answers`', the output
+file `journal`'s, the generation the library's.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, cast
 import click
 import xxhash
 
-from . import batch_format, progress
+from . import batch_answers, batch_format, progress
 from .batch_format import ChatRequest, CompletionRequest, LineError, SeenIds
 from .journal import MAX_LINE, Journal, JournalError, Line, read_lines
 from .llm import LLM, PreparedPrompt
@@ -169,7 +169,7 @@ class Job:
         else:
             request_id = f"req_{pending.line.tag}"
             body = self._body(pending.request, outputs, pending.line.tag)
-            self._journal.append(pending.line, batch_format.answer(pending.custom_id, request_id, body))
+            self._journal.append(pending.line, batch_answers.answer(pending.custom_id, request_id, body))
 
     def _body(
         self, request: CompletionRequest | ChatRequest, outputs: Sequence[RequestOutput], tag: str
@@ -177,10 +177,10 @@ class Job:
         created, model = int(time.time()), self._llm.spec.name
         if isinstance(request, ChatRequest):
             (output,) = outputs
-            return batch_format.chat_body(
+            return batch_answers.chat_body(
                 request, output, request_id=tag, created=created, model=model, text=self._text
             )
-        return batch_format.completion_body(
+        return batch_answers.completion_body(
             request, outputs, request_id=tag, created=created, model=model, text=self._text
         )
 
@@ -193,7 +193,7 @@ class Job:
         return str(decoded)
 
     def _fail(self, line: Line, custom_id: str | None, code: str, message: str) -> None:
-        self._journal.append(line, batch_format.failure(custom_id, line.number, code, message))
+        self._journal.append(line, batch_answers.failure(custom_id, line.number, code, message))
         self.failed += 1
 
 

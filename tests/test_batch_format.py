@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexgen_triton import batch_format
+from flexgen_triton import batch_answers, batch_format
+from flexgen_triton.batch_answers import chat_body, completion_body
 from flexgen_triton.batch_format import (
     CHAT,
     COMPLETIONS,
@@ -22,8 +23,6 @@ from flexgen_triton.batch_format import (
     CompletionRequest,
     LineError,
     SeenIds,
-    chat_body,
-    completion_body,
     read_custom_id,
     read_object,
     read_request,
@@ -535,6 +534,6 @@ def test_a_chat_completion_has_openais_shape():
 
 
 def test_an_error_without_a_custom_id_names_the_line():
-    assert batch_format.failure(None, 7, "invalid_json", "no object")["error"]["message"] == "line 7: no object"
-    named = batch_format.failure("a", 7, "invalid_json", "no object")
+    assert batch_answers.failure(None, 7, "invalid_json", "no object")["error"]["message"] == "line 7: no object"
+    named = batch_answers.failure("a", 7, "invalid_json", "no object")
     assert named == {"custom_id": "a", "response": None, "error": {"code": "invalid_json", "message": "no object"}}
