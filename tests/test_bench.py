@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import pytest
 from machines import profile_file
+
+from flexgen_triton.bench import main
 
 ROOT = Path(__file__).parents[1]
 SMALL = (
@@ -33,20 +37,33 @@ KEYS = (
 
 def bench(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_HOME": str(cwd / "hub")}
-    if not (cwd / "machine.json").exists():
-        profile_file(cwd)
-    shared = ("--offload-dir", str(cwd / "offload"), "--hardware", "machine.json")
-    command = [sys.executable, "-m", "flexgen_triton.bench", *shared, *args]
+    command = [sys.executable, "-m", "flexgen_triton.bench", *in_folder(cwd), *args]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=250, check=False)
 
 
+def in_folder(cwd: Path) -> tuple[str, ...]:
+    """What every run is told: where to work, and what machine this is."""
+    if not (cwd / "machine.json").exists():
+        profile_file(cwd)
+    return "--offload-dir", str(cwd / "offload"), "--hardware", "machine.json"
+
+
 def refused(*args: str, cwd: Path) -> str:
-    """Run what must fail; returns its one sentence."""
-    done = bench(*args, cwd=cwd)
-    assert done.returncode != 0, done.stdout
-    assert "Traceback" not in done.stderr, done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.lower().startswith("error")]
-    assert len(lines) == 1, done.stderr
+    """Run what must fail, in this process; returns its one sentence."""
+    stderr = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stderr(stderr):
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", ["bench", *in_folder(cwd), *args])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+    assert stopped.value.code
+    return sentence(stderr.getvalue())
+
+
+def sentence(stderr: str) -> str:
+    assert "Traceback" not in stderr, stderr
+    lines = [line for line in stderr.splitlines() if line.lower().startswith("error")]
+    assert len(lines) == 1, stderr
     return lines[0]
 
 
@@ -141,7 +158,8 @@ def test_models_that_are_not_there(tiny, tmp_path):
     (tmp_path / "bare" / "config.json").write_text((tiny.path / "config.json").read_text())
     assert "no model.safetensors" in refused("--model", str(tmp_path / "bare"), "--prompt-len", "8", cwd=tmp_path)
     assert "no known OPT size" in refused("--model", "opt-999b", "--path", "_DUMMY_", cwd=tmp_path)
-    assert "hub" in refused("--model", "nobody/nothing", cwd=tmp_path)
+    done = bench("--model", "nobody/nothing", cwd=tmp_path)  # offline, which is settled when a process starts
+    assert done.returncode == 1 and "hub" in sentence(done.stderr)
 
 
 def test_a_plan_that_exceeds_memory_names_one_that_fits(tmp_path):

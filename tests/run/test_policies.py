@@ -73,7 +73,7 @@ def shares() -> st.SearchStrategy[tuple[int, int]]:
     return st.tuples(st.integers(0, 100), st.integers(0, 100)).filter(lambda p: sum(p) <= 100)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     weights=shares(),
     cache=shares(),
