@@ -1,4 +1,4 @@
-"""The regression suite: `python -m pytest bench/suite --benchmark-enable --benchmark-json FILE`.
+"""The regression suite: `python -m pytest -n 0 bench/suite --benchmark-enable --benchmark-json FILE`.
 
 Every benchmark measures the roof it is judged by in the same run and keeps it, with its share, in `extra_info`.
 """
