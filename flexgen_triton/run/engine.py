@@ -75,9 +75,10 @@ class RunReport:
     def of(cls, blocks: Sequence[BlockReport]) -> RunReport:
         """Blocks that ran one after the other."""
         spans: list[Span] = []
+        start = 0.0
         for block in blocks:
-            start = max((s.end for s in spans), default=0.0)
             spans += [Span(s.op, s.start + start, s.end + start) for s in block.timeline.spans]
+            start += block.timeline.makespan_s
         return cls(Timeline.of(spans), tuple(b.plan for b in blocks), tuple(b.step_ends for b in blocks))
 
     @property
