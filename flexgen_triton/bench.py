@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +184,7 @@ def run(console: Console, *, by_hand: bool, **o: Any) -> None:
     with Display() as bars, load_model(o, policy if by_hand else AUTO, bars.phase) as llm:
         prompts: Sequence[Prompt] = read_prompts(o["prompts"]) if o["prompts"] else ()
         if not by_hand:
-            searched = find_policy(llm, prompts, o, replace(policy, gpu_batch_size=1, num_gpu_batches=1))
+            searched = find_policy(llm, prompts, o)
             best = searched.best if prompts or o["num_prompts"] else modest(searched)
             with bars.aside():
                 figures.print_found(console, best, searched)
@@ -210,11 +209,11 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def find_policy(llm: LLM, prompts: Sequence[Prompt], o: Mapping[str, Any], base: Policy) -> Searched:
+def find_policy(llm: LLM, prompts: Sequence[Prompt], o: Mapping[str, Any]) -> Searched:
     """The best policies for the prompts, or for as many of `--prompt-len` as pay."""
     lens = [len(llm.token_ids(p)) for p in prompts] or [o["prompt_len"]]
     count = len(prompts) or o["num_prompts"]
-    problem = llm.problem(lens, o["gen_len"], count, base=base, max_latency=o["max_latency"])
+    problem = llm.problem(lens, o["gen_len"], count, max_latency=o["max_latency"])
     return search(problem, llm.hardware)
 
 

@@ -85,13 +85,13 @@ class LLM:
 
     `model`: a checkpoint's directory, a hub id, or "demo". `policy`: where its bytes live; "auto" finds the fastest for
     the prompts of the first `generate`, and loads the weights then; what it does not choose (neither block size nor
-    percentages) it takes from `base`. `allow`: what "auto" may do that changes the
-    output, of "4bit", "4bit-cache" and "sparse". `gpu_memory`, `cpu_memory`, `disk_memory`: bytes (or "16GiB") that may
-    be used in all; by default what is free. `hardware`: a machine's profile, its file or its name, in place of this
-    machine's own, which "auto" measures on first use. `dtype`: "auto" (the checkpoint's), "float32", "bfloat16" or
-    "float16". `offload_dir`: where converted weights and the disk's share of cache and activations go. `path`:
-    FlexGen's second argument, a directory or "_DUMMY_" for random weights. `progress(phase, done, total)` is told of
-    measuring ("measure"), conversion ("convert"), loading ("load") and token steps ("generate"). Raises ModelError,
+    percentages) it takes from `base`. `allow`: what "auto" may do that changes the output, of "4bit", "4bit-cache" and
+    "sparse". `gpu_memory`, `cpu_memory`, `disk_memory`: bytes (or "16GiB") that may be used in all; by default what is
+    free. `hardware`: a machine's profile, its file or its name, in place of this machine's own, which "auto" measures
+    on first use. `dtype`: "auto" (the checkpoint's), "float32", "bfloat16" or "float16". `offload_dir`: where converted
+    weights and the disk's share of cache and activations go. `path`: FlexGen's second argument, a directory or
+    "_DUMMY_" for random weights. `progress(phase, done, total)` is told of measuring ("measure"), conversion
+    ("convert"), loading ("load") and token steps ("generate"). Raises ModelError,
     PolicyError, HardwareError, CheckpointError (all ValueError) or OSError, each in one sentence.
     """
 
@@ -121,19 +121,14 @@ class LLM:
         self.spec: ModelSpec = model_spec(self.source.config, self.source.name, choose_dtype(dtype, self.source))
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         check_device(self.spec.dtype, self._device)
-        self._base, self._allow, self._profile, self._copies, self._seed = (
-            base,
-            frozenset(allow),
-            hardware,
-            copies,
-            seed,
-        )
+        self._base, self._allow, self._profile = base, frozenset(allow), hardware
+        self._copies, self._seed = copies, seed
         self._limits = Limits(*(None if m is None else parse_size(m) for m in (gpu_memory, cpu_memory, disk_memory)))
         self._progress = progress
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self.offload_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.last_report: RunReport | None = None  # of the last `generate`
-        self.totals = Totals()  # of the last `generate` or `stream`
+        self.totals = Totals()  # of the last `stream`
         self._drawn = 0  # seeds given to requests without one
         self._engine: Engine | None = None
         self._automatic = isinstance(policy, str)
@@ -189,20 +184,19 @@ class LLM:
         gen_len: int,
         num_prompts: int | None,
         *,
-        base: Policy = BASE,
         max_latency: float | None = None,
     ) -> Problem:
         """What a search for a policy (plan.search.search, on `hardware`) is asked.
 
-        `num_prompts` of these lengths, or (None) as many as pay; `base` gives what the search does not choose.
+        `num_prompts` of these lengths, or (None) as many as pay.
         """
-        mixed = num_prompts is not None and len(set(prompt_lens)) > 1
-        lens = tuple(prompt_lens) if mixed else ()
-        room = self.spec.max_positions - max(prompt_lens)  # the longest prompt need not ask for most
+        base, typical, differ = self._base, typical_length(prompt_lens), len(set(prompt_lens)) > 1
+        lens = tuple(prompt_lens) if differ and num_prompts is not None else ()
+        room = self.spec.max_positions - max((typical, *lens))  # the longest prompt need not ask for most
         return Problem(
             self.spec,
-            typical_length(prompt_lens),
-            min(gen_len, room) if mixed else gen_len,
+            typical,
+            min(gen_len, room) if differ else gen_len,
             num_prompts,
             self._allow,
             max_latency,
@@ -219,7 +213,7 @@ class LLM:
         """
         if not self._automatic:
             return None
-        problem = self.problem([len(p.token_ids) for p in waiting], gen_len, num_prompts, base=self._base)
+        problem = self.problem([len(p.token_ids) for p in waiting], gen_len, num_prompts)
         current = self._engine.policy if self._engine else None
         choice = choose(problem, self.hardware, current)
         if choice.policy != current:
@@ -259,13 +253,9 @@ class LLM:
         prepared = [self._prepare(prompt, p, f"prompt {n}") for n, (prompt, p) in enumerate(pairs)]
         answers = [self._answer(n, p) for n, p in enumerate(prepared)]
         requests = [r for a in answers for r in a.requests]
-        self.totals = Totals()
         if requests:
             self._settle(prepared, len(requests), max(r.params.max_tokens for r in requests))
             self.last_report = self.engine.generate(requests, progress=self._phase("generate"))
-            for plan in self.last_report.plans:
-                self.totals.begin(plan)
-            self.totals.end(self.last_report.timeline)
         return [self._output(a) for a in answers]
 
     def request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> PreparedPrompt:

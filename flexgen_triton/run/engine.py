@@ -256,24 +256,18 @@ class Engine:
 
         Raises PolicyError when not even the first one fits.
         """
-        policy = self.policy
-        plan, batches = self._planned(requests, policy.gpu_batch_size, policy.num_gpu_batches)
-        if room.holds(plan):
-            return plan, batches
-        room.close()
-        available = self._remaining()
-        for size, count in _smaller(policy.gpu_batch_size, policy.num_gpu_batches):
-            plan, batches = self._planned(requests, size, count)
-            if fit.fits(plan, available):
+        for size, count in _smaller(self.policy.gpu_batch_size, self.policy.num_gpu_batches):
+            batches = make_batches(requests[: size * count], size)
+            plan = self.plan(workload(batches))
+            if room.holds(plan):
+                return plan, batches
+            room.close()  # what it takes is free for other sizes
+            if fit.fits(plan, self._remaining()):
                 break
         else:
-            fit.check(plan, available)
+            fit.check(plan, self._remaining())
         room.buffers, room.workspace = self._buffers(Sizes.of(plan)), plan.workspace_bytes
         return plan, batches
-
-    def _planned(self, requests: Sequence[Request], size: int, count: int) -> tuple[Plan, Batches]:
-        batches = make_batches(requests[: size * count], size)
-        return self.plan(workload(batches)), batches
 
     def _buffers(self, sizes: Sizes) -> Buffers:
         return Buffers(sizes, device=self.device, offload_dir=self._offload_dir)
