@@ -83,7 +83,14 @@ MODEL: tuple[Option, ...] = (
     click.option("--hardware", help="A machine's profile, by file or name; by default this machine, measured once."),
     click.option("--sep-layer", default=True, help="Attention and MLP are layers of their own.", **FLAG),
     click.option("--pin-weight", default=True, help="Keep the host's weights in pinned memory.", **FLAG),
-    click.option("--cpu-cache-compute", is_flag=True),
+    click.option("--cpu-cache-compute", is_flag=True, help="The CPU attends to what its memory holds of the cache."),
+    click.option(
+        "--cpu-attention-percent",
+        type=float,
+        default=100.0,
+        show_default=True,
+        help="With --cpu-cache-compute: of the host's sequences, those it attends to; the rest are sent to the GPU.",
+    ),
     click.option("--attn-sparsity", type=float, default=1.0, show_default=True, help="Share of V that decode reads."),
     click.option("--compress-weight", is_flag=True, help="Weights in 4 bits."),
     click.option("--compress-cache", is_flag=True, help="KV cache in 4 bits."),
@@ -184,6 +191,7 @@ def flags_policy(options: Mapping[str, Any]) -> Policy:
         compress_weight=options["compress_weight"],
         comp_weight_config=CompressionConfig(group_size=options["group_size"]),
         compress_cache=options["compress_cache"],
+        cpu_attention_percent=options["cpu_attention_percent"],
     )
 
 

@@ -137,7 +137,7 @@ def test_percentages(tiny, tmp_path, percent, words):
     [
         ("--prompt-len 100 --gen-len 40", "128 positions"),
         ("--gpu-batch-size 0", "at least 1"),
-        ("--cpu-cache-compute", "not available yet"),
+        ("--cpu-cache-compute --cpu-attention-percent 101", "between 0 and 100"),
         ("--compress-weight --group-size 100", "group_size is 100; available is 32 or 64 or 128"),
         ("--attn-sparsity 0", "above 0 and at most 1"),
         ("--dtype int8", "dtype"),

@@ -190,8 +190,8 @@ def test_mistakes_are_sentences(model, tmp_path, monkeypatch):
     with pytest.raises(PolicyError, match="512 positions"):
         model.generate([[5]], max_new_tokens=600)
     formats = (False, CompressionConfig(), False, CompressionConfig(group_dim=2))
-    with pytest.raises(PolicyError, match="cpu_cache_compute"):
-        Policy(1, 1, 100, 0, 0, 100, 100, 0, True, True, True, True, 1.0, *formats)
+    with pytest.raises(PolicyError, match="attn_sparsity"):
+        Policy(1, 1, 100, 0, 0, 100, 100, 0, True, True, True, True, 1.5, *formats)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ModelError, match="not a directory"):
         OptLM("unknown", ExecutionEnv.create(tmp_path), "~/opt_weights", Policy())

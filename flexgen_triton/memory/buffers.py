@@ -14,12 +14,10 @@ import torch
 from torch import Tensor
 
 from ..plan.placement import Tier
-from ..plan.plan import Plan
+from ..plan.plan import HOST_RINGS, Plan
 from ..plan.schedule import Slot
 from .arena import Arena
 from .disk import DiskFile
-
-STAGE_RINGS = ("stage_in", "stage_out")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +53,14 @@ class Buffers:
     def __init__(self, sizes: Sizes, *, device: torch.device, offload_dir: Path) -> None:
         self.device, self.sizes = device, sizes
         rings, homes = sizes.rings, sizes.homes
-        on_host = sum(rings[n] for n in STAGE_RINGS)
+        on_host = sum(rings[n] for n in HOST_RINGS)
         pin = device.type == "cuda"
         self.gpu = Arena("gpu homes", homes[Tier.GPU], device)
         self.host = Arena("host homes", homes[Tier.HOST], torch.device("cpu"), pin=pin)
         self._device_rings = Arena("device rings", sum(rings.values()) - on_host, device)
         self._host_rings = Arena("host rings", on_host, torch.device("cpu"), pin=pin)
         self._rings = {
-            name: (self._host_rings if name in STAGE_RINGS else self._device_rings).take(size)
+            name: (self._host_rings if name in HOST_RINGS else self._device_rings).take(size)
             for name, size in rings.items()
         }
         self.scratch = DiskFile.scratch(offload_dir, homes[Tier.DISK]) if homes[Tier.DISK] else None

@@ -59,6 +59,26 @@ class TokenTarget(NamedTuple):
     at: Tensor
 
 
+class Attended(NamedTuple):
+    """The sequences of a GPU batch that the host attends to: where one token of each goes, and what attention reads."""
+
+    group: Group
+    target: TokenTarget
+    segments: list[Segment]
+
+
+class _PromptParts(NamedTuple):
+    """A slot of prompts' K and V: the disk's full and open blocks, both kinds of the host's; and their counts."""
+
+    blocks: Tensor
+    opened: Tensor
+    hosted: Tensor
+    attended: Tensor
+    full: list[int]
+    used: list[int]
+    attends: list[int]
+
+
 def _most(counts: Sequence[int]) -> int:
     return max(counts, default=0)
 
@@ -75,9 +95,13 @@ class Cache:
         self._layout = plan.cache_layout
         self._gpu: dict[Home, Tensor] = {}  # uint8, dense
         self._host: dict[Home, Tensor] = {}
+        self._attended: dict[Home, Tensor] = {}  # on the host too
         self._open: dict[Home, Tensor] = {}  # the open blocks of the disk's sequences
         self._offsets: dict[Home, int] = {}  # in the scratch file
         self._lens: dict[tuple[int, ...], Tensor] = {}
+        self._attended_at: dict[
+            int, tuple[int, Tensor, Tensor]
+        ] = {}  # by GPU batch: token step, positions, valid tokens
         for j, layer in enumerate(plan.layers):
             for k in range(len(plan.groups) if layer.has_cache else 0):
                 self._make_home((j, k))
@@ -85,7 +109,8 @@ class Cache:
     def _make_home(self, home: Home) -> None:
         layout, k = self._layout, home[1]
         blocks = self._plan.cache_home_blocks(k)
-        gpu, host, disk = self._plan.groups[k].cache
+        gpu, attended, host, disk = self._plan.groups[k].cache
+        self._attended[home] = self._buffers.host.take(layout.dense(blocks, attended.size))
         self._gpu[home] = self._buffers.gpu.take(layout.dense(blocks, gpu.size))
         self._host[home] = self._buffers.host.take(layout.dense(blocks, host.size))
         self._open[home] = self._buffers.host.take(layout.dense(1, disk.size))
@@ -123,7 +148,7 @@ class Cache:
 
     def _split(self, op: Op, slot: Tensor, full: int, used: int, halves: int = 2) -> list[Tensor]:
         """Cut a slot: full and open blocks of the disk's sequences, `halves` of the blocks in use by the host's."""
-        _, host, disk = self._plan.groups[op.k].cache
+        _, _, host, disk = self._plan.groups[op.k].cache
         dense = self._layout.dense
         ends = [0, *accumulate((dense(full, disk.size), dense(1, disk.size), dense(used, host.size, halves)))]
         return [slot[low:high] for low, high in pairwise(ends)]
@@ -149,11 +174,11 @@ class Cache:
 
     def _full(self, op: Op) -> list[int]:
         """Full blocks, before this token step, of each of the disk's sequences."""
-        return [self._layout.full(n) for n in self._plan.groups[op.k].cache[2].cached(op.i)]
+        return [self._layout.full(n) for n in self._plan.groups[op.k].cache.disk.cached(op.i)]
 
     def _used(self, op: Op) -> list[int]:
         """Blocks in use, before this token step, by each of the host's sequences."""
-        return [self._layout.blocks(n) for n in self._plan.groups[op.k].cache[1].cached(op.i)]
+        return [self._layout.blocks(n) for n in self._plan.groups[op.k].cache.host.cached(op.i)]
 
     # Transfers
 
@@ -165,7 +190,7 @@ class Cache:
     def read(self, op: Op, into: Tensor) -> int:
         """disk_in: the disk's full blocks, dense, to the start of `into`; returns the bytes of them."""
         at = self._offsets[op.j, op.k]
-        ranges = list(self._layout.ranges(self._live(op.k, self._plan.groups[op.k].cache[2], self._full(op))))
+        ranges = list(self._layout.ranges(self._live(op.k, self._plan.groups[op.k].cache.disk, self._full(op))))
         self._disk.read([Read(self._file, at + low, into[low:high]) for low, high in ranges])
         return sum(high - low for low, high in ranges)
 
@@ -174,7 +199,7 @@ class Cache:
 
         Returns the bytes of them.
         """
-        _, host, disk = self._plan.groups[op.k].cache
+        _, _, host, disk = self._plan.groups[op.k].cache
         full, used, home = self._full(op), self._used(op), self._host[op.j, op.k]
         blocks, opened, hosted = self._split(op, into, _most(full), _most(used), self._plan.host_halves)
         full, used = self._live(op.k, disk, full), self._live(op.k, host, used)
@@ -207,17 +232,25 @@ class Cache:
             self._store_token(op, out)
 
     def _store_prompt(self, op: Op, out: Tensor, staged: Tensor | None) -> None:
-        _, host, disk = self._plan.groups[op.k].cache
-        full = [self._layout.full(n) for n in disk.prompt_lens]
-        used = [self._layout.blocks(n) for n in host.prompt_lens]
-        blocks, opened, hosted = self._split(op, out, _most(full), _most(used))
+        home = op.j, op.k
+        parts = self._prompt_parts(op, out)
         if staged is not None:
-            self._copy_blocks(blocks, staged, full)
-        self._open[op.j, op.k].copy_(opened, non_blocking=True)
-        self._copy_blocks(hosted, self._host[op.j, op.k], used)
+            self._copy_blocks(parts.blocks, staged, parts.full)
+        self._open[home].copy_(parts.opened, non_blocking=True)
+        for part, used, at in ((parts.hosted, parts.used, self._host), (parts.attended, parts.attends, self._attended)):
+            self._copy_blocks(part, at[home], used)
+
+    def _prompt_parts(self, op: Op, out: Tensor) -> _PromptParts:
+        """Cut the slot that a prompt's K and V leave the device in."""
+        _, attended, host, disk = self._plan.groups[op.k].cache
+        full = [self._layout.full(n) for n in disk.prompt_lens]
+        used, attends = ([self._layout.blocks(n) for n in group.prompt_lens] for group in (host, attended))
+        blocks, opened, hosted = self._split(op, out, _most(full), _most(used))
+        rest = out[len(blocks) + len(opened) + len(hosted) :][: self._layout.dense(_most(attends), attended.size)]
+        return _PromptParts(blocks, opened, hosted, rest, full, used, attends)
 
     def _store_token(self, op: Op, out: Tensor) -> None:
-        _, host, disk = self._plan.groups[op.k].cache
+        _, _, host, disk = self._plan.groups[op.k].cache
         new = [field[0, ..., 0, :].cpu() for field in self._tokens(out, host.size + disk.size)]  # [n, 2, Hkv, width]
         opened = [n % self._layout.block_tokens for n in disk.cached(op.i)]
         for buffer, group, positions in (
@@ -232,7 +265,7 @@ class Cache:
     def write(self, op: Op, staged: Tensor | None) -> None:
         """disk_out: prefill's full blocks from `staged`, or the open blocks that this token step has filled."""
         opened, at, layout = self._open[op.j, op.k], self._offsets[op.j, op.k], self._layout
-        disk = self._plan.groups[op.k].cache[2]
+        disk = self._plan.groups[op.k].cache.disk
         if staged is not None:
             ranges = layout.ranges([layout.full(n) for n in disk.prompt_lens])
             self._disk.write([Write(self._file, at + low, staged[low:high]) for low, high in ranges])
@@ -251,22 +284,21 @@ class Cache:
 
     def prompt_targets(self, op: Op, out: Tensor | None) -> list[PromptTarget]:
         """After prefill: where packed rows of K and V go, resident homes and, for the rest, the slot `out`."""
-        gpu, host, disk = self._plan.groups[op.k].cache
+        gpu, attended, host, disk = self._plan.groups[op.k].cache
         home, layout = (op.j, op.k), self._layout
         batch = self._plan.workload.batches[op.k]
         if batch.new_tokens == 1:
             return []
-        opened, hosted = self._open[home], self._host[home]
+        opened, hosted, attends = self._open[home], self._host[home], self._attended[home]
         full = [layout.full(n) for n in disk.prompt_lens]
         blocks: Tensor | None = None
         if self._plan.copies and out is not None:
-            used = [layout.blocks(n) for n in host.prompt_lens]
-            blocks, opened, hosted = self._split(op, out, _most(full), _most(used))
+            blocks, opened, hosted, attends, *_ = self._prompt_parts(op, out)
         elif out is not None:
             blocks = self._split(op, out, _most(full), 0)[0]
         first = [0, *accumulate(batch.prompt_lens)]  # packed row of each sequence
         targets = []
-        for group, buffer in ((gpu, self._gpu[home]), (host, hosted)):
+        for group, buffer in ((gpu, self._gpu[home]), (attended, attends), (host, hosted)):
             if group.size:
                 rows = first[group.first : group.stop]
                 targets.append(PromptTarget(self._blocks(buffer, group.size), rows, group.prompt_lens))
@@ -282,7 +314,7 @@ class Cache:
 
     def token_targets(self, op: Op, out: Tensor | None) -> list[TokenTarget]:
         """In decode: where one token of every sequence goes; `out` is the slot on the way to the host."""
-        gpu, host, disk = self._plan.groups[op.k].cache
+        gpu, _, host, disk = self._plan.groups[op.k].cache
         home = (op.j, op.k)
         opened = [n % self._layout.block_tokens for n in disk.cached(op.i)]
         places = [(gpu, self._gpu[home], gpu.cached(op.i))]
@@ -301,12 +333,25 @@ class Cache:
             targets.append(TokenTarget(self._tokens(out, away), host.first, zeros, at))
         return targets
 
+    def attended(self, op: Op) -> Attended:
+        """In decode: the sequences that the host attends to, where their new token goes and what attention reads."""
+        group, buffer = self._plan.groups[op.k].cache.attended, self._attended[op.j, op.k]
+        positions = group.cached(op.i)
+        if op.k not in self._attended_at or self._attended_at[op.k][0] != op.i:
+            lens = [n + 1 for n in self.cached(op, group)]
+            at, valid = (torch.tensor(counts, dtype=torch.int32) for counts in (positions, lens))
+            self._attended_at[op.k] = op.i, at, valid
+        _, at, valid = self._attended_at[op.k]
+        fields = self._blocks(buffer, group.size)
+        used = self._layout.blocks(_most(positions) + 1)
+        return Attended(group, TokenTarget(fields, 0, positions, at), [_segment(fields, valid, used)])
+
     def segments(self, op: Op, slot: Tensor | None, out: Tensor | None) -> list[tuple[Group, list[Segment]]]:
         """In decode, the new tokens written: what attention reads, by group of sequences, the newest token last.
 
         `slot` is this block's slot of the cache ring, `out` its slot on the way to the host.
         """
-        gpu, host, disk = self._plan.groups[op.k].cache
+        gpu, _, host, disk = self._plan.groups[op.k].cache
         found = [(gpu, self._resident(op, self._gpu, gpu))]
         if self._plan.copies:
             found += self._staged(op, slot, out)
@@ -324,7 +369,7 @@ class Cache:
 
     def _in_place(self, op: Op, slot: Tensor | None) -> list[Segment]:
         """The disk's sequences where host memory is the device's: full blocks from the ring, the open one at home."""
-        group, tokens = self._plan.groups[op.k].cache[2], self._layout.block_tokens
+        group, tokens = self._plan.groups[op.k].cache.disk, self._layout.block_tokens
         if not group.size:
             return []
         lens = self._valid((op.i, op.k, group.first, 1), [n % tokens + 1 for n in group.cached(op.i)])
@@ -332,7 +377,7 @@ class Cache:
         return [*self._full_segment(op, slot), opened]
 
     def _full_segment(self, op: Op, slot: Tensor | None) -> list[Segment]:
-        group, full = self._plan.groups[op.k].cache[2], self._full(op)
+        group, full = self._plan.groups[op.k].cache.disk, self._full(op)
         if not _most(full):
             return []
         assert slot is not None
@@ -342,7 +387,7 @@ class Cache:
 
     def _staged(self, op: Op, slot: Tensor | None, out: Tensor | None) -> list[tuple[Group, list[Segment]]]:
         """Host and disk sequences from the device's ring; the new token is a segment of its own."""
-        _, host, disk = self._plan.groups[op.k].cache
+        _, _, host, disk = self._plan.groups[op.k].cache
         if out is None:
             return []
         if slot is None:  # all of them have ended, and attend to their newest token
@@ -371,7 +416,7 @@ class Cache:
         return Segment(self._keys(hosted, size), _half([field[:blocks] for field in home], 1), lens)
 
     def _newest(self, op: Op, group: Group, new: Fields) -> Segment:
-        first = group.first - self._plan.groups[op.k].cache[1].first
+        first = group.first - self._plan.groups[op.k].cache.host.first
         ones = self._valid((op.i, op.k, group.first, 5), [1] * group.size)
         return _segment([field[:, first : first + group.size] for field in new], ones)
 

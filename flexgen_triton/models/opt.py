@@ -6,7 +6,7 @@ A layer is a function of (hidden states, weights, attention); it owns nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -19,7 +19,6 @@ from .ops import Matrix, Weight
 POSITION_OFFSET = 2  # OPT's position table starts with two rows that are never used
 MIN_HEAD_PART_BYTES = 32 << 20
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v [T, H, D] -> [T, H, D]
 Rows = Callable[[str, Tensor], Tensor]  # table name, ids [T] -> [T, width]
 
 
@@ -159,12 +158,12 @@ def _embed(config: OPTConfig) -> ModuleSpec:
 
 def _attention(config: OPTConfig, n: int) -> ModuleSpec:
     hidden, at = config.hidden_size, f"decoder.layers.{n}"
-    tensors = [
+    before = [
         *_norm(config, "attention_norm", f"{at}.self_attn_layer_norm"),
         *_linear(config, "qkv", (3 * hidden, hidden), *(f"{at}.self_attn.{p}_proj" for p in "qkv")),
-        *_linear(config, "out", (hidden, hidden), f"{at}.self_attn.out_proj"),
     ]
-    return ModuleSpec("attention", n, tuple(tensors))
+    after = _linear(config, "out", (hidden, hidden), f"{at}.self_attn.out_proj")
+    return ModuleSpec("attention", n, (*(replace(t, projects=True) for t in before), *after))
 
 
 def _mlp(config: OPTConfig, n: int) -> ModuleSpec:
@@ -212,15 +211,15 @@ class OPT:
             x = ops.linear(x, w["project_in.weight"])
         return x + rows("positions.weight", positions + POSITION_OFFSET)
 
-    def attention(self, w: Mapping[str, Weight], x: Tensor, attend: Attend) -> Tensor:
-        """Self-attention with its residual: [T, E] -> [T, E]."""
-        heads, dim = self.config.num_attention_heads, self.config.head_dim
-        before = self.config.do_layer_norm_before
-        h = self._norm(w, "attention_norm", x) if before else x
-        qkv = self._linear(w, "qkv", h).view(len(x), 3, heads, dim)
-        out = attend(qkv[:, 0], qkv[:, 1], qkv[:, 2]).reshape(len(x), heads * dim)
-        y = self._linear(w, "out", out, residual=x)
-        return y if before else self._norm(w, "attention_norm", y)
+    def project(self, w: Mapping[str, Weight], x: Tensor) -> Tensor:
+        """What attention is made from: [T, E] -> Q, K and V of all heads one after the other, [T, 3 H, D]."""
+        h = self._norm(w, "attention_norm", x) if self.config.do_layer_norm_before else x
+        return self._linear(w, "qkv", h).view(len(x), -1, self.config.head_dim)
+
+    def output(self, w: Mapping[str, Weight], x: Tensor, attended: Tensor) -> Tensor:
+        """What follows attention, and the residual x: attended [T, H, D], [T, E] -> [T, E]."""
+        y = self._linear(w, "out", attended.reshape(len(x), -1), residual=x)
+        return y if self.config.do_layer_norm_before else self._norm(w, "attention_norm", y)
 
     def mlp(self, w: Mapping[str, Weight], x: Tensor) -> Tensor:
         """Feed-forward network with its residual: [T, E] -> [T, E]."""

@@ -14,7 +14,7 @@ def seconds(op: Op, hardware: Hardware) -> float:
     """Time of one op alone on its lane: what any op costs there, and its bytes or its arithmetic at their rates."""
     lane = op.lane.value
     if op.work is not None:
-        cost = _compute_seconds(op.work, hardware)
+        cost = _compute_seconds(op.work, hardware, on_host=op.lane is Lane.HOST_ATTENTION)
     elif op.bytes:
         cost = _transfer(op, hardware).seconds(op.bytes)
     else:
@@ -33,14 +33,15 @@ def _transfer(op: Op, hardware: Hardware) -> Curve:
     }[op.lane]
 
 
-def _compute_seconds(work: Work, hardware: Hardware) -> float:
+def _compute_seconds(work: Work, hardware: Hardware, *, on_host: bool) -> float:
     """Products, then attention, then all that passes over activations: a kernel each, one after another."""
     total = sum(_product_seconds(kind, flops, work, hardware) for kind, flops in work.products)
     total += hardware.elementwise.seconds(work.hidden_bytes)
     if work.prompt_flops:
         total += work.prompt_flops / hardware.prefill_attention.rate(work.prompt_len)
     if work.cache_bytes:
-        total += _of(hardware.decode_attention, work.cache_format, hardware).seconds(work.cache_bytes)
+        rates = hardware.host_attention if on_host else hardware.decode_attention
+        total += _of(rates, work.cache_format, hardware).seconds(work.cache_bytes)
     if work.gathered_bytes:
         total += work.gathered_bytes / hardware.h2d.rate(work.gathered_bytes)
     return total + work.lookups / hardware.disk_rows + work.streamed_bytes * hardware.disk_compute

@@ -1,6 +1,7 @@
 """How the KV cache and the hidden states of a GPU batch are divided over the tiers and laid out in memory.
 
-Sequences of a batch stand longest first: the first ones on the GPU, the next on the host, the last on disk. A group of
+Sequences of a batch stand longest first: the first ones on the GPU, the next on the host (first those that it attends
+to itself), the last on disk. A group of
 n sequences keeps its cache as `[blocks, 2, n, half]`: of every block of tokens K of all sequences, then V of all. So
 any number of leading blocks is one contiguous range, and a block's K of the longest sequences is one too. A half is K
 or V of `block_tokens` tokens of one sequence, one field after another, `[KV heads, block_tokens, width]`: a 16-bit
@@ -11,8 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, groupby
 from operator import itemgetter
+from typing import NamedTuple
 
 from .placement import PAGE, Tier
 from .policy import CACHE_GROUP
@@ -31,18 +33,21 @@ def block_tokens_for(mean_len: float) -> int:
     return next((n for n in BLOCK_TOKENS if n / 2 * MAX_OPEN_SHARE <= mean_len), BLOCK_TOKENS[-1])
 
 
-def split_counts(sizes: Sequence[int], percents: Sequence[float]) -> list[tuple[int, int, int]]:
-    """Sequences of each batch per tier (GPU, host, disk), the shares exact to one sequence over all batches."""
-    counts: list[tuple[int, int, int]] = []
-    seen = given_gpu = given_host = 0
+def split_counts(sizes: Sequence[int], percents: Sequence[float]) -> list[tuple[int, ...]]:
+    """Sequences of each batch by share, and those left; the shares are exact to one sequence over all batches."""
+    counts: list[tuple[int, ...]] = []
+    given = [0] * len(percents)
+    seen = 0
     for size in sizes:
         seen += size
-        on_gpu = min(max(round(seen * percents[0] / 100) - given_gpu, 0), size)
-        given_gpu += on_gpu
-        wanted_host = round(seen * (percents[0] + percents[1]) / 100) - given_gpu - given_host
-        on_host = min(max(wanted_host, 0), size - on_gpu)
-        given_host += on_host
-        counts.append((on_gpu, on_host, size - on_gpu - on_host))
+        row: list[int] = []
+        wanted = 0.0
+        for n, percent in enumerate(percents):
+            wanted += percent
+            count = min(max(round(seen * wanted / 100) - sum(given[: n + 1]), 0), size - sum(row))
+            given[n] += count
+            row.append(count)
+        counts.append((*row, size - sum(row)))
     return counts
 
 
@@ -71,13 +76,27 @@ class Group:
         return sum(self.prompt_lens) if step == 0 else self.size
 
 
-def make_groups(batch: Batch, counts: tuple[int, int, int]) -> tuple[Group, Group, Group]:
-    """The GPU's, the host's and the disk's sequences of one batch."""
-    gpu, host, _ = counts
-    cuts = (0, gpu, gpu + host, batch.size)
+class CacheGroups(NamedTuple):
+    """A GPU batch's sequences by where their K and V are and who attends to them, in this order."""
+
+    gpu: Group
+    attended: Group  # at home on the host, and attended to by it
+    host: Group  # at home on the host, sent to the device
+    disk: Group
+
+
+def make_groups(batch: Batch, counts: Sequence[int], tiers: Sequence[Tier] = tuple(Tier)) -> list[Group]:
+    """So many sequences of one batch on each of the tiers."""
+    ends = list(accumulate(counts))
     asked = batch.new_tokens_each
-    groups = [Group(t, a, batch.prompt_lens[a:b], asked[a:b]) for t, a, b in zip(Tier, cuts, cuts[1:], strict=False)]
-    return groups[0], groups[1], groups[2]
+    return [
+        Group(tier, end - n, batch.prompt_lens[end - n : end], asked[end - n : end])
+        for tier, n, end in zip(tiers, counts, ends, strict=True)
+    ]
+
+
+def cache_groups(batch: Batch, counts: Sequence[int]) -> CacheGroups:
+    return CacheGroups(*make_groups(batch, counts, (Tier.GPU, Tier.HOST, Tier.HOST, Tier.DISK)))
 
 
 @dataclass(frozen=True, slots=True)

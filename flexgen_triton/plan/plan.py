@@ -5,15 +5,38 @@ Made from the model, the workload, the policy and where the weights lie on disk.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from itertools import pairwise
 
-from .layout import CacheLayout, Group, block_tokens_for, cache_fields, make_groups, pad, split_counts
+from .layout import (
+    CacheGroups,
+    CacheLayout,
+    Group,
+    block_tokens_for,
+    cache_fields,
+    cache_groups,
+    make_groups,
+    pad,
+    split_counts,
+)
 from .placement import Extent, LayerPlacement, Run, Tier, packed_layout, place_layer
 from .policy import Policy, PolicyError
-from .schedule import CacheTraffic, Generator, HiddenTraffic, Program, WeightTraffic, Work
+from .schedule import (
+    ATTEND,
+    ATTEND_HOST,
+    COMPUTE,
+    FINISH,
+    PROJECT,
+    CacheTraffic,
+    Generator,
+    HiddenTraffic,
+    Program,
+    SplitTraffic,
+    WeightTraffic,
+    Work,
+)
 from .spec import Batch, LayerSpec, ModelSpec, ModuleSpec, Workload
 from .workspace import workspace_bytes
 
@@ -21,6 +44,8 @@ PART_BYTES = 64 << 20  # a streamed layer is cut at least this fine, so that dis
 Extents = Mapping[str, Sequence[Extent]]  # by module
 
 LIBRARY_BYTES = 48 << 20  # threads, their heaps and matrix libraries' buffers, as measured
+HOST_RINGS = ("stage_in", "stage_out", "query", "answer")  # the others are the device's
+_NO_WORK = Work(rows=0, products=(), weight_bytes=0, hidden_bytes=0, first_of_load=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +65,8 @@ class Part:
 class BatchGroups:
     """How one GPU batch's sequences are divided: by where their cache is, and by where their hidden state is."""
 
-    cache: tuple[Group, Group, Group]
-    hidden: tuple[Group, Group, Group]
+    cache: CacheGroups
+    hidden: tuple[Group, ...]  # on the GPU, the host and the disk
 
 
 def _place(
@@ -93,14 +118,21 @@ class Plan:
         fields = cache_fields(model, is_4bit=policy.is_cache_4bit)
         self.cache_layout = CacheLayout(model.num_kv_heads, fields, block_tokens_for(_mean_len(batches)))
         sizes = [b.size for b in batches]
-        cache_counts = split_counts(sizes, (policy.cache_gpu_percent, policy.cache_cpu_percent))
+        attended = policy.attended_percent if copies else 0.0
+        sent = policy.cache_cpu_percent - attended
+        cache_counts = split_counts(sizes, (policy.cache_gpu_percent, attended, sent))
         hidden_counts = split_counts(sizes, (policy.act_gpu_percent, policy.act_cpu_percent))
         self.groups: tuple[BatchGroups, ...] = tuple(
-            BatchGroups(make_groups(b, c), make_groups(b, h))
+            BatchGroups(cache_groups(b, c), tuple(make_groups(b, h)))
             for b, c, h in zip(batches, cache_counts, hidden_counts, strict=True)
         )
+        self.is_split = any(g.cache.attended.size for g in self.groups)  # attention on the host, on a lane of its own
 
-        self._layer_work = tuple(self._work_of(layer) for layer in self.layers)
+        self._layer_work = tuple(self._work_of(layer.modules) for layer in self.layers)
+        cut = {j: layer.cut_at_attention() for j, layer in enumerate(self.layers) if layer.has_cache}
+        self._part_work = {
+            (j, name): self._work_of(c) for j, cs in cut.items() for name, c in zip((PROJECT, FINISH), cs, strict=True)
+        }
         self._rows_on_disk = self.tables.disk.useful / max(sum(self.tables.share(t).useful for t in Tier), 1)
         # asked several times per op, by neighbours in the schedule
         self.cache_traffic = lru_cache(maxsize=64)(self._cache_traffic)
@@ -130,11 +162,11 @@ class Plan:
     def _cache_traffic(self, i: int, k: int) -> CacheTraffic:
         """What attention of GPU batch k moves in token step i, in any one layer."""
         layout = self.cache_layout
-        _, host, disk = self.groups[k].cache
+        _, attended, host, disk = self.groups[k].cache
         batch = self.workload.batches[k]
         last = i == batch.new_tokens - 1
         if i == 0:
-            return self._prefill_cache_traffic(host, disk, last=last)
+            return self._prefill_cache_traffic(attended, host, disk, last=last)
         full = [layout.full(n) for n in disk.cached(i)]
         used = [layout.blocks(n) for n in host.cached(i)]
         read, read_slot = layout.dense(sum(full), 1), layout.dense(max(full, default=0), disk.size)
@@ -166,22 +198,31 @@ class Plan:
         """Of so many cached tokens, those whose V sparse attention reads, per head."""
         return int(self.policy.attn_sparsity * cached)
 
-    def _prefill_cache_traffic(self, host: Group, disk: Group, *, last: bool) -> CacheTraffic:
+    def _prefill_cache_traffic(self, attended: Group, host: Group, disk: Group, *, last: bool) -> CacheTraffic:
         if last:  # one token asked: its K and V are never read again
             return CacheTraffic()
         layout = self.cache_layout
         full = [layout.full(n) for n in disk.prompt_lens]
-        used = [layout.blocks(n) for n in host.prompt_lens]
         written, write_slot = layout.dense(sum(full), 1), layout.dense(max(full, default=0), disk.size)
         if not self.copies:
             return CacheTraffic(out=write_slot, disk_write=written, write_slot=write_slot)
+        at_home = [[layout.blocks(n) for n in group.prompt_lens] for group in (host, attended)]
         open_bytes = layout.dense(1, disk.size)
         return CacheTraffic(
-            out=write_slot + open_bytes + layout.dense(max(used, default=0), host.size),
-            host_store=written + open_bytes + layout.dense(sum(used), 1),
+            out=write_slot + open_bytes + sum(layout.dense(max(used, default=0), len(used)) for used in at_home),
+            host_store=written + open_bytes + sum(layout.dense(sum(used), 1) for used in at_home),
             disk_write=written,
             write_slot=write_slot,
         )
+
+    def split_traffic(self, i: int, k: int) -> SplitTraffic:
+        """What moves for attention of GPU batch k in a token step after the first, in any one layer."""
+        model, groups = self.model, self.groups[k].cache
+        size = self.workload.batches[k].size
+        result = model.num_heads * model.head_dim * model.itemsize  # of one sequence
+        projected = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim * model.itemsize
+        asked = groups.attended.size
+        return SplitTraffic(size * projected, asked * projected, asked * result, size * result, attends=asked < size)
 
     def cache_home_blocks(self, k: int) -> int:
         return self.cache_layout.blocks(self.workload.batches[k].max_len)
@@ -199,32 +240,34 @@ class Plan:
 
     # Arithmetic
 
-    def _work_of(self, layer: LayerSpec) -> tuple[tuple[tuple[str, float], ...], int, int]:
-        """FLOPs per row by format, bytes of weights, and bytes of activations per row, of a layer's products."""
+    def _work_of(self, modules: Sequence[ModuleSpec]) -> tuple[tuple[tuple[str, float], ...], int, int]:
+        """FLOPs per row by format, bytes of weights, and bytes of activations per row, of modules' products."""
         flops: dict[str, float] = {}
-        for t in layer.tensors:
-            if not t.gathered and (t.packing or len(t.shape) > 1):
+        tensors = [t for m in modules for t in m.tensors if not t.gathered]
+        for t in tensors:
+            if t.packing or len(t.shape) > 1:
                 kind = "4-bit" if t.packing else t.dtype
                 flops[kind] = flops.get(kind, 0.0) + 2.0 * t.num_parameters
-        hidden = sum(self._passed_over(m) for m in layer.modules)
-        return tuple(flops.items()), sum(t.nbytes for t in layer.tensors if not t.gathered), hidden
+        hidden = sum(self._passed_over(m) for m in modules)
+        return tuple(flops.items()), sum(t.nbytes for t in tensors), hidden
 
     def _passed_over(self, module: ModuleSpec) -> int:
         """Bytes per row that a module reads and writes apart from its products: norm, biases, activation, residual."""
         width, itemsize = self.model.hidden, self.model.itemsize
         if module.kind == "head":  # fp32 logits are written once and read twice, to be sampled
             return 12 * sum(t.shape[0] for t in module.tensors if t.exact)
-        return {"embed": 6 * width, "attention": 12 * width, "mlp": 6 * width + 4 * self.model.ffn}[
-            module.kind
-        ] * itemsize
+        factors = {"embed": 6, "attention": 12, "project": 8, "output": 4, "mlp": 6 + 4 * self.model.ffn / width}
+        return round(factors[module.kind] * width) * itemsize
 
-    def work(self, i: int, j: int, k: int) -> Work:
-        """What the computation of one block does."""
+    def work(self, i: int, j: int, k: int, name: str = COMPUTE) -> Work:
+        """What one computation of a block does: a layer's, or one of those that its attention cuts it into."""
+        if name in (ATTEND, ATTEND_HOST):
+            return self._attention_work(_NO_WORK, i, k, on_host=name == ATTEND_HOST)
         batch, layer, model = self.workload.batches[k], self.layers[j], self.model
         rows = batch.size + (0 if i else batch.scored) if layer.is_head else batch.tokens(i)
-        products, weight_bytes, hidden = self._layer_work[j]
-        streamed = sum(p.disk_bytes for p in self.parts[j]) // len(self.workload.batches)
-        if layer.has_cache:
+        products, weight_bytes, hidden = self._part_work.get((j, name)) or self._layer_work[j]
+        streamed = sum(p.disk_bytes for p in self.parts[j]) // len(self.workload.batches) if name != FINISH else 0
+        if layer.has_cache and name != FINISH:
             streamed += self.cache_traffic(i, k).disk_read
         work = Work(
             rows,
@@ -236,19 +279,25 @@ class Plan:
         )
         if j == 0:
             return replace(work, lookups=round(self._rows_on_disk * self._distinct_rows(i, batch)))
-        if not layer.has_cache:
+        if not layer.has_cache or name in (PROJECT, FINISH):
             return work
-        heads = 4.0 * model.num_heads * model.head_dim
         if i == 0:
             squares = sum(p * p for p in batch.prompt_lens)
-            return replace(work, prompt_flops=heads * squares / 2, prompt_len=round(squares / batch.prompt_tokens))
-        context = sum(batch.cached(i)) + batch.size
+            flops = 2.0 * model.num_heads * model.head_dim * squares
+            return replace(work, prompt_flops=flops, prompt_len=round(squares / batch.prompt_tokens))
+        return self._attention_work(work, i, k)
+
+    def _attention_work(self, work: Work, i: int, k: int, *, on_host: bool = False) -> Work:
+        """Decode attention of one GPU batch added: of the sequences that the host attends to, or of all others."""
+        groups, model = self.groups[k].cache, self.model
+        chosen = [g for g in groups if (g is groups.attended) == on_host]
+        context = sum(sum(g.cached(i)) + g.size for g in chosen)
         return replace(
             work,
             cache_bytes=round(context * self.cache_layout.token_bytes * (1 + self.policy.attn_sparsity) / 2),
-            cache_flops=heads * context,
+            cache_flops=4.0 * model.num_heads * model.head_dim * context,
             cache_format="4-bit" if self.policy.is_cache_4bit else model.dtype,
-            gathered_bytes=self.cache_traffic(i, k).gathered,
+            gathered_bytes=0 if on_host else self.cache_traffic(i, k).gathered,
         )
 
     def _distinct_rows(self, i: int, batch: Batch) -> float:
@@ -268,6 +317,7 @@ class Plan:
             cache=self.cache_traffic,
             hidden=self.hidden_traffic,
             work=self.work,
+            split=self.split_traffic if self.is_split else None,
             rings=self.rings,
             copies=self.copies,
             serial=not self.policy.overlap,
@@ -287,14 +337,20 @@ class Plan:
         disk_part = max(p.disk_bytes for parts in self.parts for p in parts)
         staged_in = max(disk_part, *(c.read_slot for c in traffic), hidden_disk) if self.copies else 0
         staged_out = max(*(c.write_slot for c in traffic), hidden_disk) if self.copies else 0
+        split = [self.split_traffic(1, k) for k in range(len(self.workload.batches) if self.is_split else 0)]
+        row = len(split) + 1  # what is handed from one row of the schedule to the next, and one more
         return {
             "weight": self._weight_ring(),
             "cache": ahead * pad(max(c.slot for c in traffic)),
             "hidden": ahead * pad(hidden_slot),
             "cache_out": ahead * pad(max(c.out for c in traffic)),
             "hidden_out": ahead * pad(hidden_slot),
+            "projected": ahead * _most(s.projected for s in split),
+            "result": row * _most(s.result for s in split),
             "stage_in": ahead * pad(staged_in),
             "stage_out": ahead * pad(staged_out),
+            "query": row * _most(s.query for s in split),
+            "answer": row * _most(s.answer for s in split),
         }
 
     @staticmethod
@@ -303,12 +359,23 @@ class Plan:
         ends = {batch.new_tokens, *batch.asked}
         return {0, min(1, batch.new_tokens - 1), *(max(n - back, 0) for n in ends for back in (1, 2))}
 
+    @property
+    def layers_in_use(self) -> int:
+        """Layers whose weights a row of the schedule uses: one, or those from one attention to the next."""
+        attentions = [j for j, layer in enumerate(self.layers) if layer.has_cache]
+        return 1 + max((b - a for a, b in pairwise(attentions)), default=1) if self.is_split else 1
+
     def _weight_ring(self) -> int:
-        """Room for a layer in use and, with overlap, for the next two wherever the first one lies."""
+        """Room for the layers in use at once and, with overlap, for one more, wherever the first of them lies."""
         slots = [pad(self.weight_traffic(j).slot) for j in range(len(self.layers))]
-        if not self.policy.overlap:
+        if not self.is_split and not self.policy.overlap:
             return max(slots)
-        return max(a + 2 * b for a, b in zip(slots, slots[1:] + slots[:1], strict=True))
+        if not self.is_split:
+            return max(a + 2 * b for a, b in zip(slots, slots[1:] + slots[:1], strict=True))
+        count = self.layers_in_use + self.policy.overlap
+        turns = slots + slots[: count - 1]
+        windows = [turns[j : j + count] for j in range(len(slots))]
+        return max(sum(w) + max(w) for w in windows)  # an end of the ring too short for the largest stays empty
 
     @cached_property
     def placement(self) -> dict[str, dict[str, int]]:
@@ -335,9 +402,10 @@ class Plan:
         layers = sum(layer.has_cache for layer in self.layers)
         for k, groups in enumerate(self.groups):
             blocks = self.cache_home_blocks(k)
-            gpu, host, disk = groups.cache
+            gpu, attended, host, disk = groups.cache
             total[Tier.GPU] += layers * layout.dense(blocks, gpu.size)
-            total[Tier.HOST] += layers * (layout.dense(blocks, host.size) + layout.dense(1, disk.size))
+            on_host = layout.dense(blocks, attended.size) + layout.dense(blocks, host.size)
+            total[Tier.HOST] += layers * (on_host + layout.dense(1, disk.size))
             total[Tier.DISK] += layers * layout.dense(layout.full(self.workload.batches[k].max_len), disk.size)
             for g in groups.hidden:
                 total[g.tier] += pad(g.tokens(0) * self.model.hidden * self.model.itemsize)
@@ -352,14 +420,14 @@ class Plan:
     def device_bytes(self) -> int:
         """Peak bytes of the GPU tier: resident weights, homes, the rings that compute reads, workspace."""
         weights = sum(p.gpu.nbytes for p in (*self.placements, self.tables))
-        rings = sum(self.rings[name] for name in ("weight", "cache", "hidden", "cache_out", "hidden_out"))
+        rings = sum(nbytes for name, nbytes in self.rings.items() if name not in HOST_RINGS)
         return weights + self.homes[Tier.GPU] + rings + self.workspace_bytes
 
     @cached_property
     def host_bytes(self) -> int:
         """Peak bytes of the host tier: its weights, homes and staging rings, and what libraries take in a first run."""
         weights = sum(p.host.nbytes for p in (*self.placements, self.tables))
-        return weights + self.homes[Tier.HOST] + self.rings["stage_in"] + self.rings["stage_out"] + LIBRARY_BYTES
+        return weights + self.homes[Tier.HOST] + sum(self.rings[name] for name in HOST_RINGS) + LIBRARY_BYTES
 
     @cached_property
     def scratch_bytes(self) -> int:
@@ -369,6 +437,10 @@ class Plan:
     @property
     def generator(self) -> Generator:
         return Generator(self.program)
+
+
+def _most(sizes: Iterable[int]) -> int:
+    return pad(max(sizes, default=0))
 
 
 def _mean_len(batches: Sequence[Batch]) -> float:

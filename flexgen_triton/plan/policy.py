@@ -30,7 +30,7 @@ class CompressionConfig:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """FlexGen's policy, field for field and in its order (Sheng et al., ICML 2023, section 4).
+    """FlexGen's policy, field for field and in its order (Sheng et al., ICML 2023, section 4); what is ours follows.
 
     Percentages are of bytes (weights) or of sequences (cache, activations); what GPU and CPU leave goes to disk.
     Raises PolicyError when a value is out of range or asks for what this version does not do.
@@ -53,6 +53,7 @@ class Policy:
     comp_weight_config: CompressionConfig = field(default_factory=CompressionConfig)
     compress_cache: bool = False
     comp_cache_config: CompressionConfig = field(default_factory=lambda: CompressionConfig(group_dim=2))
+    cpu_attention_percent: float = 100  # with cpu_cache_compute: of the host's sequences, those it attends to itself
 
     def __post_init__(self) -> None:
         for name in ("gpu_batch_size", "num_gpu_batches"):
@@ -67,8 +68,11 @@ class Policy:
                 raise PolicyError(
                     f"{what}: {gpu:g} % GPU + {cpu:g} % CPU is {gpu + cpu:g} %; together at most 100, the rest is disk"
                 )
-        if self.cpu_cache_compute:
-            raise PolicyError("cpu_cache_compute (attention on the CPU) is not available yet; leave it off")
+        if not 0 <= self.cpu_attention_percent <= 100:
+            raise PolicyError(
+                f"cpu_attention_percent is {self.cpu_attention_percent:g}; of the host's sequences that share is "
+                "attended to by the CPU, between 0 and 100"
+            )
         if not 0 < self.attn_sparsity <= 1:
             raise PolicyError(
                 f"attn_sparsity is {self.attn_sparsity:g}; it is the share of V that attention reads, above 0 and at "
@@ -96,6 +100,11 @@ class Policy:
     @property
     def cache_disk_percent(self) -> float:
         return 100 - self.cache_gpu_percent - self.cache_cpu_percent
+
+    @property
+    def attended_percent(self) -> float:
+        """Of all sequences, those that the host attends to itself where its memory is apart from the device's."""
+        return self.cache_cpu_percent * self.cpu_attention_percent / 100 if self.cpu_cache_compute else 0.0
 
     @property
     def act_disk_percent(self) -> float:

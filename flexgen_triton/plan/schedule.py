@@ -23,6 +23,7 @@ class Lane(Enum):
     DISK_OUT = "disk_out"
     H2D = "h2d"
     D2H = "d2h"
+    HOST_ATTENTION = "host_attention"
     COMPUTE = "compute"
 
     __hash__ = object.__hash__  # members are singletons; an Enum's own hash is the slowest part of linking a schedule
@@ -76,6 +77,8 @@ class Op:
     bytes: int = 0
     work: Work | None = None  # of a computation
     pageable: bool = False  # a transfer from memory that is not pinned
+    enters: bool = True  # the hidden state comes from where it was kept, else from the computation before
+    keeps: bool = True  # its result is kept for a later row of the schedule, else only handed to the next computation
 
     @property
     def flops(self) -> float:
@@ -114,6 +117,17 @@ class CacheTraffic:
 
 
 @dataclass(frozen=True, slots=True)
+class SplitTraffic:
+    """What moves where the host attends to some of a GPU batch's sequences while the device attends to the others."""
+
+    projected: int  # Q, K and V of the new tokens of all sequences, on the device
+    query: int  # the host's part of them
+    answer: int  # attention's result for those
+    result: int  # and for all sequences, on the device
+    attends: bool  # the device has sequences of its own to attend to
+
+
+@dataclass(frozen=True, slots=True)
 class HiddenTraffic:
     """Bytes of a GPU batch's hidden state that are kept off the device between layers."""
 
@@ -129,7 +143,8 @@ class Program(NamedTuple):
     batch_steps: tuple[int, ...]  # token steps of each GPU batch
     cache: Callable[[int, int], CacheTraffic]  # (i, k)
     hidden: Callable[[int, int, int], HiddenTraffic]  # (i, j, k): the state that layer j hands to layer j+1
-    work: Callable[[int, int, int], Work]  # (i, j, k)
+    work: Callable[[int, int, int, str], Work]  # (i, j, k, name of the op)
+    split: Callable[[int, int], SplitTraffic] | None  # (i, k), in decode: a layer's computation is cut at its attention
     rings: dict[str, int]  # capacity in bytes
     copies: bool  # host memory is apart from the device's: h2d and d2h lanes exist
     serial: bool  # no overlap: every op after the one before it
@@ -196,6 +211,8 @@ def _round_up(nbytes: int) -> int:
 
 Block = tuple[int, int, int]
 Homes = tuple[Slot, Slot]  # on disk and on the host
+COMPUTE, PROJECT, ATTEND, ATTEND_HOST, FINISH = "compute", "project", "attend", "attend_host", "finish"
+Row = list[tuple[int, str]]  # layers and which of their computations
 
 
 class Generator:
@@ -217,19 +234,37 @@ class Generator:
         self._cache_next: Block = (1, 0, 0)
         self._hidden_slots: dict[Block, Slot] = {}
         self._hidden_next: Block = (0, 1, 0)
+        self._answers: dict[Block, Slot] = {}
+        self._results: dict[Block, Slot] = {}
 
     def __iter__(self) -> Iterator[Op]:
-        steps = max(self.program.batch_steps)
-        for i in range(steps):
-            for j in range(self._num_layers):
+        for i in range(max(self.program.batch_steps)):
+            for row in self._rows(i):
                 for k in tuple(self._live):
-                    if j == 0 and not self._still_alive(i, k):
+                    if row[0] == (0, COMPUTE) and not self._still_alive(i, k):
                         self._drop(i, k)
                         continue
-                    yield from self._block((i, j, k), last_batch=k == self._live[-1])
+                    yield from self._visit(i, row, k)
                 if not self._live:
                     return
-                self._release_weights(i * self._num_layers + j)
+                for j, name in row:
+                    if name != PROJECT:
+                        self._release_weights(i * self._num_layers + j)
+
+    def _rows(self, i: int) -> list[Row]:
+        """What each GPU batch in turn computes: a layer; where the host attends, all from one attention to the next.
+
+        So host attention of one batch has the time of all others, and its lane need not wait for a row's last batch
+        before it gets the next row's first.
+        """
+        if not i or not self.program.split:
+            return [[(j, COMPUTE)] for j in range(self._num_layers)]
+        rows: list[Row] = [[]]
+        for j, has_cache in enumerate(self.program.has_cache):
+            rows[-1].append((j, PROJECT if has_cache else COMPUTE))
+            if has_cache:
+                rows.append([(j, FINISH)])
+        return rows[:-1] + [[layer] for layer in rows[-1]]  # behind the last one nothing is gained by holding weights
 
     def _still_alive(self, i: int, k: int) -> bool:
         return i < self.program.batch_steps[k] and self._alive_fn(i, k)
@@ -240,12 +275,21 @@ class Generator:
             for block in [b for b in slots if b[0] >= i and b[2] == k]:
                 self._rings[ring].release(slots.pop(block))
 
-    def _block(self, block: Block, *, last_batch: bool) -> Iterator[Op]:
-        i, j, k = block
-        yield from self._load_weights(i * self._num_layers + j, k)
-        yield from self._load_caches(block)
-        yield from self._load_hiddens(block)
-        yield from self._compute_and_store(block)
+    def _visit(self, i: int, row: Row, k: int) -> Iterator[Op]:
+        """A row's computations of one GPU batch, and the transfers around them."""
+        following = [name for _, name in row[1:]]
+        for (j, name), then in zip(row, [*following, None], strict=True):
+            block = (i, j, k)
+            enters, keeps = name == FINISH or (j, name) == row[0], then in (PROJECT, None)
+            yield from self._load_weights(i * self._num_layers + j, k)
+            if name != FINISH:
+                yield from self._load_caches(block)
+            if enters:
+                yield from self._load_hiddens(block)
+            if name == PROJECT:
+                yield from self._project_and_attend(block)
+            else:
+                yield from self._compute_and_store(block, name, enters=enters, keeps=keeps)
 
     # Weights: parts of a layer, spread over the GPU batches of the layers before it.
 
@@ -339,7 +383,7 @@ class Generator:
                 yield from self._hidden_load(ahead, traffic)
                 self._hidden_next = self._next_block(ahead)
             ahead = self._next_block(ahead)
-            if ahead[0] > block[0]:
+            if ahead[0] > block[0] or (self._is_split(block[0]) and ahead[1] > block[1]):
                 return
 
     def _hidden_load(self, block: Block, traffic: HiddenTraffic) -> Iterator[Op]:
@@ -396,7 +440,10 @@ class Generator:
                 source, gone = self._rings["stage_out"].take(stage)
                 staged = (source,)
                 self._rings["stage_out"].release(source)
-            yield Op(Lane.D2H, f"store_{kind}", *block, 0, (out,), (on_host, *staged), gone, moved)
+            writes = [on_host, *staged]
+            if kind == "cache" and block[0] == 0 and self.program.split:
+                writes.append(self._attended_home(block))
+            yield Op(Lane.D2H, f"store_{kind}", *block, 0, (out,), tuple(writes), gone, moved)
         if disk:
             assert source is not None, f"{kind} of {block}: nothing to write"
             yield Op(Lane.DISK_OUT, f"write_{kind}", *block, 0, (source,), (on_disk,), bytes=disk)
@@ -405,44 +452,114 @@ class Generator:
 
     # Compute, and the stores that carry its results home.
 
-    def _compute_and_store(self, block: Block) -> Iterator[Op]:
+    def _is_split(self, i: int) -> bool:
+        return i > 0 and self.program.split is not None
+
+    def _weights_in_use(self, block: Block) -> list[Slot]:
+        slot = self._weight_slots[block[0] * self._num_layers + block[1]]
+        return [slot] if slot.nbytes else []
+
+    def _use(self, slots: dict[Block, Slot], ring: str, block: Block) -> list[Slot]:
+        """What was brought for a block, if anything; the ring may have it back when the next op has read it."""
+        if block not in slots:
+            return []
+        self._rings[ring].release(slots[block])
+        return [slots.pop(block)]
+
+    def _compute_op(
+        self, name: str, block: Block, reads: list[Slot], writes: list[Slot], old: list[Slot], **hidden: bool
+    ) -> Op:
+        i, j, k = block
+        work = self.program.work(i, j, k, name)
+        nbytes = work.weight_bytes + work.cache_bytes
+        lane = Lane.HOST_ATTENTION if name == ATTEND_HOST else Lane.COMPUTE
+        return Op(lane, name, i, j, k, 0, tuple(reads), tuple(writes), tuple(old), nbytes, work, **hidden)
+
+    def _compute_and_store(self, block: Block, name: str, *, enters: bool, keeps: bool) -> Iterator[Op]:
+        """A whole layer's computation, or what follows its attention."""
         i, j, k = block
         program = self.program
-        home = j * self._num_batches + k
-        cache = program.cache(i, k) if program.has_cache[j] else CacheTraffic()
-        hidden = program.hidden(i, j, k)
-        weights = self._weight_slots[i * self._num_layers + j]
-        reads = [weights] if weights.nbytes else []
+        has_cache = program.has_cache[j] and name == COMPUTE
+        cache = program.cache(i, k) if has_cache else CacheTraffic()
+        hidden = program.hidden(i, j, k) if keeps else HiddenTraffic()
+        reads = self._weights_in_use(block)
         writes: list[Slot] = []
         old: list[Slot] = []
-        for slots, ring in ((self._cache_slots, "cache"), (self._hidden_slots, "hidden")):
-            if block in slots:
-                reads.append(slots[block])
-                self._rings[ring].release(slots.pop(block))
+        if name == FINISH:
+            yield from self._load_attended(block)
+            reads += self._use(self._results, "result", block)
+        reads += self._use(self._cache_slots, "cache", block) if has_cache else []
+        reads += self._use(self._hidden_slots, "hidden", block)
         outs: dict[str, Slot] = {}
         for ring, nbytes in (("cache_out", cache.out), ("hidden_out", hidden.host + hidden.disk)):
             if nbytes:
                 outs[ring], gone = self._rings[ring].take(nbytes)
                 writes.append(outs[ring])
                 old.extend(gone)
+        on_host = self._cache_homes(block)[1]
         if cache.gathered:
-            reads.append(Slot("cache_host", home))
-        if program.has_cache[j] and not program.copies:
-            writes.append(Slot("cache_host", home))  # host rows and open blocks are appended to in place
-        work = program.work(i, j, k)
-        nbytes = work.weight_bytes + work.cache_bytes
-        yield Op(Lane.COMPUTE, "compute", i, j, k, 0, tuple(reads), tuple(writes), tuple(old), nbytes, work)
-        cache_homes, hidden_homes = self._cache_homes(block), self._hidden_homes(block)
+            reads.append(on_host)
+        if has_cache and not program.copies:
+            writes.append(on_host)  # host rows and open blocks are appended to in place
+        yield self._compute_op(name, block, reads, writes, old, enters=enters, keeps=keeps)
+        yield from self._carry_cache(block, outs.get("cache_out"), cache)
+        moved = hidden.host + hidden.disk
+        out, homes = outs.get("hidden_out"), self._hidden_homes(block)
+        yield from self._carry("hidden", block, out, homes, moved=moved, disk=hidden.disk, stage=hidden.disk)
+
+    def _carry_cache(self, block: Block, out: Slot | None, cache: CacheTraffic) -> Iterator[Op]:
         yield from self._carry(
             "cache",
             block,
-            outs.get("cache_out"),
-            cache_homes,
+            out,
+            self._cache_homes(block),
             moved=cache.host_store,
             disk=cache.disk_write,
             stage=cache.write_slot,
         )
-        moved = hidden.host + hidden.disk
-        yield from self._carry(
-            "hidden", block, outs.get("hidden_out"), hidden_homes, moved=moved, disk=hidden.disk, stage=hidden.disk
-        )
+
+    # Attention on two lanes: the device's sequences on one, on the other those that the host attends to at their home.
+
+    def _project_and_attend(self, block: Block) -> Iterator[Op]:
+        """Q, K and V of all sequences; the host's part to its lane; the device's attention meanwhile."""
+        assert self.program.split is not None
+        i, _, k = block
+        split, cache = self.program.split(i, k), self.program.cache(i, k)
+        projected, old = self._rings["projected"].take(split.projected)
+        writes, out = [projected], None
+        if cache.out:
+            out, gone = self._rings["cache_out"].take(cache.out)
+            writes, old = [projected, out], (*old, *gone)
+        yield self._compute_op(PROJECT, block, self._weights_in_use(block), writes, list(old), enters=False)
+        if split.query:
+            yield from self._ask_host(block, split, projected)
+        if split.attends:
+            self._results[block], gone = self._rings["result"].take(split.result)
+            reads = [projected, *self._use(self._cache_slots, "cache", block)]
+            reads += [out] if out else []
+            reads += [self._cache_homes(block)[1]] if cache.gathered else []
+            yield self._compute_op(ATTEND, block, reads, [self._results[block]], list(gone))
+        yield from self._carry_cache(block, out, cache)
+        self._rings["projected"].release(projected)
+
+    def _ask_host(self, block: Block, split: SplitTraffic, projected: Slot) -> Iterator[Op]:
+        query, old = self._rings["query"].take(split.query)
+        yield Op(Lane.D2H, "store_query", *block, 0, (projected,), (query,), old, split.query)
+        self._answers[block], old = self._rings["answer"].take(split.answer)
+        home = self._attended_home(block)
+        yield self._compute_op(ATTEND_HOST, block, [query], [self._answers[block], home], list(old))
+        self._rings["query"].release(query)
+
+    def _load_attended(self, block: Block) -> Iterator[Op]:
+        """The host's results beside the device's. Issued late: the lane would wait for the host, and all behind it."""
+        assert self.program.split is not None
+        split = self.program.split(block[0], block[2])
+        old: tuple[Slot, ...] = ()
+        if block not in self._results:
+            self._results[block], old = self._rings["result"].take(split.result)
+        if split.query:
+            reads = self._use(self._answers, "answer", block)
+            yield Op(Lane.H2D, "load_attended", *block, 0, tuple(reads), (self._results[block],), old, split.answer)
+
+    def _attended_home(self, block: Block) -> Slot:
+        return Slot("cache_attended", block[1] * self._num_batches + block[2])

@@ -47,6 +47,7 @@ class TensorSpec:
     exact: bool = False
     dtype: str = ""  # as stored; a model's tensors have one
     packing: Packing | None = None  # of a 4-bit matrix, whose two halves are tensors of their own
+    projects: bool = False  # has to do with Q, K and V, before attention
 
     @property
     def source_shape(self) -> tuple[int, ...]:
@@ -105,6 +106,13 @@ class LayerSpec:
     @property
     def is_head(self) -> bool:
         return any(m.kind == "head" for m in self.modules)
+
+    def cut_at_attention(self) -> tuple[tuple[ModuleSpec, ...], tuple[ModuleSpec, ...]]:
+        """What is computed before attention and what after it, as modules of kinds of their own."""
+        attention, *others = self.modules
+        before, after = (tuple(t for t in attention.tensors if t.projects is first) for first in (True, False))
+        first, second = (replace(attention, kind=k, tensors=t) for k, t in (("project", before), ("output", after)))
+        return (first,), (second, *others)
 
 
 @dataclass(frozen=True, slots=True)

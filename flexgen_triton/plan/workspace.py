@@ -62,11 +62,13 @@ def _unfilled_bytes(plan: Plan) -> int:
 
 
 def _dense_bytes(plan: Plan) -> int:
-    """A 4-bit layer dequantised, which a GPU keeps for all GPU batches that use this load of it."""
+    """4-bit layers dequantised, which a GPU keeps for all GPU batches that use this load of them."""
     if not plan.copies:
         return 0
-    parameters = (sum(t.num_parameters for t in layer.tensors if t.packing) for layer in plan.layers)
-    return max(parameters) * plan.model.itemsize
+    parameters = [sum(t.num_parameters for t in layer.tensors if t.packing) for layer in plan.layers]
+    turns = parameters + parameters[: plan.layers_in_use - 1]
+    windows = (turns[j : j + plan.layers_in_use] for j in range(len(parameters)))
+    return max(map(sum, windows)) * plan.model.itemsize
 
 
 def _score_bytes(plan: Plan) -> int:

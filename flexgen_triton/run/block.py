@@ -21,6 +21,7 @@ from ..models.scoring import PromptScorer
 from ..plan.layout import Group
 from ..plan.plan import Plan
 from ..plan.schedule import Op, Slot
+from ..plan.spec import ModuleSpec
 from ..plan.workspace import SCORED_ROWS
 from .request import Request
 
@@ -47,14 +48,15 @@ class Block:
         self._plan, self._batches, self._model, self._weights, self._buffers = plan, batches, model, weights, buffers
         self._cache = Cache(plan, buffers, disk, lambda k: [s.finished for s in batches[k]])
         self._activations = Activations(plan, buffers, disk, dtype)
-        self._device = buffers.device
+        self._device, self._dtype = buffers.device, dtype
         self._on_step, self._keep_logits = on_step, keep_logits
         self._samplers = [self._sampler(batch) for batch in batches]
         self._next: list[list[int]] = [[t for s in batch for t in s.prompt] for batch in batches]
         self._head_input: dict[int, Tensor] = {}
         self._logits: dict[int, Tensor] = {}
         self._scorers: dict[int, list[_Scored]] = {}
-        self._view: tuple[tuple[int, int], Mapping[str, Weight]] | None = None
+        self._views: dict[int, Mapping[str, Weight]] = {}  # by layer, counted on from token step to token step
+        self._passed = torch.empty(0)
         self._keep: dict[tuple[int, int], tuple[Tensor, int]] = {}
         self._step = -1
 
@@ -85,6 +87,12 @@ class Block:
             ),
             "write_hidden": self._write_hidden,
             "compute": self._compute,
+            "project": self._project,
+            "store_query": self._store_query,
+            "attend": self._attend_on_device,
+            "attend_host": self._attend_on_host,
+            "load_attended": self._load_attended,
+            "finish": self._finish,
         }
 
     def alive(self, i: int, k: int) -> bool:
@@ -128,22 +136,24 @@ class Block:
 
     # Arithmetic
 
+    @torch.inference_mode()
     def _compute(self, op: Op) -> None:
-        with torch.inference_mode():
-            self._start_step(op)
-            layer, w = self._plan.layers[op.j], self._tensors(op)
-            x = self._enter(op)
-            for module in layer.modules:
-                if module.kind == "embed":
-                    x = self._embed(op, w)
-                elif module.kind == "attention":
-                    x = self._model.attention(w, x, lambda q, k, v: self._attend(op, q, k, v))
-                elif module.kind == "mlp":
-                    x = self._model.mlp(w, x)
-                else:
-                    self._head(op, w, x, part=module.index)
-            if not layer.is_head:
-                self._activations.put(op, x, self._slot(op, "hidden_out"))
+        """A whole layer."""
+        self._start_step(op)
+        w, x = self._tensors(op), self._enter(op)
+        self._leave(op, self._run(op, w, x, self._plan.layers[op.j].modules))
+
+    def _run(self, op: Op, w: Mapping[str, Weight], x: Tensor, modules: Sequence[ModuleSpec]) -> Tensor:
+        for module in modules:
+            if module.kind == "embed":
+                x = self._embed(op, w)
+            elif module.kind == "attention":
+                x = self._model.output(w, x, self._attend(op, *self._qkv(self._model.project(w, x))))
+            elif module.kind == "mlp":
+                x = self._model.mlp(w, x)
+            else:
+                self._head(op, w, x, part=module.index)
+        return x
 
     def _start_step(self, op: Op) -> None:
         if op.i != self._step:
@@ -153,11 +163,12 @@ class Block:
 
     def _tensors(self, op: Op) -> Mapping[str, Weight]:
         """Layer j's weights, made once for all GPU batches that use this load of them."""
-        if self._view is None or self._view[0] != (op.i, op.j):
-            self._view = None  # what it may have dequantised goes first
-            found = self._weights.view(op.j, self._slot(op, "weight"))
-            self._view = (op.i, op.j), dict(self._named(op.j, found))
-        return self._view[1]
+        n = op.i * len(self._plan.layers) + op.j
+        if n not in self._views:
+            for old in [m for m in self._views if m <= n - self._plan.layers_in_use]:
+                del self._views[old]  # and what it may have dequantised
+            self._views[n] = dict(self._named(op.j, self._weights.view(op.j, self._slot(op, "weight"))))
+        return self._views[n]
 
     def _named(self, j: int, found: Segments) -> Iterator[tuple[str, Weight]]:
         for tensor in self._plan.layers[j].tensors:
@@ -174,7 +185,13 @@ class Block:
         layer = self._plan.layers[op.j]
         if op.j == 0 or (layer.is_head and layer.modules[0].index > 0):
             return torch.empty(0)
-        return self._activations.get(op, self._slot(op, "hidden"))
+        return self._activations.get(op, self._slot(op, "hidden")) if op.enters else self._passed
+
+    def _leave(self, op: Op, x: Tensor) -> None:
+        """Keep a layer's result, or hand it to the next computation, or both."""
+        self._passed = x
+        if op.keeps and not self._plan.layers[op.j].is_head:
+            self._activations.put(op, x, self._slot(op, "hidden_out"))
 
     def _embed(self, op: Op, w: Mapping[str, Weight]) -> Tensor:
         batch = self._plan.workload.batches[op.k]
@@ -184,26 +201,89 @@ class Block:
             positions = torch.tensor(batch.cached(op.i))
         return self._model.embed(w, self._weights.rows, torch.tensor(self._next[op.k]), positions)
 
+    def _qkv(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Q [T, H, D], K and V [T, Hkv, D] of what a model projects, [T, H + 2 Hkv, D]."""
+        model = self._plan.model
+        keys = model.num_heads + model.num_kv_heads
+        return projected[:, : model.num_heads], projected[:, model.num_heads : keys], projected[:, keys:]
+
     def _attend(self, op: Op, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = self._slot(op, "cache_out")
         if op.i == 0:
             for target in self._cache.prompt_targets(op, out):
                 ops.write_prompt(k, v, target)
             return ops.prefill_attention(q, k, v, self._plan.workload.batches[op.k].prompt_lens)
-        for place in self._cache.token_targets(op, out):
+        self._write_tokens(op, k, v)
+        return torch.cat([self._attend_group(op, group, q[rows], s) for group, rows, s in self._groups(op)])
+
+    def _write_tokens(self, op: Op, k: Tensor, v: Tensor) -> None:
+        for place in self._cache.token_targets(op, self._slot(op, "cache_out")):
             ops.write_tokens(k, v, place)
-        groups = self._cache.segments(op, self._slot(op, "cache"), out)
-        return torch.cat([self._attend_group(op, group, q, segments) for group, segments in groups])
+
+    def _groups(self, op: Op) -> Iterator[tuple[Group, slice, Sequence[Segment]]]:
+        """The sequences that the device attends to, which rows they are, and what it reads."""
+        for group, segments in self._cache.segments(op, self._slot(op, "cache"), self._slot(op, "cache_out")):
+            yield group, slice(group.first, group.stop), segments
 
     def _attend_group(self, op: Op, group: Group, q: Tensor, segments: Sequence[Segment]) -> Tensor:
-        q = q[group.first : group.stop]
         if self._plan.policy.attn_sparsity == 1:
             return ops.decode_attention(q, segments)
         tag = op.k, group.first
         if tag not in self._keep:
             counts = [self._plan.kept(n) for n in self._cache.cached(op, group)]
-            self._keep[tag] = torch.tensor(counts, dtype=torch.int32, device=self._device), max(counts)
+            self._keep[tag] = torch.tensor(counts, dtype=torch.int32, device=q.device), max(counts)
         return ops.sparse_decode_attention(q, segments, *self._keep[tag])
+
+    # Attention on two lanes: a layer's computation up to it, attention here and there, and what follows
+
+    @torch.inference_mode()
+    def _project(self, op: Op) -> None:
+        """Q, K and V of all new tokens, those of the device's sequences to their cache."""
+        self._rows(op, "projected").copy_(self._model.project(self._tensors(op), self._enter(op)))
+        _, k, v = self._qkv(self._rows(op, "projected"))
+        self._write_tokens(op, k, v)
+
+    def _store_query(self, op: Op) -> None:
+        """d2h: Q, K and V of the sequences that the host attends to."""
+        rows = self._attended_rows(op.k)
+        self._rows(op, "query").copy_(self._rows(op, "projected")[rows], non_blocking=True)
+
+    @torch.inference_mode()
+    def _attend_on_device(self, op: Op) -> None:
+        q, result = self._qkv(self._rows(op, "projected"))[0], self._rows(op, "result")
+        for group, rows, segments in self._groups(op):
+            result[rows] = self._attend_group(op, group, q[rows], segments)
+
+    @torch.inference_mode()
+    def _attend_on_host(self, op: Op) -> None:
+        """Append the new tokens at their home on the host and attend there, in place."""
+        q, k, v = self._qkv(self._rows(op, "query"))
+        group, target, segments = self._cache.attended(op)
+        ops.write_tokens(k, v, target)
+        self._rows(op, "answer").copy_(self._attend_group(op, group, q, segments))
+
+    def _load_attended(self, op: Op) -> None:
+        """h2d: what the host made of them."""
+        self._rows(op, "result")[self._attended_rows(op.k)].copy_(self._rows(op, "answer"), non_blocking=True)
+
+    @torch.inference_mode()
+    def _finish(self, op: Op) -> None:
+        """What follows attention in a layer."""
+        w, layer = self._tensors(op), self._plan.layers[op.j]
+        x = self._model.output(w, self._enter(op), self._rows(op, "result"))
+        self._leave(op, self._run(op, w, x, layer.modules[1:]))
+
+    def _attended_rows(self, k: int) -> slice:
+        group = self._plan.groups[k].cache.attended
+        return slice(group.first, group.stop)
+
+    def _rows(self, op: Op, ring: str) -> Tensor:
+        """A ring's slot as rows of heads [n, H, D]: of all sequences, or in host memory of those it attends to."""
+        model, batch = self._plan.model, self._plan.workload.batches[op.k]
+        heads = model.num_heads + (2 * model.num_kv_heads if ring in ("projected", "query") else 0)
+        size = batch.size if ring in ("projected", "result") else self._plan.groups[op.k].cache.attended.size
+        numbers = self._bytes(op, ring).view(self._dtype)
+        return numbers[: size * heads * model.head_dim].view(size, heads, model.head_dim)
 
     def _head(self, op: Op, w: Mapping[str, Weight], x: Tensor, *, part: int) -> None:
         batch = self._plan.workload.batches[op.k]

@@ -14,12 +14,12 @@ from ..plan.schedule import Generator as Issue
 from ..plan.schedule import Lane, Op, Program
 
 Action = Callable[[Op], int | None]  # returns the bytes moved, None where they are as planned
-HOST_LANES = (Lane.DISK_IN, Lane.DISK_OUT)
+HOST_LANES = (Lane.DISK_IN, Lane.DISK_OUT, Lane.HOST_ATTENTION)  # without a stream
 
 
 def open_lanes(device: torch.device, *, copies: bool) -> Lanes:
     """The lanes of an engine whose host memory is apart from the device's (`copies`) or is not: no copies, no link."""
-    names = tuple(Lane) if copies else (*HOST_LANES, Lane.COMPUTE)
+    names = tuple(Lane) if copies else (Lane.DISK_IN, Lane.DISK_OUT, Lane.COMPUTE)
     return Lanes(names, device=device, streams=[lane for lane in Lane if lane not in HOST_LANES])
 
 

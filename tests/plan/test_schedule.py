@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given, settings
@@ -25,23 +25,36 @@ PERCENTS = {
     "all-disk": (0, 0, 0, 0, 0, 0),
     "mixed": (20, 30, 25, 25, 50, 25),
 }
+ATTENTION = {"host attention": 100, "hybrid": 50}  # cpu_attention_percent
 
 
-def plan_of(percent: str, *, copies: bool, overlap: bool, sep_layer: bool, batches: int) -> Plan:
+def plan_of(percent: str, *, copies: bool, overlap: bool, sep_layer: bool, batches: int, attention: str = "") -> Plan:
     policy = Policy(4, batches, *PERCENTS[percent], overlap=overlap, sep_layer=sep_layer)
+    if attention:
+        policy = replace(policy, cpu_cache_compute=True, cpu_attention_percent=ATTENTION[attention])
     lens = tuple(Batch((40 - k, 33, 20, 7), 12) for k in range(batches))
     return make_plan(model_spec(CONFIG, "tiny", "float32"), policy, Workload(lens), copies=copies)
 
 
-def case_of(percent, copies, overlap, sep_layer, batches):
+def case_of(percent, copies, overlap, sep_layer, batches, attention=""):
     case = {"percent": percent, "copies": copies, "overlap": overlap, "sep_layer": sep_layer, "batches": batches}
-    words = (percent, "copies" if copies else "in place", "overlap" if overlap else "serial")
-    return pytest.param(case, id="-".join((*words, "sep" if sep_layer else "fused", str(batches))))
+    words = (percent, attention or ("copies" if copies else "in place"), "overlap" if overlap else "serial")
+    words = (*words, "sep" if sep_layer else "fused", str(batches))
+    return pytest.param({**case, "attention": attention}, id="-".join(words))
 
 
-GRID = [case_of(*c) for c in itertools.product(PERCENTS, (True, False), (True, False), (True, False), (1, 3))]
+WHOLE = [case_of(*c) for c in itertools.product(PERCENTS, (True, False), (True, False), (True, False), (1, 3))]
+SPLIT = [
+    case_of(percent, True, *flags, attention)
+    for *flags, attention in itertools.product((True, False), (True, False), (1, 3), ATTENTION)
+    for percent in ("all-host", "mixed")
+]
+GRID = WHOLE + SPLIT
 SHARES = st.sampled_from([(0, 0), (100, 0), (0, 100), (30, 30), (50, 0), (0, 50)])
-TRANSFERS = [("all-disk", True), ("mixed", True), ("all-host", True), ("all-disk", False), ("mixed", False)]
+TRANSFERS = [
+    *(("all-disk", True, ""), ("mixed", True, ""), ("all-host", True, ""), ("all-disk", False, "")),
+    *(("mixed", False, ""), ("all-host", True, "host attention"), ("mixed", True, "hybrid")),
+]
 
 
 @dataclass
@@ -51,6 +64,8 @@ class Memory:
     plan: Plan
     rings: dict[str, list[tuple[Slot, object]]] = field(default_factory=lambda: defaultdict(list))
     homes: dict[Slot, int] = field(default_factory=dict)
+    passed: tuple[int, int, int] | None = None
+    kept: dict[int, tuple[int, int]] = field(default_factory=dict)
 
     def put(self, slot: Slot, content: object) -> None:
         kept = [(s, c) for s, c in self.rings[slot.ring] if s.at + s.nbytes <= slot.at or slot.at + slot.nbytes <= s.at]
@@ -120,6 +135,8 @@ class Memory:
     def store_cache(self, op: Op) -> None:
         assert self.slot_of(op, "cache_out") == ("new", op.i, op.j, op.k), op
         self.homes[self._home("cache_host", op)] = op.i
+        if op.i == 0:
+            self.homes[self._home("cache_attended", op)] = op.i
         if (staged := op.slot("stage_out")) is not None:
             self.put(staged, ("new", op.i, op.j, op.k))
 
@@ -138,6 +155,48 @@ class Memory:
         assert content == ((name, op.i, op.j, op.k) if traffic.slot else None), op
         if not self.plan.copies and op.i:
             assert self.homes[self._home("cache_host", op)] == op.i - 1, op
+
+    # Attention on two lanes
+
+    def project(self, op: Op) -> None:
+        assert not op.enters and self.passed == (op.i, op.j - 1, op.k), op
+        self._check_weights(op)
+        for ring, content in (("projected", "qkv"), ("cache_out", "new")):
+            if (slot := op.slot(ring)) is not None:
+                self.put(slot, (content, op.i, op.j, op.k))
+
+    def store_query(self, op: Op) -> None:
+        assert self.slot_of(op, "projected") == ("qkv", op.i, op.j, op.k), op
+        self.put(op.slot("query"), ("query", op.i, op.j, op.k))
+
+    def attend_host(self, op: Op) -> None:
+        assert self.slot_of(op, "query") == ("query", op.i, op.j, op.k), op
+        home = self._home("cache_attended", op)
+        assert self.homes[home] == op.i - 1, op
+        self.homes[home] = op.i
+        self.put(op.slot("answer"), ("answer", op.i, op.j, op.k))
+
+    def attend(self, op: Op) -> None:
+        assert self.slot_of(op, "projected") == ("qkv", op.i, op.j, op.k), op
+        self._check_cache(op)
+        if (out := self.slot_of(op, "cache_out")) is not None:
+            assert out == ("new", op.i, op.j, op.k), op
+        self.put(op.slot("result"), frozenset([("device", op.i, op.j, op.k)]))
+
+    def load_attended(self, op: Op) -> None:
+        assert self.slot_of(op, "answer") == ("answer", op.i, op.j, op.k), op
+        slot = op.slot("result")
+        old = [c for s, c in self.rings["result"] if s == slot]
+        self.put(slot, (old[0] if old else frozenset()) | {("host", op.i, op.j, op.k)})
+
+    def finish(self, op: Op) -> None:
+        assert op.enters
+        groups = self.plan.groups[op.k].cache
+        parts = {"host"} if groups.attended.size else set()
+        parts |= {"device"} if groups.attended.size < self.plan.workload.batches[op.k].size else set()
+        assert self.slot_of(op, "result") == {(part, op.i, op.j, op.k) for part in parts}, op
+        self._check_weights(op)
+        self._check_hidden(op)
 
     # Hidden states
 
@@ -168,12 +227,24 @@ class Memory:
             self._check_cache(op)
             if not self.plan.copies:
                 self.homes[self._home("cache_host", op)] = op.i
-        away = self.plan.hidden_traffic(op.i, op.j - 1, op.k) if op.j else None
+        if (slot := op.slot("cache_out")) is not None:
+            self.put(slot, ("new", op.i, op.j, op.k))
+        self._check_hidden(op)
+
+    def _check_hidden(self, op: Op) -> None:
+        """What enters and what leaves: by way of a home, or from one computation to the next."""
+        if not op.enters:
+            assert self.passed == (op.i, op.j - 1, op.k), op
+        away = self.plan.hidden_traffic(op.i, op.j - 1, op.k) if op.j and op.enters else None
         if away and away.host + away.disk:
             assert self.slot_of(op, "hidden") == ("hidden", op.i, op.j, op.k), op
-        for ring, content in (("cache_out", "new"), ("hidden_out", "hidden out")):
-            if (slot := op.slot(ring)) is not None:
-                self.put(slot, (content, op.i, op.j, op.k))
+        elif op.j and op.enters:
+            assert self.kept[op.k] == (op.i, op.j - 1), op
+        if (slot := op.slot("hidden_out")) is not None:
+            self.put(slot, ("hidden out", op.i, op.j, op.k))
+        if op.keeps:
+            self.kept[op.k] = op.i, op.j
+        self.passed = op.i, op.j, op.k
 
 
 Linked = list[tuple[Op, tuple[tuple[Lane, int], ...]]]
@@ -212,8 +283,38 @@ def interleave(plan: Plan, ops: Linked, rng: random.Random, frozen: tuple[Lane, 
 @pytest.mark.parametrize("case", GRID)
 def test_every_block_computes_once_in_order(case):
     plan = plan_of(**case)
-    got = [(op.i, op.j, op.k) for op in plan.generator if op.lane is Lane.COMPUTE]
-    assert got == list(itertools.product(range(12), range(len(plan.layers)), range(case["batches"])))
+    got = [(op.i, op.j, op.k) for op in plan.generator if op.name in ("compute", "finish")]
+    blocks = list(itertools.product(range(12), range(len(plan.layers)), range(case["batches"])))
+    assert sorted(got) == blocks
+    for k in range(case["batches"]):
+        assert [b for b in got if b[2] == k] == [b for b in blocks if b[2] == k]
+
+
+@pytest.mark.parametrize("case", SPLIT)
+def test_a_layer_is_cut_at_the_attention_that_the_host_takes_part_in(case):
+    plan = plan_of(**case)
+    found = defaultdict(list)
+    for op in plan.generator:
+        if op.i and plan.program.has_cache[op.j] and op.work:
+            found[op.i, op.j, op.k].append(op.name)
+    assert plan.is_split and len(found) == 11 * 3 * case["batches"]
+    for (_, _, k), names in found.items():
+        groups = plan.groups[k].cache
+        middle = ["attend_host"] * bool(groups.attended.size) + ["attend"] * (groups.attended.size < 4)
+        assert names == ["project", *middle, "finish"]
+
+
+def test_the_host_attends_to_one_batch_while_the_others_compute():
+    """Longer than a batch's computation, it keeps its lane busy from the first layer of a token step to the last."""
+    plan = plan_of("all-host", copies=True, overlap=True, sep_layer=True, batches=3, attention="host attention")
+    names = {"project": 1.0, "finish": 1.0, "attend_host": 4.0, "compute": 1.0}
+    spans = list(simulate((op for op in plan.generator if op.i), lambda op: names.get(op.name, 0.0)))
+    lane = sorted((s.start, s.end) for s in spans if s.op.lane is Lane.HOST_ATTENTION)
+    idle = sum(b - a for (_, a), (b, _) in itertools.pairwise(lane))
+    busy = sum(b - a for a, b in lane)
+    between_steps = 1 + 3 + 3 + 2  # the last batch's finish, all MLPs and heads, the first's embedding and projection
+    assert busy == 11 * 3 * 3 * 4.0
+    assert idle == 10 * between_steps
 
 
 @pytest.mark.parametrize("case", GRID)
@@ -233,19 +334,21 @@ def test_any_legal_interleaving_is_right(case):
     steps=st.lists(st.integers(1, 5), min_size=3, max_size=3),
     copies=st.booleans(),
     overlap=st.booleans(),
+    attended=st.sampled_from([0, 40, 100]),
     seed=st.integers(0, 1000),
 )
-def test_any_policy_and_lengths_are_right(percents, lens, steps, copies, overlap, seed):
+def test_any_policy_and_lengths_are_right(percents, lens, steps, copies, overlap, attended, seed):
     batches = tuple(Batch(tuple(sorted(p, reverse=True)), n) for p, n in zip(lens, steps, strict=False))
-    policy = Policy(4, len(batches), *itertools.chain(*percents), overlap=overlap)
+    attention = {"cpu_cache_compute": attended > 0, "cpu_attention_percent": attended}
+    policy = Policy(4, len(batches), *itertools.chain(*percents), overlap=overlap, **attention)
     plan = make_plan(model_spec(CONFIG, "tiny", "float32"), policy, Workload(batches), copies=copies)
     interleave(plan, linked(plan), random.Random(seed))
 
 
-@pytest.mark.parametrize(("percent", "copies"), TRANSFERS)
-def test_a_removed_dependency_is_noticed(percent, copies):
+@pytest.mark.parametrize(("percent", "copies", "attention"), TRANSFERS)
+def test_a_removed_dependency_is_noticed(percent, copies, attention):
     """Take single waits away and hold the awaited op back: whenever the order then changes, memory must be wrong."""
-    plan = plan_of(percent, copies=copies, overlap=True, sep_layer=True, batches=3)
+    plan = plan_of(percent, copies=copies, overlap=True, sep_layer=True, batches=3, attention=attention)
     ops = linked(plan)
     positions = dict.fromkeys(Lane, 0)
     places = []

@@ -6,6 +6,7 @@ Its weights and its K and V went through the format's references; it knows no ti
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -108,8 +109,10 @@ def test_heads_narrower_than_a_group_are_padded(tmp_path):
     num_batches=st.integers(1, 4),
     fmt=st.sampled_from(sorted(FORMATS)),
     flags=st.tuples(*[st.booleans()] * 3),
+    attended=st.sampled_from([0, 30, 100]),
 )
-def test_any_policy_is_invisible(tiny, store, weights, cache, activations, size, num_batches, fmt, flags):
+def test_any_policy_is_invisible(tiny, store, weights, cache, activations, size, num_batches, fmt, flags, attended):
     overlap, sep_layer, copies = flags
     policy = make_policy((size, num_batches, *weights, *cache, *activations), fmt, overlap=overlap, sep_layer=sep_layer)
+    policy = replace(policy, cpu_cache_compute=attended > 0, cpu_attention_percent=attended)
     check(tiny, policy, store, copies=copies)

@@ -14,6 +14,7 @@ from flexgen_triton.plan.policy import PolicyError
 from flexgen_triton.run.block import Block
 
 GREEDY = SamplingParams(max_tokens=6, ignore_eos=True, temperature=0)
+HOSTED = Policy(3, 2, 0, 0, 0, 60, 0, 0, cpu_cache_compute=True, cpu_attention_percent=50)
 OPS = {
     "read_weight": (False, "disk_in"),
     "read_cache": (False, "disk_in"),
@@ -27,11 +28,19 @@ OPS = {
     "store_hidden": (True, "d2h"),
     "write_cache": (True, "disk_out"),
 }
+HOSTED_OPS = {  # of a policy that has the host attend
+    "project": "compute",
+    "store_query": "d2h",
+    "attend_host": "host_attention",
+    "attend": "compute",
+    "load_attended": "h2d",
+    "finish": "compute",
+}
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", [*OPS, *HOSTED_OPS])
 def test_an_error_in_any_lane_ends_the_run_and_names_its_op(tiny, tmp_path, monkeypatch, name):
-    copies, lane = OPS[name]
+    copies, lane = OPS.get(name) or (True, HOSTED_OPS[name])
     failed_at: list[float] = []
     actions = Block.actions.fget
 
@@ -41,7 +50,7 @@ def test_an_error_in_any_lane_ends_the_run_and_names_its_op(tiny, tmp_path, monk
 
     monkeypatch.setattr(Block, "actions", property(lambda block: {**actions(block), name: failing}))
     threads = threading.active_count()
-    policy = Policy(3, 2, 0, 0, 0, 0, 0, 0)
+    policy = HOSTED if name in HOSTED_OPS else Policy(3, 2, 0, 0, 0, 0, 0, 0)
     with LLM(str(tiny.path), policy=policy, dtype="float32", offload_dir=tmp_path, copies=copies) as llm:
         with pytest.raises(OSError, match="the device is gone") as caught:
             llm.generate(tiny.prompts, GREEDY)

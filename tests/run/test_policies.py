@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -81,12 +82,14 @@ def shares() -> st.SearchStrategy[tuple[int, int]]:
     size=st.integers(1, 7),
     num_batches=st.integers(1, 4),
     flags=st.tuples(*[st.booleans()] * 4),
+    attended=st.sampled_from([0, 30, 100]),
 )
-def test_any_policy_is_invisible(tiny, tmp_path, weights, cache, activations, size, num_batches, flags):
+def test_any_policy_is_invisible(tiny, tmp_path, weights, cache, activations, size, num_batches, flags, attended):
     overlap, sep_layer, pin_weight, copies = flags
     policy = Policy(
         size, num_batches, *weights, *cache, *activations, overlap=overlap, sep_layer=sep_layer, pin_weight=pin_weight
     )
+    policy = replace(policy, cpu_cache_compute=attended > 0, cpu_attention_percent=attended)
     check(tiny, policy, tmp_path, copies=copies)
 
 

@@ -39,7 +39,7 @@ def filled(plan: Plan, folder: Path) -> Iterator[tuple[Cache, Buffers]]:
     buffers = Buffers(Sizes.of(plan), device=torch.device("cpu"), offload_dir=folder)
     cache = Cache(plan, buffers, disk, lambda k: [False] * plan.workload.batches[k].size)
     for home, buffer in cache._host.items():
-        row = plan.groups[home[1]].cache[1].size * plan.cache_layout.half
+        row = plan.groups[home[1]].cache.host.size * plan.cache_layout.half
         halves = buffer.view(plan.cache_home_blocks(home[1]), 2, row)
         halves[:, 0], halves[:, 1] = K, V
         cache._open[home].fill_(OPEN)
@@ -71,7 +71,7 @@ def test_as_many_bytes_are_copied_as_planned(tmp_path, percent, is_4bit, sparsit
     traffic, layout = plan.cache_traffic(STEP, 0), plan.cache_layout
     with filled(plan, tmp_path) as (cache, buffers):
         counts = torch.bincount(load(plan, cache, buffers), minlength=5).tolist()
-    _, host, disk = plan.groups[0].cache
+    _, _, host, disk = plan.groups[0].cache
     blocks = sum(layout.blocks(n) for n in host.cached(STEP))
     assert counts[K] == blocks * layout.half
     assert counts[V] == (0 if sparsity < 1 else blocks * layout.half)
@@ -89,7 +89,7 @@ def test_attention_is_handed_k_from_the_ring_and_v_at_home(tmp_path, percent, is
     with filled(plan, tmp_path) as (cache, buffers):
         slot = load(plan, cache, buffers)
         out = buffers.slot(next(s for s in op.writes if s.ring == "cache_out"))
-        gpu, host, _ = plan.groups[0].cache
+        gpu, _, host, _ = plan.groups[0].cache
         home = cache._host[op.j, op.k]
         for group, segments in cache.segments(op, slot, out)[1 if gpu.size else 0 :]:
             *earlier, newest = segments
@@ -133,7 +133,7 @@ def test_the_home_is_what_sparse_attention_reads(tiny, tmp_path, monkeypatch):
 
     def wipe(self: Cache, op: Op, staged: torch.Tensor | None, into: torch.Tensor) -> None:
         whole(self, op, staged, into)
-        size = self._plan.groups[op.k].cache[1].size
+        size = self._plan.groups[op.k].cache.host.size
         self._host[op.j, op.k].view(-1, 2, size * self._layout.half)[:, 1] = 0
 
     monkeypatch.setattr(Cache, "load", wipe)

@@ -1,0 +1,124 @@
+"""Sequences that the host attends to itself: invisible in the tokens, small in what moves, safe when it fails."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_compression import FORMATS, make_policy
+from test_compression import check as check_format
+from test_policies import STRATEGIES, check
+from tiny_models import MODELS
+
+from flexgen_triton import LLM, Policy, SamplingParams
+from flexgen_triton.memory.cache import Cache
+from flexgen_triton.plan.schedule import Lane
+
+PERCENTS = {
+    "all on the host": (0, 100, 0, 100, 0, 100),
+    "a bit of each": (20, 30, 25, 50, 40, 30),
+    "host and disk": (100, 0, 0, 60, 100, 0),
+}
+SHARES = [0, 30, 100]  # of the host's sequences
+
+
+def attending(policy: Policy, share: float) -> Policy:
+    return replace(policy, cpu_cache_compute=True, cpu_attention_percent=share)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """One folder for all: a model is converted once."""
+    return tmp_path_factory.mktemp("offload")
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("percent", PERCENTS)
+def test_tokens_are_transformers_tokens(tiny, tmp_path, percent, strategy, share):
+    num_batches, overlap = STRATEGIES[strategy]
+    policy = Policy(2, num_batches, *PERCENTS[percent], overlap=overlap)
+    check(tiny, attending(policy, share), tmp_path, copies=True)
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("percent", PERCENTS)
+def test_every_format(tiny, store, percent, fmt, share):
+    check_format(tiny, attending(make_policy((2, 2, *PERCENTS[percent]), fmt), share), store, copies=True)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("sep_layer", [True, False])
+def test_every_architecture(tiny_models, tmp_path, name, sep_layer):
+    policy = Policy(3, 2, *PERCENTS["a bit of each"], sep_layer=sep_layer)
+    check(tiny_models[name], attending(policy, 60), tmp_path, copies=True)
+
+
+def test_where_host_memory_is_the_device_s_nothing_changes(tiny, tmp_path):
+    """Every sequence is attended to in place there, whatever the policy says."""
+    policy = Policy(2, 2, *PERCENTS["a bit of each"])
+    check(tiny, attending(policy, 100), tmp_path, copies=False)
+
+
+def run(tiny, tmp_path, policy):
+    with LLM(str(tiny.path), policy=policy, dtype="float32", offload_dir=tmp_path, copies=True) as llm:
+        llm.generate(tiny.prompts, SamplingParams(max_tokens=6, ignore_eos=True, temperature=0))
+        return llm.last_report
+
+
+def test_a_query_goes_down_and_an_answer_up_and_no_cache_moves(tiny, tmp_path):
+    report = run(tiny, tmp_path, attending(Policy(4, 2, 100, 0, 0, 100, 100, 0), 100))
+    (plan,) = report.plans
+    model = plan.model
+    row = model.hidden * model.itemsize
+    steps, layers = 5, sum(layer.has_cache for layer in plan.layers)
+    decode = [s.op for s in report.timeline.spans if s.op.i]
+    down, up = (sum(op.bytes for op in decode if op.lane is lane) for lane in (Lane.D2H, Lane.H2D))
+    assert (down, up) == tuple(steps * layers * len(tiny.prompts) * n * row for n in (3, 1))
+    attended = [op for op in decode if op.lane is Lane.HOST_ATTENTION]
+    assert len(attended) == steps * layers * 2
+    tokens = sum(len(p) + step for p in tiny.prompts for step in range(1, steps + 1))
+    assert sum(op.bytes for op in attended) == layers * tokens * plan.cache_layout.token_bytes
+
+
+def test_of_the_hosts_sequences_the_share_is_attended_there(tiny, tmp_path):
+    report = run(tiny, tmp_path, attending(Policy(7, 1, 100, 0, 0, 100, 100, 0), 43))
+    assert report.plans[0].groups[0].cache.attended.size == 3
+    names = {s.op.name for s in report.timeline.spans if s.op.i}
+    assert {"attend", "attend_host", "load_cache", "load_attended"} <= names
+
+
+def test_the_home_is_what_the_host_attends_to(tiny, tmp_path, monkeypatch):
+    """With the home wiped before each use, tokens are no longer the reference's: no other copy is read."""
+    whole = Cache.attended
+
+    def wipe(self, op):
+        self._attended[op.j, op.k].zero_()
+        return whole(self, op)
+
+    monkeypatch.setattr(Cache, "attended", wipe)
+    with pytest.raises(AssertionError):
+        check(tiny, attending(Policy(2, 2, 100, 0, 0, 100, 100, 0), 100), tmp_path, copies=True)
+
+
+def test_sequences_that_end_sooner_than_planned_are_no_longer_read(tiny, tmp_path, monkeypatch):
+    lens: list[torch.Tensor] = []
+    whole = Cache.attended
+
+    def watched(self, op):
+        found = whole(self, op)
+        lens.append(found.segments[0].lens.clone())
+        return found
+
+    monkeypatch.setattr(Cache, "attended", watched)
+    policy = attending(Policy(7, 1, 100, 0, 0, 100, 100, 0), 100)
+    stop = tiny.tokens[3][2]
+    with LLM(str(tiny.path), policy=policy, dtype="float32", offload_dir=tmp_path, copies=True) as llm:
+        params = SamplingParams(max_tokens=8, stop_token_ids=[stop], temperature=0)
+        outputs = llm.generate(tiny.prompts, params)
+    assert outputs[3].outputs[0].token_ids[-1] == stop
+    longest = max(range(len(tiny.prompts)), key=lambda n: len(tiny.prompts[n]))
+    assert longest == 3, "the longest prompt stands first"
+    assert lens[-1][0] == 1 and lens[0][0] == len(tiny.prompts[3]) + 1
