@@ -32,7 +32,9 @@ STAGE, STAGING = "stage", ("stage_in", "stage_out")
 TIE = 1e-3  # weight of all lanes' loads beside the busiest one's: between equals, move less
 
 Amounts = dict[tuple[str, str], float]  # (phase, lane) -> seconds; ("need", tier) and ("stage", ring) -> bytes
-Shares = dict[tuple[str, Tier], float]  # kind and tier -> share, summing to 1 for each kind
+ATTENDED = "attended"  # of the cache: at home on the host, and attended to by it
+Place = Tier | str
+Shares = dict[tuple[str, Place], float]  # kind and place -> share, summing to 1 for each kind
 
 
 class Optimum(NamedTuple):
@@ -59,9 +61,11 @@ class Relaxation:
     hardware: Hardware
 
     @property
-    def tiers(self) -> tuple[Tier, ...]:
-        """Tiers that differ: in place, the host is the device."""
-        return tuple(Tier) if self.hardware.copies else (Tier.GPU, Tier.DISK)
+    def places(self) -> list[tuple[str, Place]]:
+        """Where each kind may be, first the GPU; in place, the host is the device."""
+        tiers = tuple(Tier) if self.hardware.copies else (Tier.GPU, Tier.DISK)
+        attended: list[tuple[str, Place]] = [("cache", ATTENDED)] if self.hardware.copies else []
+        return [*product(KINDS, tiers), *attended]
 
     def _plan(self, model: ModelSpec, shares: Shares, num_gpu_batches: int) -> Plan:
         policy = with_shares(replace(self.policy, num_gpu_batches=num_gpu_batches), shares)
@@ -93,20 +97,21 @@ class Relaxation:
         return found
 
     @cached_property
-    def _corners(self) -> dict[int, tuple[Amounts, dict[tuple[str, Tier], Amounts]]]:
-        """For one and for two GPU batches: amounts with all on the GPU, and how each other tier changes them."""
+    def _corners(self) -> dict[int, tuple[Amounts, dict[tuple[str, Place], Amounts]]]:
+        """For one and for two GPU batches: amounts with all on the GPU, and how each other place changes them."""
         found = {}
         for count in (1, 2):
             base: Shares = {(kind, Tier.GPU): 1.0 for kind in KINDS}
             at_base = self._amounts(base, count)
-            changes = {}
-            for kind, tier in product(KINDS, self.tiers[1:]):
-                moved = {key: share for key, share in base.items() if key[0] != kind} | {(kind, tier): 1.0}
-                changes[kind, tier] = _less(self._amounts(moved, count), at_base)
+            changes: dict[tuple[str, Place], Amounts] = {}
+            for kind, place in self.places:
+                if place is not Tier.GPU:
+                    moved = {key: share for key, share in base.items() if key[0] != kind} | {(kind, place): 1.0}
+                    changes[kind, place] = _less(self._amounts(moved, count), at_base)
             found[count] = at_base, changes
         return found
 
-    def linear(self, num_gpu_batches: int) -> tuple[Amounts, dict[tuple[str, Tier], Amounts]]:
+    def linear(self, num_gpu_batches: int) -> tuple[Amounts, dict[tuple[str, Place], Amounts]]:
         """Amounts with all on the GPU and their changes, for any number of GPU batches."""
         (one, first), (two, second) = self._corners[1], self._corners[2]
         more = num_gpu_batches - 1
@@ -125,7 +130,7 @@ class Relaxation:
         `faster` divides the loads of lanes, to tell what a faster one would bring.
         """
         base, changes = self.linear(num_gpu_batches)
-        variables = [(kind, tier) for kind in KINDS for tier in self.tiers]
+        variables = self.places
         lanes = sorted(key for key in set(base).union(*changes.values()) if key[0] in PHASES)
         speed = faster or {}
 
@@ -172,14 +177,18 @@ class Relaxation:
         return Optimum(sum(values[len(variables) :][: len(PHASES)]), dict(zip(variables, values, strict=False)))
 
 
-def with_shares(policy: Policy, shares: Mapping[tuple[str, Tier], float]) -> Policy:
+def with_shares(policy: Policy, shares: Mapping[tuple[str, Place], float]) -> Policy:
     """The policy with these shares, which are rounded to whole percentages and sum to 100."""
-    percents: dict[str, int] = {}
+    fields: dict[str, int] = {}
     for kind in KINDS:
-        gpu = round(100 * shares.get((kind, Tier.GPU), 0.0))
-        host = round(100 * (shares.get((kind, Tier.GPU), 0.0) + shares.get((kind, Tier.HOST), 0.0))) - gpu
-        percents |= {f"{kind}_gpu_percent": gpu, f"{kind}_cpu_percent": host}
-    return replace(policy, **percents)  # type: ignore[arg-type]
+        ends = [shares.get((kind, Tier.GPU), 0.0)]
+        ends.append(ends[0] + shares.get((kind, Tier.HOST), 0.0) + shares.get((kind, ATTENDED), 0.0))
+        gpu, both = (round(100 * end) for end in ends)
+        fields |= {f"{kind}_gpu_percent": gpu, f"{kind}_cpu_percent": both - gpu}
+    if attended := shares.get(("cache", ATTENDED), 0.0):
+        on_host = attended + shares.get(("cache", Tier.HOST), 0.0)
+        fields |= {"cpu_cache_compute": True, "cpu_attention_percent": round(100 * attended / on_host)}
+    return replace(policy, **fields)  # type: ignore[arg-type]
 
 
 def _needs(plan: Plan) -> Amounts:

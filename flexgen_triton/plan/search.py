@@ -19,7 +19,7 @@ from .placement import Tier
 from .plan import Plan, make_plan
 from .policy import Policy, PolicyError
 from .predict import Prediction, predict
-from .relax import Optimum, Relaxation, Shares, shortened, whole_tiers, with_shares
+from .relax import ATTENDED, Optimum, Relaxation, Shares, shortened, whole_tiers, with_shares
 from .spec import Batch, ModelSpec, Workload, stored_as
 
 GPU_BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
@@ -330,6 +330,8 @@ def _rounded(policy: Policy, shares: Shares) -> Policy:
             whole = int(100 * share + 1e-6) / 100
             kept[kind, Tier.GPU] = whole
             kept[kind, Tier.HOST] = min(shares.get((kind, Tier.HOST), 0.0) + share - whole, 1 - whole)
+        elif tier == ATTENDED:
+            kept[kind, ATTENDED] = share
     if not any(tier is Tier.HOST for _, tier in shares):
         kept = {key: share for key, share in kept.items() if key[1] is not Tier.HOST}
     return with_shares(policy, kept)
