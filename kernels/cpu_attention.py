@@ -3,9 +3,10 @@
     q [B, H, D]; K and V as `KVSegment`s in fp16, bf16, fp32 or P16; query head h reads K and V head h // (H / Hkv)
 
 A thread takes a (sequence, K and V head) and chunks of CHUNK tokens. A few tokens at a time are widened to fp32 in the
-first-level cache, where every query head of the group uses them; a single head reads 16 bits as they are. Meanwhile
-the chunk that comes next is asked for. Dense attention is an online softmax over chunks and segments; its state,
-(maximum, sum, weighted V), lies in arrays between the segments' launches. Scores are base-2 logarithms throughout.
+first-level cache, where every query head of the group uses them; a single head reads 16 and 4 bits as they are.
+Meanwhile the chunk that comes next is asked for. Dense attention is an online softmax over chunks and segments; its
+state, (maximum, sum, weighted V), lies in arrays between the segments' launches. Scores are base-2 logarithms
+throughout. All that is not small is a part of one fp32 workspace, which the caller may own.
 
 Sparse attention (FlexGen, Sheng et al., ICML 2023, section 5) scores all of K, keeps the scores, and reads only the
 rows of V that weigh most.
@@ -16,15 +17,28 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numba
 import numpy as np
 import torch
-import torch.nn.functional as F
 from llvmlite import ir
-from numba import prange, types
+from numba import get_thread_id, prange, types
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
 from .cpu_jit import compiled, compiled_parallel, flat, launch, part, prefetch, vectorize_apart, widen
+from .cpu_lanes import (
+    LANES,
+    larger,
+    largest,
+    load,
+    load_words,
+    look_up,
+    multiply_add,
+    spread,
+    store,
+    sum_each,
+    tabulate,
+)
 from .formats import KV_GROUP, KVSegment, kv_width
 
 CHUNK = 32  # tokens between two looks at the softmax's state
@@ -78,111 +92,142 @@ def _widen_numbers(source, wide):
         wide[i] = widen(source[i])
 
 
-def _widen_plane(j: int):
-    @intrinsic
-    def widen_plane(typingctx, words, source, scales, at, wide, target):
-        """wide[target:][:16] = scales[at] * plane j of words[source:][:16] + scales[at + 1].
-
-        One vector, made by hand: LLVM unrolls loops of 16 and 32 into single numbers.
-        """
-
-        def codegen(context, builder, signature, args):
-            words, source, scales, at, wide, target = args
-            number, lanes = ir.IntType(32), ir.VectorType(ir.IntType(32), 16)
-
-            def address(array, kind, at):
-                return builder.gep(context.make_array(kind)(context, builder, array).data, [at])
-
-            def spread(value):
-                empty = ir.Constant(ir.VectorType(value.type, 16), ir.Undefined)
-                first = builder.insert_element(empty, value, number(0))
-                return builder.shuffle_vector(first, empty, ir.Constant(lanes, [0] * 16))
-
-            def vectors(pointer):
-                return builder.bitcast(pointer, ir.VectorType(pointer.type.pointee, 16).as_pointer())
-
-            packed = builder.zext(builder.load(vectors(address(words, signature.args[0], source)), align=2), lanes)
-            codes = builder.lshr(packed, ir.Constant(lanes, [4 * j] * 16))
-            codes = builder.and_(codes, ir.Constant(lanes, [15] * 16))
-            numbers = builder.sitofp(codes, ir.VectorType(ir.FloatType(), 16))
-            scale = address(scales, signature.args[2], at)
-            low = builder.gep(scale, [number(1)])
-            scaled = builder.fmul(numbers, spread(builder.load(scale)), flags=("contract",))
-            result = builder.fadd(scaled, spread(builder.load(low)), flags=("contract",))
-            builder.store(result, vectors(address(wide, signature.args[4], target)), align=4)
-            return context.get_dummy_value()
-
-        return types.void(words, types.intp, scales, types.intp, wide, types.intp), codegen
-
-    return widen_plane
-
-
-_widen_plane0, _widen_plane1, _widen_plane2, _widen_plane3 = (_widen_plane(j) for j in range(4))
+@compiled
+def _tabulate(scales, count, wide, tables):
+    """fp16 scales and minima of `count` groups -> tables [count * 16]; wide [2 * count] is scratch."""
+    _widen_numbers(scales, wide)
+    for g in range(count):
+        store(tabulate(wide[2 * g], wide[2 * g + 1]), tables, g * LANES)
 
 
 @compiled
-def _widen_words(words, scales, tokens, width, wide):
-    """words [tokens * width/4], scales [tokens * width/64 * 2] fp32 -> wide [tokens * width]."""
-    vectorize_apart()
-    size = width // 4
-    pairs = width // KV_GROUP * 2
-    for t in range(tokens):
-        row = t * width
-        for i in range(0, size, 16):
-            source = t * size + i
-            _widen_plane0(words, source, scales, t * pairs + i // 64 * 2, wide, row + i)
-            _widen_plane1(words, source, scales, t * pairs + (size + i) // 64 * 2, wide, row + size + i)
-            _widen_plane2(words, source, scales, t * pairs + (2 * size + i) // 64 * 2, wide, row + 2 * size + i)
-            _widen_plane3(words, source, scales, t * pairs + (3 * size + i) // 64 * 2, wide, row + 3 * size + i)
+def _tables_of(i, quarter):
+    """Where the tables of word i's four codes begin, among its token's."""
+    at = i // KV_GROUP * LANES
+    return (
+        at,
+        at + quarter // KV_GROUP * LANES,
+        at + 2 * quarter // KV_GROUP * LANES,
+        at + 3 * quarter // KV_GROUP * LANES,
+    )
+
+
+@compiled
+def _widen_words(codes, tables, count, width, wide):
+    """codes [count * width/4], tables [count * width/64 * 16] -> wide [count * width]."""
+    quarter, pitch = width // 4, width // KV_GROUP * LANES
+    for i in range(0, quarter, LANES):
+        at0, at1, at2, at3 = _tables_of(i, quarter)
+        for t in range(count):
+            packed, row, table = load_words(codes, t * quarter + i), t * width + i, t * pitch
+            store(look_up(packed, 0, tables, at0 + table), wide, row)
+            store(look_up(packed, 4, tables, at1 + table), wide, row + quarter)
+            store(look_up(packed, 8, tables, at2 + table), wide, row + 2 * quarter)
+            store(look_up(packed, 12, tables, at3 + table), wide, row + 3 * quarter)
+
+
+@compiled
+def _score_words(q, codes, tables, count, width, sums, scores, ahead, at):
+    """q [width], K as codes [count * width/4] and tables -> scores [count]; sums [CHUNK * 16] is scratch.
+
+    As many words ahead[at:] are asked for, evenly: all at once they hold up what comes behind them.
+    """
+    quarter, pitch = width // 4, width // KV_GROUP * LANES
+    for n in range(count * LANES):
+        sums[n] = ZERO
+    for i in range(0, quarter, LANES):
+        at0, at1, at2, at3 = _tables_of(i, quarter)
+        q0, q1, q2, q3 = load(q, i), load(q, quarter + i), load(q, 2 * quarter + i), load(q, 3 * quarter + i)
+        for t in range(count):
+            prefetch(ahead, at + t * quarter + i)
+            packed, table = load_words(codes, t * quarter + i), t * pitch
+            total = multiply_add(q0, look_up(packed, 0, tables, at0 + table), load(sums, t * LANES))
+            total = multiply_add(q1, look_up(packed, 4, tables, at1 + table), total)
+            total = multiply_add(q2, look_up(packed, 8, tables, at2 + table), total)
+            store(multiply_add(q3, look_up(packed, 12, tables, at3 + table), total), sums, t * LANES)
+    for t in range(0, count, LANES):
+        store(sum_each(sums, t * LANES), sums, t)
+    for t in range(count):
+        scores[t] = sums[t]
+
+
+@compiled
+def _add_words(weights, codes, tables, count, width, acc, ahead, at):
+    """acc [width] += weights [count] @ V as codes [count * width/4] and tables; words ahead[at:] are asked for."""
+    quarter, pitch = width // 4, width // KV_GROUP * LANES
+    for i in range(0, quarter, LANES):
+        at0, at1, at2, at3 = _tables_of(i, quarter)
+        acc0, acc1 = load(acc, i), load(acc, quarter + i)
+        acc2, acc3 = load(acc, 2 * quarter + i), load(acc, 3 * quarter + i)
+        for t in range(count):
+            prefetch(ahead, at + t * quarter + i)
+            packed, table, weight = load_words(codes, t * quarter + i), t * pitch, spread(weights[t])
+            acc0 = multiply_add(weight, look_up(packed, 0, tables, at0 + table), acc0)
+            acc1 = multiply_add(weight, look_up(packed, 4, tables, at1 + table), acc1)
+            acc2 = multiply_add(weight, look_up(packed, 8, tables, at2 + table), acc2)
+            acc3 = multiply_add(weight, look_up(packed, 12, tables, at3 + table), acc3)
+        store(acc0, acc, i)
+        store(acc1, acc, quarter + i)
+        store(acc2, acc, 2 * quarter + i)
+        store(acc3, acc, 3 * quarter + i)
 
 
 # Offsets [2, 2, 4] of `_stores`: of K and V; of the numbers and the scales; strides of block, sequence, head and token.
 @compiled
-def _offset(offsets, i, j, where, token):
-    """Where a token of `where`, (block, sequence, head), begins."""
-    start = where[0] * offsets[i, j, 0] + where[1] * offsets[i, j, 1] + where[2] * offsets[i, j, 2]
-    return start + token * offsets[i, j, 3]
+def _place(offsets, i, where, token):
+    """Where a token of `where`, (block, sequence, head), begins: in the numbers, in the scales."""
+    at, scales_at = token * offsets[i, 0, 3], token * offsets[i, 1, 3]
+    for n in range(3):
+        at += where[n] * offsets[i, 0, n]
+        scales_at += where[n] * offsets[i, 1, n]
+    return at, scales_at
 
 
-def _widen_tokens(store, offsets, i, where, token, count, width, wide):
-    """Tokens `[token, token + count)` of a block to fp32: wide [CHUNK * width], and room for the scales behind it."""
+@compiled
+def _coded_tokens(kv, at, count, width, wide):
+    """Codes of tokens in P16, and their tables, which lie behind the first CHUNK * width numbers of `wide`."""
+    groups = count * width // KV_GROUP
+    tables = part(wide, CHUNK * width, groups * LANES)
+    _tabulate(part(kv[1], at[1], groups * 2), groups, wide, tables)
+    return part(kv[0], at[0], count * width // 4), tables
+
+
+def _widen_tokens(kv, at, count, width, wide):
+    """Tokens of K or V, from place `at` on, to fp32: wide [CHUNK * width], and as much room behind it."""
 
 
 @overload(_widen_tokens)
-def _(store, offsets, i, where, token, count, width, wide):
-    def numbers(store, offsets, i, where, token, count, width, wide):
-        _widen_numbers(part(store[0], _offset(offsets, i, 0, where, token), count * width), wide)
+def _(kv, at, count, width, wide):
+    def numbers(kv, at, count, width, wide):
+        _widen_numbers(part(kv[0], at[0], count * width), wide)
 
-    def words(store, offsets, i, where, token, count, width, wide):
-        num_scales = count * offsets[i, 1, 3]
-        scales = part(wide, CHUNK * width, num_scales)
-        _widen_numbers(part(store[1], _offset(offsets, i, 1, where, token), num_scales), scales)
-        codes = part(store[0], _offset(offsets, i, 0, where, token), count * width // 4)
-        _widen_words(codes, scales, count, width, part(wide, 0, CHUNK * width))
+    def words(kv, at, count, width, wide):
+        codes, tables = _coded_tokens(kv, at, count, width, wide)
+        _widen_words(codes, tables, count, width, wide)
 
-    return numbers if len(store) == 1 else words
+    return numbers if len(kv) == 1 else words
 
 
-def _prefetch_tokens(store, offsets, i, where, token, count):
+@compiled
+def _prefetch(numbers, at, count):
+    for n in range(0, count, 64 // numbers.itemsize):
+        prefetch(numbers, at + n)
+
+
+def _prefetch_tokens(kv, at, count, width):
     """Ask for what `_widen_tokens` will read; tokens that do not exist do no harm."""
 
 
 @overload(_prefetch_tokens)
-def _(store, offsets, i, where, token, count):
-    def numbers(store, offsets, i, where, token, count):
-        at = _offset(offsets, i, 0, where, token)
-        for n in range(0, count * offsets[i, 0, 3], 64 // store[0].itemsize):
-            prefetch(store[0], at + n)
+def _(kv, at, count, width):
+    def numbers(kv, at, count, width):
+        _prefetch(kv[0], at[0], count * width)
 
-    def words(store, offsets, i, where, token, count):
-        at = _offset(offsets, i, 0, where, token)
-        for n in range(0, count * offsets[i, 0, 3], 32):
-            prefetch(store[0], at + n)
-        at = _offset(offsets, i, 1, where, token)
-        for n in range(0, count * offsets[i, 1, 3], 32):
-            prefetch(store[1], at + n)
+    def words(kv, at, count, width):
+        _prefetch(kv[0], at[0], count * width // 4)
+        _prefetch(kv[1], at[1], count * width // KV_GROUP * 2)
 
-    return numbers if len(store) == 1 else words
+    return numbers if len(kv) == 1 else words
 
 
 @compiled
@@ -229,17 +274,76 @@ def _add_values(weights, rows, count, acc):
             acc[d] += w0 * widen(row0[d])
 
 
+def _score_alone(q, k, at, count, width, wide, scores, ahead, ahead_at):
+    """Scores of tokens of K for one query head, read as they lie; as many tokens ahead are asked for."""
+
+
+@overload(_score_alone)
+def _(q, k, at, count, width, wide, scores, ahead, ahead_at):
+    def numbers(q, k, at, count, width, wide, scores, ahead, ahead_at):
+        _prefetch(ahead[0], ahead_at[0], count * width)
+        _score(q, part(k[0], at[0], count * width), count, scores)
+
+    def words(q, k, at, count, width, wide, scores, ahead, ahead_at):
+        _prefetch(ahead[1], ahead_at[1], count * width // KV_GROUP * 2)
+        codes, tables = _coded_tokens(k, at, count, width, wide)
+        _score_words(q, codes, tables, count, width, wide, scores, ahead[0], ahead_at[0])
+
+    return numbers if len(k) == 1 else words
+
+
+def _add_alone(weights, v, at, count, width, wide, acc, ahead, ahead_at):
+    """Tokens of V, weighted, to one query head's sum, read as they lie; as many tokens ahead are asked for."""
+
+
+@overload(_add_alone)
+def _(weights, v, at, count, width, wide, acc, ahead, ahead_at):
+    def numbers(weights, v, at, count, width, wide, acc, ahead, ahead_at):
+        _prefetch(ahead[0], ahead_at[0], count * width)
+        _add_values(weights, part(v[0], at[0], count * width), count, acc)
+
+    def words(weights, v, at, count, width, wide, acc, ahead, ahead_at):
+        _prefetch(ahead[1], ahead_at[1], count * width // KV_GROUP * 2)
+        codes, tables = _coded_tokens(v, at, count, width, wide)
+        _add_words(weights, codes, tables, count, width, acc, ahead[0], ahead_at[0])
+
+    return numbers if len(v) == 1 else words
+
+
 @compiled
-def _soften(scores, count, best):
+def _highest(scores, best):
+    """The highest of the scores and `best`, whatever NaN there is."""
+    whole = len(scores) - len(scores) % LANES
+    high = spread(best)
+    for t in range(0, whole, LANES):
+        high = larger(high, load(scores, t))
+    best = largest(high)
+    for t in range(whole, len(scores)):
+        best = max(best, scores[t])
+    return best
+
+
+@compiled
+def _soften(scores, best):
     """Scores to weights in place, 2 ** (score - the new highest) -> (the new highest, their sum)."""
     vectorize_apart()
-    for t in range(count):
-        best = max(best, scores[t])
+    best = _highest(scores, best)
     total = ZERO
-    for t in range(count):
+    for t in range(len(scores)):
         scores[t] = _exp2(scores[t] - best)
         total += scores[t]
     return best, total
+
+
+@compiled
+def _log_sum(scores):
+    """The base-2 log-sum-exp of scores."""
+    vectorize_apart()
+    best = _highest(scores, LOWEST)
+    total = ZERO
+    for t in range(len(scores)):
+        total += _exp2(scores[t] - best)
+    return best + np.float32(np.log2(total))
 
 
 @compiled
@@ -251,38 +355,38 @@ def _after(where, token, tokens):
 
 
 @compiled
-def _score_chunk(
-    k, ahead, offsets, where, token, count, j, next_where, next_token, q, rows, width, wide, scores, at, S
-):
+def _score_chunk(k, ahead, offsets, here, count, j, then, q, rows, width, wide, scores, at, S):
     """Scores of a chunk of K for query heads `rows`, to scores[at:], a head's S apart; the chunk ahead is asked for.
 
-    That is K's (j = 0) or V's (j = 1), at next_where and next_token. Asked for all at once it would hold up the rest.
+    The chunks begin at `here` and `then`, (block, sequence, head) and token; the one ahead is K's (j = 0) or V's (1).
     """
     step = STEP if len(k) == 1 else CHUNK
     for t in range(0, count, step):
         num = min(step, count - t)
-        _prefetch_tokens(ahead, offsets, j, next_where, next_token + t, num)
-        if rows[1] - rows[0] == 1 and len(k) == 1:
-            raw = part(k[0], _offset(offsets, 0, 0, where, token + t), num * width)
-            _score(part(q, rows[0] * width, width), raw, num, part(scores, at + t, num))
+        now, next_at = _place(offsets, 0, here[0], here[1] + t), _place(offsets, j, then[0], then[1] + t)
+        if rows[1] - rows[0] == 1:
+            alone = part(q, rows[0] * width, width)
+            _score_alone(alone, k, now, num, width, wide, part(scores, at + t, num), ahead, next_at)
             continue
-        _widen_tokens(k, offsets, 0, where, token + t, num, width, wide)
+        _prefetch_tokens(ahead, next_at, num, width)
+        _widen_tokens(k, now, num, width, wide)
         for r in range(rows[0], rows[1]):
             _score(part(q, r * width, width), wide, num, part(scores, at + (r - rows[0]) * S + t, num))
 
 
 @compiled
-def _add_chunk(v, ahead, offsets, where, token, count, next_where, next_token, weights, rows, width, wide, acc):
+def _add_chunk(v, ahead, offsets, here, count, then, weights, rows, width, wide, acc):
     """A chunk of V, weighted, to the sums of query heads `rows`; the chunk of K ahead is asked for."""
     step = STEP if len(v) == 1 else CHUNK
     for t in range(0, count, step):
         num = min(step, count - t)
-        _prefetch_tokens(ahead, offsets, 0, next_where, next_token + t, num)
-        if rows[1] - rows[0] == 1 and len(v) == 1:
-            raw = part(v[0], _offset(offsets, 1, 0, where, token + t), num * width)
-            _add_values(part(weights, t, num), raw, num, part(acc, rows[0] * width, width))
+        now, next_at = _place(offsets, 1, here[0], here[1] + t), _place(offsets, 0, then[0], then[1] + t)
+        if rows[1] - rows[0] == 1:
+            alone = part(acc, rows[0] * width, width)
+            _add_alone(part(weights, t, num), v, now, num, width, wide, alone, ahead, next_at)
             continue
-        _widen_tokens(v, offsets, 1, where, token + t, num, width, wide)
+        _prefetch_tokens(ahead, next_at, num, width)
+        _widen_tokens(v, now, num, width, wide)
         for r in range(rows[0], rows[1]):
             _add_values(part(weights, (r - rows[0]) * CHUNK + t, num), wide, num, part(acc, r * width, width))
 
@@ -291,7 +395,7 @@ def _add_chunk(v, ahead, offsets, where, token, count, next_where, next_token, w
 def _soften_chunk(weights, rows, count, width, best, total, acc):
     """Scores of a chunk to weights in place, and the heads' state to their new maxima."""
     for r in range(rows[0], rows[1]):
-        high, chunk_total = _soften(part(weights, (r - rows[0]) * CHUNK, count), count, best[r])
+        high, chunk_total = _soften(part(weights, (r - rows[0]) * CHUNK, count), best[r])
         if high > best[r]:
             shrink = _exp2(best[r] - high)
             total[r] *= shrink
@@ -303,53 +407,53 @@ def _soften_chunk(weights, rows, count, width, best, total, acc):
 
 
 @compiled
-def _decode_head(item, q, width, k, v, offsets, lens, tokens, kv_heads, best, total, acc):
+def _decode_head(item, scratch, q, width, k, v, offsets, lens, tokens, kv_heads, best, total, acc):
     """One K and V head of one sequence, for the query heads that share it."""
     group = len(best) // (len(lens) * kv_heads)
     seq, head, length = item // kv_heads, item % kv_heads, lens[item // kv_heads]
     rows = item * group, (item + 1) * group
-    wide = np.empty(CHUNK * width * 2, np.float32)
-    weights = np.empty(group * CHUNK, np.float32)
+    own = scratch[get_thread_id()]
+    wide, weights = part(own, 0, CHUNK * width * 2), part(own, CHUNK * width * 2, group * CHUNK)
     for block in range((length + tokens - 1) // tokens):
         where = (block, seq, head)
         valid = min(tokens, length - block * tokens)
         for token in range(0, valid, CHUNK):
+            here, then = (where, token), _after(where, token, tokens)
             count = min(CHUNK, valid - token)
-            _score_chunk(k, v, offsets, where, token, count, 1, where, token, q, rows, width, wide, weights, 0, CHUNK)
+            _score_chunk(k, v, offsets, here, count, 1, here, q, rows, width, wide, weights, 0, CHUNK)
             _soften_chunk(weights, rows, count, width, best, total, acc)
-            then, at = _after(where, token, tokens)
-            _add_chunk(v, k, offsets, where, token, count, then, at, weights, rows, width, wide, acc)
+            _add_chunk(v, k, offsets, here, count, then, weights, rows, width, wide, acc)
 
 
 @compiled_parallel
-def _decode_kernel(q, width, k, v, offsets, lens, tokens, kv_heads, best, total, acc):
-    """A segment's part of dense attention: q and acc [B * H * width], best and total [B * H]."""
+def _decode_kernel(scratch, q, width, k, v, offsets, lens, tokens, kv_heads, best, total, acc):
+    """A segment's part of dense attention: q, acc [B * H * width]; best, total [B * H]; scratch [threads, N]."""
     for item in prange(len(lens) * kv_heads):
-        _decode_head(np.int64(item), q, width, k, v, offsets, lens, tokens, kv_heads, best, total, acc)
+        _decode_head(np.int64(item), scratch, q, width, k, v, offsets, lens, tokens, kv_heads, best, total, acc)
 
 
 @compiled
-def _score_head(item, q, width, k, offsets, starts, lens, tokens, kv_heads, scores, S):
+def _score_head(item, scratch, q, width, k, offsets, starts, lens, tokens, kv_heads, scores, S):
     """One K head of one sequence, for the query heads that share it."""
     group = len(q) // width // (len(lens) * kv_heads)
     seq, head, length = item // kv_heads, item % kv_heads, lens[item // kv_heads]
     rows = item * group, (item + 1) * group
-    wide = np.empty(CHUNK * width * 2, np.float32)
+    wide = scratch[get_thread_id()]
     for block in range((length + tokens - 1) // tokens):
         where = (block, seq, head)
         valid = min(tokens, length - block * tokens)
         for token in range(0, valid, CHUNK):
-            then, ahead = _after(where, token, tokens)
+            here, then = (where, token), _after(where, token, tokens)
             at = rows[0] * S + starts[seq] + block * tokens + token
             count = min(CHUNK, valid - token)
-            _score_chunk(k, k, offsets, where, token, count, 0, then, ahead, q, rows, width, wide, scores, at, S)
+            _score_chunk(k, k, offsets, here, count, 0, then, q, rows, width, wide, scores, at, S)
 
 
 @compiled_parallel
-def _scores_kernel(q, width, k, offsets, starts, lens, tokens, kv_heads, scores, S):
+def _scores_kernel(scratch, q, width, k, offsets, starts, lens, tokens, kv_heads, scores, S):
     """A segment's scores, behind those of the segments before it: scores [B * H * S], of S from starts[seq] on."""
     for item in prange(len(lens) * kv_heads):
-        _score_head(np.int64(item), q, width, k, offsets, starts, lens, tokens, kv_heads, scores, S)
+        _score_head(np.int64(item), scratch, q, width, k, offsets, starts, lens, tokens, kv_heads, scores, S)
 
 
 @intrinsic
@@ -387,7 +491,7 @@ def _rank(scores, keep, keys):
 
 
 @compiled
-def _select(scores, keep, picks):
+def _select(scores, keep, keys, picks):
     """The `keep` highest positions, the lower of equals, then the one behind the scores -> how many."""
     num = len(scores)
     if keep >= num:
@@ -396,7 +500,6 @@ def _select(scores, keep, picks):
         return num + 1
     count = 0
     if keep > 0:
-        keys = np.empty(num, np.int32)
         threshold = _rank(scores, keep, keys)
         ties = keep
         for t in range(num):
@@ -412,119 +515,202 @@ def _select(scores, keep, picks):
 
 
 @compiled
-def _select_head(r, scores, lens, keep, picks, num_picks, lse):
+def _select_head(r, scratch, scores, lens, keep, picks, num_picks, lse):
     """One query head's positions to read, ascending, and the base-2 log-sum-exp of all its scores."""
     seq = r // (len(scores) // len(lens))
     length = lens[seq]
     num_picks[r] = 0
     if length:
-        best, total = _soften(scores[r, :length].copy(), length, LOWEST)
-        lse[r] = best + np.float32(np.log2(total))
-        num_picks[r] = _select(scores[r, : length - 1], max(keep[seq], 0), picks[r])
+        lse[r] = _log_sum(scores[r, :length])
+        num_picks[r] = _select(scores[r, : length - 1], max(keep[seq], 0), scratch[get_thread_id()], picks[r])
 
 
 @compiled_parallel
-def _select_kernel(scores, lens, keep, picks, num_picks, lse):
+def _select_kernel(scratch, scores, lens, keep, picks, num_picks, lse):
+    """Scores [B * H, S] -> picks, num_picks and lse [B * H]; scratch int32 [threads, S]."""
     for r in prange(len(scores)):
-        _select_head(np.int64(r), scores, lens, keep, picks, num_picks, lse)
+        _select_head(np.int64(r), scratch, scores, lens, keep, picks, num_picks, lse)
 
 
 @compiled
-def _gather_head(r, v, offsets, scores, lse, picks, num_picks, starts, lens, tokens, kv_heads, width, acc):
+def _gather_head(r, scratch, v, offsets, scores, lse, picks, num_picks, starts, lens, tokens, kv_heads, width, acc):
     """One query head's picks that lie in this segment."""
     heads = len(lse) // len(lens)
     seq, head = r // heads, r % heads // (heads // kv_heads)
-    wide = np.empty(CHUNK * width * 2, np.float32)
-    weight = np.empty(1, np.float32)
+    wide = scratch[get_thread_id()]
+    weight = part(wide, CHUNK * width * 2 - 1, 1)
     for n in range(num_picks[r]):
         if n + AHEAD < num_picks[r]:
             t = picks[r, n + AHEAD] - starts[seq]
-            _prefetch_tokens(v, offsets, 1, (t // tokens, seq, head), t % tokens, 1)
+            _prefetch_tokens(v, _place(offsets, 1, (t // tokens, seq, head), t % tokens), 1, width)
         t = picks[r, n] - starts[seq]
         if 0 <= t < lens[seq]:
             weight[0] = _exp2(scores[r, picks[r, n]] - lse[r])
-            _widen_tokens(v, offsets, 1, (t // tokens, seq, head), t % tokens, 1, width, wide)
+            _widen_tokens(v, _place(offsets, 1, (t // tokens, seq, head), t % tokens), 1, width, wide)
             _add_values(weight, wide, 1, part(acc, r * width, width))
 
 
 @compiled_parallel
-def _gather_kernel(v, offsets, scores, lse, picks, num_picks, starts, lens, tokens, kv_heads, width, acc):
+def _gather_kernel(scratch, v, offsets, scores, lse, picks, num_picks, starts, lens, tokens, kv_heads, width, acc):
     """A segment's part of the weighted rows of V: acc [B * H * width] += 2 ** (score - lse) * v."""
     for r in prange(len(lse)):
         i = np.int64(r)
-        _gather_head(i, v, offsets, scores, lse, picks, num_picks, starts, lens, tokens, kv_heads, width, acc)
+        _gather_head(i, scratch, v, offsets, scores, lse, picks, num_picks, starts, lens, tokens, kv_heads, width, acc)
 
 
-def decode_attention(q: Tensor, segments: Sequence[KVSegment], *, scale: float | None = None) -> Tensor:
-    """Attention of one new token per sequence over the union of the segments: q [B, H, D] -> [B, H, D] in q's dtype.
+def decode_workspace_bytes(num_seqs: int, num_heads: int, head_dim: int) -> int:
+    """Bytes of workspace with which `decode_attention` allocates no more, whatever the cache's format and heads."""
+    rows, width = num_seqs * num_heads, kv_width(head_dim)
+    return _bytes(rows * width, rows * width, rows, rows, _threads() * _decode_scratch(width, num_heads))
 
-    Computed in fp32. A sequence without a valid token gets zeros. `scale` is 1 / sqrt(D) unless given.
+
+def sparse_workspace_bytes(num_seqs: int, num_heads: int, head_dim: int, max_tokens: int, max_keep: int) -> int:
+    """The same of `sparse_decode_attention` over at most `max_tokens` of a sequence, `max_keep` the largest of keep."""
+    rows, width = num_seqs * num_heads, kv_width(head_dim)
+    picks = rows * min(max_tokens, max_keep + 1)
+    scratch = _threads() * _sparse_scratch(width, max_tokens)
+    return _bytes(rows * width, rows * width, rows * max_tokens, picks, rows, rows, scratch)
+
+
+def decode_attention(
+    q: Tensor,
+    segments: Sequence[KVSegment],
+    *,
+    scale: float | None = None,
+    out: Tensor | None = None,
+    workspace: Tensor | None = None,
+) -> Tensor:
+    """Attention of one new token per sequence over the union of the segments: q [B, H, D] -> out [B, H, D].
+
+    Computed in fp32. A sequence without a valid token gets zeros. `scale` is 1 / sqrt(D) unless given. `out`, of any
+    float dtype, is new and of q's unless given. `workspace` is a dense fp32 vector of `decode_workspace_bytes`, best at
+    the beginning of a cache line; without one it is allocated.
     """
-    return decode_attention_lse(q, segments, scale=scale)[0]
+    return decode_attention_lse(q, segments, scale=scale, out=out, workspace=workspace)[0]
 
 
 def decode_attention_lse(
-    q: Tensor, segments: Sequence[KVSegment], *, scale: float | None = None
+    q: Tensor,
+    segments: Sequence[KVSegment],
+    *,
+    scale: float | None = None,
+    out: Tensor | None = None,
+    workspace: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`decode_attention`, and the log-sum-exp of the scores, [B, H] fp32: -inf for a sequence without a token."""
-    num_seqs, num_heads, _ = q.shape
-    query = _query(q, segments, scale)
-    state = torch.full((len(query),), float(LOWEST)), torch.zeros(len(query)), torch.zeros(query.shape)
+    """`decode_attention`, and the log-sum-exp of the scores, [B, H] fp32: -inf for a sequence without a token.
+
+    The log-sum-exp is a part of the workspace.
+    """
+    num_seqs, num_heads, dim = q.shape
+    rows, width = num_seqs * num_heads, _width(segments, dim)
+    threads, size = _threads(), _decode_scratch(width, num_heads)
+    query, acc, best, total, scratch = _cut(workspace, rows * width, rows * width, rows, rows, threads * size)
+    _scale_query(q, scale, query.view(rows, width))
+    state = best.fill_(float(LOWEST)), total.zero_(), acc.zero_()
     for segment in segments:
         if segment.k[0].numel() and num_seqs:
-            stores = _stores(segment, query.shape[1])
-            launch(_decode_kernel, flat(query), query.shape[1], *stores, *_sizes(segment), *map(flat, state))
-    best, total, acc = state
-    out = acc / total.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
-    lse = (best + torch.log2(total)) / LOG2E
-    return _shaped(out, q), lse.view(num_seqs, num_heads)
+            work = scratch.view(threads, size).numpy(), query.numpy(), width
+            launch(_decode_kernel, *work, *_stores(segment, width), *_sizes(segment), *(x.numpy() for x in state))
+    lse = best.add_(torch.log2(total, out=query[:rows])).div_(LOG2E)
+    acc = acc.view(rows, width).div_(total.clamp_min_(torch.finfo(torch.float32).tiny)[:, None])
+    return _result(acc, q, out), lse.view(num_seqs, num_heads)
 
 
 def sparse_decode_attention(
-    q: Tensor, segments: Sequence[KVSegment], keep: Tensor, *, scale: float | None = None
+    q: Tensor,
+    segments: Sequence[KVSegment],
+    keep: Tensor,
+    *,
+    scale: float | None = None,
+    out: Tensor | None = None,
+    workspace: Tensor | None = None,
 ) -> Tensor:
-    """Attention that reads few rows of V: q [B, H, D], keep [B] int32 -> [B, H, D] in q's dtype.
+    """Attention that reads few rows of V: q [B, H, D], keep [B] int32 -> out [B, H, D].
 
     Every query head scores all tokens, and adds V of the `keep[b]` highest of the earlier ones (the lower position of
     equals) and of the newest, the last segment's last valid token, with their weights in the softmax over all tokens:
-    they do not sum to 1.
+    they do not sum to 1. `scale`, `out` and `workspace`, of `sparse_workspace_bytes`, as in `decode_attention`.
     """
-    num_seqs = len(q)
-    query = _query(q, segments, scale)
-    rows, width = query.shape
-    acc = torch.zeros(rows, width)
+    num_seqs, num_heads, dim = q.shape
+    rows, width = num_seqs * num_heads, _width(segments, dim)
     lens = torch.stack([s.lens for s in segments]).to(torch.int32)
     starts = (lens.cumsum(0, dtype=torch.int32) - lens).contiguous()
     lengths = lens.sum(0, dtype=torch.int32)
     longest = int(lengths.max()) if num_seqs else 0
     if not longest:
-        return torch.zeros_like(q)
-    scores = np.empty((rows, longest), np.float32)
-    picks = np.empty((rows, min(longest, max(0, int(keep.max())) + 1)), np.int32)
-    num_picks, lse = np.empty(rows, np.int32), np.empty(rows, np.float32)
+        return torch.zeros_like(q) if out is None else out.zero_()
+    most = min(longest, max(0, int(keep.max())) + 1)
+    threads, size = _threads(), _sparse_scratch(width, longest)
+    sizes = rows * width, rows * width, rows * longest, rows * most, rows, rows, threads * size
+    query, acc, scores, picks, num_picks, lse, scratch = _cut(workspace, *sizes)
+    _scale_query(q, scale, query.view(rows, width))
+    acc.zero_()
+    work = scratch.view(threads, size).numpy()
     parts = [(s, _stores(s, width), start.numpy()) for s, start in zip(segments, starts, strict=True) if s.k[0].numel()]
     for segment, (k, _, offsets), start in parts:
-        launch(_scores_kernel, flat(query), width, k, offsets, start, *_sizes(segment), scores.reshape(-1), longest)
-    launch(_select_kernel, scores, lengths.numpy(), keep.to(torch.int32).contiguous().numpy(), picks, num_picks, lse)
+        where = start, *_sizes(segment), scores.numpy(), longest
+        launch(_scores_kernel, work, query.numpy(), width, k, offsets, *where)
+    matrix = scores.view(rows, longest).numpy()
+    picked = picks.view(torch.int32).view(rows, most).numpy(), num_picks.view(torch.int32).numpy()
+    keeps = keep.to(torch.int32).contiguous().numpy()
+    launch(_select_kernel, work.view(np.int32), matrix, lengths.numpy(), keeps, *picked, lse.numpy())
     for segment, (_, v, offsets), start in parts:
-        picked = (scores, lse, picks, num_picks, start)
-        launch(_gather_kernel, v, offsets, *picked, *_sizes(segment), width, flat(acc))
-    return _shaped(acc, q)
+        chosen = (matrix, lse.numpy(), *picked, start)
+        launch(_gather_kernel, work, v, offsets, *chosen, *_sizes(segment), width, acc.numpy())
+    return _result(acc.view(rows, width), q, out)
 
 
-def _query(q: Tensor, segments: Sequence[KVSegment], scale: float | None) -> Tensor:
-    """q with scale and base in it, padded like the K it meets: [B * H, width] fp32."""
-    dim = q.shape[-1]
+def _threads() -> int:
+    """The most threads that a kernel may run on."""
+    return int(numba.config.NUMBA_NUM_THREADS)
+
+
+def _decode_scratch(width: int, num_heads: int) -> int:
+    """Numbers of a thread's scratch: tokens widened, their tables, a chunk's weights of heads that share K and V."""
+    return CHUNK * (2 * width + num_heads)
+
+
+def _sparse_scratch(width: int, longest: int) -> int:
+    """Numbers of a thread's scratch: tokens widened and their tables, or keys of a head's scores; whole lines."""
+    return _aligned(max(CHUNK * 2 * width, longest))
+
+
+def _aligned(size: int) -> int:
+    return -(-size // LANES) * LANES
+
+
+def _bytes(*sizes: int) -> int:
+    return 4 * sum(map(_aligned, sizes))
+
+
+def _cut(workspace: Tensor | None, *sizes: int) -> Sequence[Tensor]:
+    """Vectors of these sizes, one behind the other in the workspace, each at a cache line if the workspace is."""
+    if workspace is None:
+        workspace = torch.empty(_bytes(*sizes) // 4)
+    assert workspace.dtype == torch.float32 and workspace.is_contiguous() and workspace.dim() == 1, workspace.shape
+    assert workspace.nbytes >= _bytes(*sizes), (workspace.nbytes, sizes)
+    room = workspace[: _bytes(*sizes) // 4].split([_aligned(size) for size in sizes])
+    return [vector[:size] for vector, size in zip(room, sizes, strict=True)]
+
+
+def _width(segments: Sequence[KVSegment], dim: int) -> int:
+    """Numbers of a row of K and V as they are stored."""
     parts = {len(s.k) for s in segments} | {len(s.v) for s in segments}
     assert len(parts) <= 1, "segments of one format"
-    width = kv_width(dim) if 2 in parts else dim
-    query = F.pad(q.reshape(-1, dim).float(), (0, width - dim))
-    return query * ((dim**-0.5 if scale is None else scale) * LOG2E)
+    return kv_width(dim) if 2 in parts else dim
 
 
-def _shaped(out: Tensor, q: Tensor) -> Tensor:
-    """[B * H, width] to q's shape and dtype."""
-    return out[:, : q.shape[-1]].to(q.dtype).view(q.shape)
+def _scale_query(q: Tensor, scale: float | None, query: Tensor) -> None:
+    """q with scale and base in it, padded like the K it meets: query [B * H, width]."""
+    dim = q.shape[-1]
+    query[:, dim:].zero_()
+    query[:, :dim].view(q.shape).copy_(q).mul_((dim**-0.5 if scale is None else scale) * LOG2E)
+
+
+def _result(acc: Tensor, q: Tensor, out: Tensor | None) -> Tensor:
+    """[B * H, width] in q's shape, to `out` or in q's dtype."""
+    out = torch.empty_like(q) if out is None else out
+    return out.copy_(acc[:, : q.shape[-1]].view(q.shape))
 
 
 def _sizes(segment: KVSegment) -> tuple[np.ndarray, int, int]:
@@ -539,8 +725,8 @@ def _stores(segment: KVSegment, width: int) -> tuple[tuple[np.ndarray, ...], tup
     """K and V as dense vectors, and where their tokens are: strides [2, 2, 4], as `_offset` reads them."""
     offsets = np.zeros((2, 2, 4), np.int64)
     sizes = (width,) if len(segment.k) == 1 else (width // 4, width // KV_GROUP * 2)
-    for i, store in enumerate((segment.k, segment.v)):
-        for j, (numbers, size) in enumerate(zip(store, sizes, strict=True)):
+    for i, fields in enumerate((segment.k, segment.v)):
+        for j, (numbers, size) in enumerate(zip(fields, sizes, strict=True)):
             token = numbers[0, 0, 0]
             assert token.is_contiguous() and token[0].numel() == size, (numbers.shape, numbers.stride())
             offsets[i, j] = *numbers.stride()[:3], size

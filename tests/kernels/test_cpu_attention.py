@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -9,7 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from flexgen_triton.kernels.cpu_attention import decode_attention, decode_attention_lse, sparse_decode_attention
+from flexgen_triton.kernels.cpu_attention import (
+    decode_attention,
+    decode_attention_lse,
+    decode_workspace_bytes,
+    sparse_decode_attention,
+    sparse_workspace_bytes,
+)
 from flexgen_triton.kernels.formats import KVSegment, dequantize_kv, quantize_kv
 
 NAN = float("nan")
@@ -31,6 +38,7 @@ SHAPES = {
     "three segments, some empty": Shape(3, 3, 80, 8, ((5, 0, 17), (0, 0, 9), (1, 2, 0))),
     "grouped heads, blocks beyond a chunk": Shape(6, 2, 128, 64, ((130, 63), (1, 65))),
     "wide heads": Shape(2, 1, 320, 16, ((33, 4),)),
+    "wide heads, each alone": Shape(2, 2, 320, 16, ((33, 6),)),
     "odd heads": Shape(2, 2, 65, 33, ((70, 34),)),
 }
 
@@ -121,6 +129,37 @@ def test_result_has_the_query_s_dtype(dtype):
     exact = plain(q.double(), shape, numbers)[0]
     assert out.dtype == dtype
     assert_as_exact(out, plain(q.float(), shape, numbers)[0].to(dtype), exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, None], ids=["fp16", "4 bits"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_a_workspace_of_the_stated_size_is_enough(shape, dtype):
+    q, segments, _ = make(shape, dtype)
+    size = decode_workspace_bytes(*q.shape)
+    check_workspace(size, q, lambda **given: decode_attention(q, segments, **given))
+    keep = torch.full((len(q),), 5, dtype=torch.int32)
+    longest = max(map(sum, zip(*shape.lens, strict=True)), default=0)
+    size = sparse_workspace_bytes(*q.shape, longest, 5)
+    check_workspace(size, q, lambda **given: sparse_decode_attention(q, segments, keep, **given))
+
+
+def check_workspace(size: int, q: Tensor, attend: Callable[..., Tensor]) -> None:
+    """What it held does not matter, what lies behind it stays, and `out` gets the result that a new tensor would."""
+    workspace, out = torch.full((size // 4 + 16,), NAN), torch.full_like(q, NAN)
+    workspace[size // 4 :] = 7
+    assert attend(out=out, workspace=workspace[: size // 4]) is out
+    assert torch.equal(out, attend())
+    assert (workspace[size // 4 :] == 7).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, None], ids=["fp16", "4 bits"])
+def test_nothing_of_the_result_s_size_is_allocated(dtype):
+    q, segments, _ = make(Shape(16, 16, 128, 8, ((9, 3, 5, 7),)), dtype)
+    out, workspace = torch.empty_like(q), torch.empty(decode_workspace_bytes(*q.shape) // 4)
+    decode_attention(q, segments, out=out, workspace=workspace)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        decode_attention(q, segments, out=out, workspace=workspace)
+    assert sum(max(event.cpu_memory_usage, 0) for event in profile.events()) < 256
 
 
 def test_scale_replaces_the_usual_one():
