@@ -25,7 +25,7 @@ from numba import get_thread_id, prange, types
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
-from .cpu_jit import compiled, compiled_parallel, flat, launch, part, prefetch, vectorize_apart, widen
+from .cpu_jit import compiled, compiled_parallel, flat, launch, nearest, part, prefetch, vectorize_apart, widen
 from .cpu_lanes import (
     LANES,
     larger,
@@ -50,16 +50,6 @@ ZERO = np.float32(0)
 
 
 @intrinsic
-def _nearest(typingctx, x):
-    """The nearest whole number."""
-
-    def codegen(context, builder, signature, args):
-        return builder.call(builder.module.declare_intrinsic("llvm.rint", [ir.FloatType()]), args)
-
-    return types.float32(types.float32), codegen
-
-
-@intrinsic
 def _power_of_two(typingctx, n):
     """2 ** n for a whole n of -126..127, made of exponent bits."""
 
@@ -79,7 +69,7 @@ _ONE = np.float32(1)
 @compiled
 def _exp2(x):
     """2 ** x for x <= 0 in arithmetic that vectorises; 0 below the normal numbers."""
-    n = _nearest(x)
+    n = nearest(x)
     f = x - n
     series = _ONE + f * (_C1 + f * (_C2 + f * (_C3 + f * (_C4 + f * (_C5 + f * (_C6 + f * _C7))))))
     return ZERO if x < np.float32(-126) else series * _power_of_two(n)

@@ -102,6 +102,16 @@ def widen(typingctx, number):
 
 
 @intrinsic
+def nearest(typingctx, x):
+    """The nearest whole number."""
+
+    def codegen(context, builder, signature, args):
+        return builder.call(builder.module.declare_intrinsic("llvm.rint", [ir.FloatType()]), args)
+
+    return types.float32(types.float32), codegen
+
+
+@intrinsic
 def plane(typingctx, word, j):
     """The code of plane j of a P16 word (int16)."""
 
