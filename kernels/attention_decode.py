@@ -25,7 +25,8 @@ less than dequantising would.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import triton
@@ -386,18 +387,26 @@ def checked(q: Tensor, segments: Sequence[KVSegment]) -> list[KVSegment]:
     return [segment for segment in segments if capacity_of(segment)]
 
 
+Empty = Callable[..., Tensor]  # (*shape, dtype=): makes a temporary on q's device
+
+
 def decode_attention(
-    q: Tensor, segments: Sequence[KVSegment], *, scale: float | None = None, out: Tensor | None = None
+    q: Tensor,
+    segments: Sequence[KVSegment],
+    *,
+    scale: float | None = None,
+    out: Tensor | None = None,
+    empty: Empty | None = None,
 ) -> Tensor:
     """Softmax attention of one new token per sequence over the union of its segments: q [B, H, D] -> [B, H, D].
 
     q is fp16, bf16 or fp32 with D dense, and K and V of its dtype or P16. Hkv divides H, and heads h * H/Hkv.. share
     K/V head h. Every sequence has a token in at least one segment. `scale` (> 0) is D**-0.5 unless given. `out` may be
-    any view with D dense.
+    any view with D dense; `empty` makes the temporaries, by default torch does.
     """
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     if q.numel():
-        _attend(q, segments, scale, out)
+        _attend(q, segments, scale, out, empty or partial(torch.empty, device=q.device))
     return out
 
 
@@ -411,10 +420,10 @@ def decode_attention_lse(
     out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
     if not q.numel() or not any(map(capacity_of, segments)):
         return out, torch.full(q.shape[:2], float("-inf"), device=q.device)
-    return out, _attend(q, segments, scale, out)
+    return out, _attend(q, segments, scale, out, partial(torch.empty, device=q.device))
 
 
-def _attend(q: Tensor, segments: Sequence[KVSegment], scale: float | None, out: Tensor) -> Tensor:
+def _attend(q: Tensor, segments: Sequence[KVSegment], scale: float | None, out: Tensor, empty: Empty) -> Tensor:
     segments = checked(q, segments)
     num_seqs, num_heads, head_dim = q.shape
     scale = head_dim**-0.5 if scale is None else scale
@@ -422,14 +431,14 @@ def _attend(q: Tensor, segments: Sequence[KVSegment], scale: float | None, out: 
     chip = chip_of(q.device)
     splits = [num_splits(chip.num_sms, num_seqs * s.k[0].shape[2], capacity_of(s)) for s in segments]
     slots = sum(splits)
-    lses = torch.empty(slots, num_seqs, num_heads, dtype=torch.float32, device=q.device)
+    lses = empty(slots, num_seqs, num_heads, dtype=torch.float32)
     if slots == 1:
         _launch(q, segments[0], scale, out[None], lses)
         return lses[0]
-    parts = torch.empty(slots, *q.shape, dtype=torch.float32, device=q.device)
+    parts = empty(slots, *q.shape, dtype=torch.float32)
     for segment, part, lse in zip(segments, parts.split(splits), lses.split(splits), strict=True):
         _launch(q, segment, scale, part, lse)
-    return _merge(parts, lses, out)
+    return _merge(parts, lses, out, empty)
 
 
 def _launch(q: Tensor, segment: KVSegment, scale: float, out: Tensor, lse: Tensor) -> None:
@@ -453,12 +462,12 @@ def merge(outs: Sequence[Tensor], lses: Sequence[Tensor], *, out: Tensor | None 
     """
     parts = torch.stack([part.float() for part in outs])
     out = torch.empty(outs[0].shape, dtype=torch.float32, device=parts.device) if out is None else out
-    return out, _merge(parts, torch.stack(list(lses)), out)
+    return out, _merge(parts, torch.stack(list(lses)), out, partial(torch.empty, device=parts.device))
 
 
-def _merge(parts: Tensor, lses: Tensor, out: Tensor) -> Tensor:
+def _merge(parts: Tensor, lses: Tensor, out: Tensor, empty: Empty) -> Tensor:
     slots, num_seqs, num_heads, head_dim = parts.shape
-    lse = torch.empty(num_seqs, num_heads, dtype=torch.float32, device=out.device)
+    lse = empty(num_seqs, num_heads, dtype=torch.float32)
     if out.numel():
         _merge_kernel[(num_seqs * num_heads,)](
             parts, lses, out, lse, slots, num_heads, *out.stride()[:2], parts.stride(0), lses.stride(0),

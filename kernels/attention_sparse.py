@@ -15,6 +15,7 @@ link: only the rows that count cross it. Not yet run on a GPU, V on the host lea
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import triton
@@ -24,6 +25,7 @@ from torch import Tensor
 from .attention_decode import (
     LOG2E,
     MASKED,
+    Empty,
     capacity_of,
     checked,
     decode_constants,
@@ -194,28 +196,32 @@ def sparse_decode_attention(
     *,
     scale: float | None = None,
     max_keep: int | None = None,
+    out: Tensor | None = None,
+    empty: Empty | None = None,
 ) -> Tensor:
     """Attention that reads few rows of V: q [B, H, D], keep [B] int32 -> [B, H, D] in q's dtype.
 
     q and segments as for `decode_attention`; which of equal scores are kept is left open. `max_keep` is a bound on
     `keep` that the host knows; without it this call waits for the device to hear it. V may lie on the CPU, in pinned
-    memory, while q and K are on the GPU (not yet run on one).
+    memory, while q and K are on the GPU (not yet run on one). `out` may be any view with D dense; `empty` makes the
+    temporaries, by default torch does: all but those inside of torch's own top-k and log-sum-exp.
     """
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    empty = empty or partial(torch.empty, device=q.device)
+    out = empty(*q.shape, dtype=q.dtype) if out is None else out
     if not q.numel():
         return out
     segments = checked(q, segments)
     assert keep.shape == q.shape[:1] and keep.dtype == torch.int32, (keep.shape, keep.dtype)
     for tensor in (t for segment in segments for t in segment.v):
         assert tensor.device == q.device or tensor.is_pinned(), "V on the CPU must lie in pinned memory"
-    scores, lse = _score(q, segments, scale)
+    scores, lse = _score(q, segments, scale, empty)
     if max_keep is None:
         max_keep = int(keep.max())
-    places, picked = _pick(scores, segments, min(max_keep, scores.shape[2]))
-    return _gather(out, segments, keep, places, picked, lse)
+    places, picked = _pick(scores, segments, min(max_keep, scores.shape[2]), empty)
+    return _gather(out, segments, keep, places, picked, lse, empty)
 
 
-def _score(q: Tensor, segments: Sequence[KVSegment], scale: float | None) -> tuple[Tensor, Tensor]:
+def _score(q: Tensor, segments: Sequence[KVSegment], scale: float | None, empty: Empty) -> tuple[Tensor, Tensor]:
     """Scores [B, H, S] fp32, -inf where no token is, and their log-sum-exp [B, H]."""
     num_seqs, num_heads, head_dim = q.shape
     scale = head_dim**-0.5 if scale is None else scale
@@ -223,13 +229,15 @@ def _score(q: Tensor, segments: Sequence[KVSegment], scale: float | None) -> tup
     chip = chip_of(q.device)
     splits = [num_splits(chip.num_sms, num_seqs * s.k[0].shape[2], capacity_of(s)) for s in segments]
     total = sum(map(capacity_of, segments))
-    scores = torch.full((num_seqs, num_heads, total), float("-inf"), dtype=torch.float32, device=q.device)
-    lses = torch.empty(sum(splits), num_seqs, num_heads, dtype=torch.float32, device=q.device)
+    scores = empty(num_seqs, num_heads, total, dtype=torch.float32).fill_(float("-inf"))
+    lses = empty(sum(splits), num_seqs, num_heads, dtype=torch.float32)
     first = 0
     for segment, lse in zip(segments, lses.split(splits), strict=True):
         _launch_scores(q, segment, scale, scores[:, :, first:], lse)
         first += capacity_of(segment)
-    return scores, lses.logsumexp(0) if len(lses) > 1 else lses[0]
+    if len(lses) == 1:
+        return scores, lses[0]
+    return scores, torch.logsumexp(lses, 0, out=empty(num_seqs, num_heads, dtype=torch.float32))
 
 
 def _launch_scores(q: Tensor, segment: KVSegment, scale: float, scores: Tensor, lse: Tensor) -> None:
@@ -244,22 +252,32 @@ def _launch_scores(q: Tensor, segment: KVSegment, scale: float, scores: Tensor, 
     )  # fmt: skip
 
 
-def _pick(scores: Tensor, segments: Sequence[KVSegment], count: int) -> tuple[Tensor, Tensor]:
+def _pick(scores: Tensor, segments: Sequence[KVSegment], count: int, empty: Empty) -> tuple[Tensor, Tensor]:
     """Places and scores [B, H, 1 + count] of the newest token and of the best others; the newest leaves `scores`."""
-    newest = _newest(segments)[:, None, None].expand(-1, scores.shape[1], 1)
-    score = scores.gather(2, newest)
-    if not count:
-        return newest.contiguous(), score
-    best, places = scores.scatter_(2, newest, float("-inf")).topk(count, dim=2)
-    return torch.cat((newest, places), 2), torch.cat((score, best), 2)
+    num_seqs, num_heads = scores.shape[:2]
+    places = empty(num_seqs, num_heads, 1 + count, dtype=torch.int64)
+    picked = empty(num_seqs, num_heads, 1 + count, dtype=torch.float32)
+    places[:, :, 0] = _newest(segments, empty)[:, None]
+    newest = empty(num_seqs, num_heads, 1, dtype=torch.int64).copy_(places[:, :, :1])
+    picked[:, :, :1] = torch.gather(scores, 2, newest, out=empty(num_seqs, num_heads, 1, dtype=torch.float32))
+    if count:
+        shape = (num_seqs, num_heads, count)
+        best, others = empty(*shape, dtype=torch.float32), empty(*shape, dtype=torch.int64)
+        torch.topk(scores.scatter_(2, newest, float("-inf")), count, 2, out=(best, others))
+        picked[:, :, 1:], places[:, :, 1:] = best, others
+    return places, picked
 
 
-def _newest(segments: Sequence[KVSegment]) -> Tensor:
-    """Place of each sequence's newest token, the last one of its last segment that has any: int64 [B]."""
-    newest = torch.zeros_like(segments[0].lens, dtype=torch.int64)
+def _newest(segments: Sequence[KVSegment], empty: Empty) -> Tensor:
+    """Place of each sequence's newest token, the last one of its last segment that has any: int32 [B]."""
+    shape = segments[0].lens.shape
+    newest = empty(*shape, dtype=torch.int32).zero_()
+    place, some = empty(*shape, dtype=torch.int32), empty(*shape, dtype=torch.bool)
     first = 0
     for segment in segments:
-        newest = torch.where(segment.lens > 0, segment.lens + (first - 1), newest)
+        torch.gt(segment.lens, 0, out=some)
+        torch.add(segment.lens, first - 1, out=place)
+        torch.where(some, place, newest, out=newest)
         first += capacity_of(segment)
     return newest
 
@@ -271,7 +289,13 @@ def gather_constants(chip: Chip, head_dim: int, group: int, block_len: int, *, q
 
 
 def _gather(
-    out: Tensor, segments: Sequence[KVSegment], keep: Tensor, places: Tensor, picked: Tensor, lse: Tensor
+    out: Tensor,
+    segments: Sequence[KVSegment],
+    keep: Tensor,
+    places: Tensor,
+    picked: Tensor,
+    lse: Tensor,
+    empty: Empty,
 ) -> Tensor:
     num_seqs, num_heads, head_dim = out.shape
     chip = chip_of(out.device)
@@ -279,7 +303,7 @@ def _gather(
     splits = num_splits(chip.num_sms, num_seqs * num_heads * GATHER_WARPS, num_picks)
     alone = splits * len(segments) == 1
     shape = (splits * len(segments), *out.shape)
-    parts = out[None] if alone else torch.empty(shape, dtype=torch.float32, device=out.device)
+    parts = out[None] if alone else empty(*shape, dtype=torch.float32)
     first = 0
     for segment, part in zip(segments, parts.split(splits), strict=True):
         kv_heads, block_len = segment.v[0].shape[2:4]
@@ -290,7 +314,7 @@ def _gather(
             **gather_constants(chip, head_dim, num_heads // kv_heads, block_len, q4=q4),
         )  # fmt: skip
         first += capacity_of(segment)
-    return out if alone else out.copy_(parts.sum(0))
+    return out if alone else out.copy_(torch.sum(parts, 0, out=empty(*out.shape, dtype=torch.float32)))
 
 
 def sparse_decode_attention_ref(

@@ -208,18 +208,32 @@ def dequantize(codes: Tensor, scales: Tensor, panel: Tensor) -> None:
     launch(_dequantize_kernel, flat(codes), codes.stride(0), flat(scales), scales.stride(0), *sizes, flat(panel))
 
 
-def linear_q4(x: Tensor, codes: Tensor, scales: Tensor, rows: int, out: Tensor) -> None:
-    """`out = x @ W.T` from P16 weights by the faster way: x [M, K] fp32 -> out [M, rows] fp32, a row dense in each."""
-    multiply = matmul_q4 if len(x) < CROSSOVER_ROWS else _dequantized_product
-    multiply(x, codes, scales, rows, out)
+def linear_q4(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    rows: int,
+    out: Tensor,
+    panel_of: Callable[[int], Tensor] = torch.empty,
+) -> None:
+    """`out = x @ W.T` from P16 weights by the faster way: x [M, K] fp32 -> out [M, rows] fp32, a row dense in each.
+
+    `panel_of(numbers)` gives the fp32 memory that blocks are dequantised to, where that is the faster way.
+    """
+    if len(x) < CROSSOVER_ROWS:
+        matmul_q4(x, codes, scales, rows, out)
+    else:
+        _dequantized_product(x, codes, scales, rows, out, panel_of)
 
 
-def _dequantized_product(x: Tensor, codes: Tensor, scales: Tensor, rows: int, out: Tensor) -> None:
+def _dequantized_product(
+    x: Tensor, codes: Tensor, scales: Tensor, rows: int, out: Tensor, panel_of: Callable[[int], Tensor]
+) -> None:
     """A few blocks at a time through an fp32 panel that the product reads from the cache."""
     _check(x, codes, scales, rows, out)
     columns = 4 * codes.shape[1]
     blocks = min(max(1, PANEL_BYTES // (4 * columns * BLOCK_ROWS)), len(codes))
-    buffer = torch.empty(columns * blocks * BLOCK_ROWS)
+    buffer = panel_of(columns * blocks * BLOCK_ROWS)
     for block in range(0, -(-rows // BLOCK_ROWS), blocks):
         some = slice(block, block + blocks)
         low, width = block * BLOCK_ROWS, len(codes[some]) * BLOCK_ROWS

@@ -22,6 +22,7 @@ Tile sizes are closed forms of shape and chip; `configurations()` is all of them
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -397,10 +398,10 @@ def splits_of(chip: Chip, tile: Tile, tiles: int, columns: int) -> int:
     return max(1, min(tile.programs_per_sm * chip.num_sms // tiles, columns // SPLIT_COLUMNS))
 
 
-def sums_of_groups(x: Tensor, group_size: int) -> Tensor:
+def sums_of_groups(x: Tensor, group_size: int, empty: Callable[..., Tensor] | None = None) -> Tensor:
     """Sums of x [M, K] over groups of columns, fp32 [M, K/G]: what `matmul_q4` takes as `group_sums`."""
     rows, columns = x.shape
-    sums = x.new_empty(rows, triton.cdiv(columns, group_size), dtype=torch.float32)
+    sums = (empty or x.new_empty)(rows, triton.cdiv(columns, group_size), dtype=torch.float32)
     if sums.numel():
         grid = (triton.cdiv(sums.shape[1], SUMMED.value), triton.cdiv(rows, 16))
         _group_sums_kernel[grid](x, sums, rows, columns, x.stride(0), G=group_size, BLOCK_M=16)
@@ -420,13 +421,14 @@ def matmul_q4(
     group_sums: Tensor | None = None,
     dense: Tensor | None = None,
     workspace: Workspace | None = None,
+    empty: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """activation(x @ w' + bias) + residual: x [M, K], w [N = rows, K] in P16 -> [M, N] in x's dtype.
 
     `codes` and `scales` may be whole blocks out of a larger matrix; x, residual and out need dense rows only. The
     caller may have at hand `group_sums` (fp32 [M, K/G], of this x); `dense`, the matrix dequantised, used from the
     crossover on, where several GPU batches should share one; and a `workspace`, without which each call that splits K
-    clears counters of its own.
+    clears counters of its own. `empty(*shape, dtype=)` makes temporaries on x's device, by default torch does.
     """
     assert x.shape[0] == 0 or x.stride(1) == 1, x.stride()
     if out is None:
@@ -443,7 +445,7 @@ def matmul_q4(
         return dense_linear(x, dense, bias, activation, residual, out)
     tile = tile_of(chip, len(x))
     if group_sums is None and tile.kernel == "_middle_kernel":  # made once: too large a part of a tile's work there
-        group_sums = sums_of_groups(x, group_size)
+        group_sums = sums_of_groups(x, group_size, empty)
     _launch(tile, chip, group_size, x, codes, scales, rows, bias, activation, residual, out, group_sums, workspace)
     return out
 

@@ -117,9 +117,13 @@ def layer_norm(
     residual: Tensor | None = None,
     eps: float = EPS,
     group_size: int | None = None,
+    out: Tensor | None = None,
 ) -> Normed:
-    """Layer norm of x + residual, [M, K] each, weight and bias [K]; fp16, bf16 or fp32, computed in fp32."""
-    return _launch(_layer_norm_kernel, x, weight, bias, residual, eps, group_size)
+    """Layer norm of x + residual, [M, K] each, weight and bias [K]; fp16, bf16 or fp32, computed in fp32.
+
+    `out` [M, K], dense, becomes `y`.
+    """
+    return _launch(_layer_norm_kernel, x, weight, bias, residual, eps, group_size, out)
 
 
 def rms_norm(
@@ -130,9 +134,13 @@ def rms_norm(
     residual: Tensor | None = None,
     eps: float = EPS,
     group_size: int | None = None,
+    out: Tensor | None = None,
 ) -> Normed:
-    """RMS norm of x + residual, [M, K] each, weight and bias [K]; fp16, bf16 or fp32, computed in fp32."""
-    return _launch(_rms_norm_kernel, x, weight, bias, residual, eps, group_size)
+    """RMS norm of x + residual, [M, K] each, weight and bias [K]; fp16, bf16 or fp32, computed in fp32.
+
+    `out` [M, K], dense, becomes `y`.
+    """
+    return _launch(_rms_norm_kernel, x, weight, bias, residual, eps, group_size, out)
 
 
 def _launch(
@@ -143,12 +151,14 @@ def _launch(
     residual: Tensor | None,
     eps: float,
     group_size: int | None,
+    out: Tensor | None,
 ) -> Normed:
     rows, columns = x.shape
     assert x.stride(1) == 1 and (residual is None or (residual.shape == x.shape and residual.stride(1) == 1))
     assert all(p is None or (p.shape == (columns,) and p.is_contiguous()) for p in (weight, bias)), columns
     group = group_size or 1
-    y = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
+    y = torch.empty(rows, columns, dtype=x.dtype, device=x.device) if out is None else out
+    assert y.shape == x.shape and y.dtype == x.dtype and y.is_contiguous(), (y.shape, y.dtype, y.stride())
     total = x if residual is None else torch.empty_like(y)
     sums = torch.empty(rows, -(-columns // group), dtype=torch.float32, device=x.device) if group_size else None
     block_k = max(group, triton.next_power_of_2(columns))
