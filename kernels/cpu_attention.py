@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numba
 import numpy as np
 import torch
 from llvmlite import ir
@@ -25,7 +24,18 @@ from numba import get_thread_id, prange, types
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
-from .cpu_jit import compiled, compiled_parallel, flat, launch, nearest, part, prefetch, vectorize_apart, widen
+from .cpu_jit import (
+    compiled,
+    compiled_parallel,
+    flat,
+    launch,
+    nearest,
+    num_threads,
+    part,
+    prefetch,
+    vectorize_apart,
+    widen,
+)
 from .cpu_lanes import (
     LANES,
     larger,
@@ -551,14 +561,14 @@ def _gather_kernel(scratch, v, offsets, scores, lse, picks, num_picks, starts, l
 def decode_workspace_bytes(num_seqs: int, num_heads: int, head_dim: int) -> int:
     """Bytes of workspace with which `decode_attention` allocates no more, whatever the cache's format and heads."""
     rows, width = num_seqs * num_heads, kv_width(head_dim)
-    return _bytes(rows * width, rows * width, rows, rows, _threads() * _decode_scratch(width, num_heads))
+    return _bytes(rows * width, rows * width, rows, rows, num_threads() * _decode_scratch(width, num_heads))
 
 
 def sparse_workspace_bytes(num_seqs: int, num_heads: int, head_dim: int, max_tokens: int, max_keep: int) -> int:
     """The same of `sparse_decode_attention` over at most `max_tokens` of a sequence, `max_keep` the largest of keep."""
     rows, width = num_seqs * num_heads, kv_width(head_dim)
     picks = rows * min(max_tokens, max_keep + 1)
-    scratch = _threads() * _sparse_scratch(width, max_tokens)
+    scratch = num_threads() * _sparse_scratch(width, max_tokens)
     return _bytes(rows * width, rows * width, rows * max_tokens, picks, rows, rows, scratch)
 
 
@@ -593,7 +603,7 @@ def decode_attention_lse(
     """
     num_seqs, num_heads, dim = q.shape
     rows, width = num_seqs * num_heads, _width(segments, dim)
-    threads, size = _threads(), _decode_scratch(width, num_heads)
+    threads, size = num_threads(), _decode_scratch(width, num_heads)
     query, acc, best, total, scratch = _cut(workspace, rows * width, rows * width, rows, rows, threads * size)
     _scale_query(q, scale, query.view(rows, width))
     state = best.fill_(float(LOWEST)), total.zero_(), acc.zero_()
@@ -630,7 +640,7 @@ def sparse_decode_attention(
     if not longest:
         return torch.zeros_like(q) if out is None else out.zero_()
     most = min(longest, max(0, int(keep.max())) + 1)
-    threads, size = _threads(), _sparse_scratch(width, longest)
+    threads, size = num_threads(), _sparse_scratch(width, longest)
     sizes = rows * width, rows * width, rows * longest, rows * most, rows, rows, threads * size
     query, acc, scores, picks, num_picks, lse, scratch = _cut(workspace, *sizes)
     _scale_query(q, scale, query.view(rows, width))
@@ -648,11 +658,6 @@ def sparse_decode_attention(
         chosen = (matrix, lse.numpy(), *picked, start)
         launch(_gather_kernel, work, v, offsets, *chosen, *_sizes(segment), width, acc.numpy())
     return _result(acc.view(rows, width), q, out)
-
-
-def _threads() -> int:
-    """The most threads that a kernel may run on."""
-    return int(numba.config.NUMBA_NUM_THREADS)
 
 
 def _decode_scratch(width: int, num_heads: int) -> int:

@@ -27,6 +27,7 @@ from torch import Tensor
 FASTMATH = {"contract", "reassoc", "nsz"}  # sums may be reordered and fused; NaN and infinity stay what they are
 _CARRIERS = {torch.float16: torch.int16, torch.bfloat16: torch.uint16}
 _TURN = threading.Lock()
+MAX_THREADS = 128  # that kernels run on and have scratch for
 
 
 def compiled(function: Callable, *, parallel: bool = False) -> Callable:
@@ -47,10 +48,15 @@ def compiled_parallel(function: Callable) -> Callable:
     return compiled(function, parallel=True)
 
 
+def num_threads() -> int:
+    """The most threads that a kernel may run on."""
+    return min(int(numba.config.NUMBA_NUM_THREADS), MAX_THREADS)
+
+
 def launch(kernel: Callable, *args: object) -> None:
     """Run a parallel kernel on as many threads as torch would use in this thread."""
     with _TURN:
-        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+        numba.set_num_threads(min(torch.get_num_threads(), num_threads()))
         kernel(*args)
 
 

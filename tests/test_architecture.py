@@ -49,7 +49,7 @@ def test_only_the_arena_allocates_large_buffers():
         "memory/arena.py",
         "memory/disk.py",  # rows gathered from a table
         "memory/store.py",
-        "memory/weights.py",  # rows gathered from a table
+        "memory/scratch.py",  # prompts' temporaries
         "run/block.py",  # logits
     }
 

@@ -15,6 +15,7 @@ from ..plan.plan import Plan
 from ..plan.schedule import Op
 from .buffers import Buffers
 from .disk import DiskQueue, Read, Write
+from .scratch import Scratch
 
 
 class Activations:
@@ -52,11 +53,13 @@ class Activations:
             rows.insert(0, self._rows(slot[pad(on_disk) :], self._nbytes(i, k, Tier.HOST)))
         return rows
 
-    def get(self, op: Op, slot: Tensor | None) -> Tensor:
+    def get(self, op: Op, slot: Tensor | None, scratch: Scratch) -> Tensor:
         """The hidden state [T, E] that enters a layer."""
         parts = self._homes(op.i, op.k) + (self._away(op.i, op.k, slot) if slot is not None else [])
         parts = [p for p in parts if len(p)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat(parts, out=scratch.take(sum(map(len, parts)), parts[0].shape[1], dtype=self._dtype))
 
     def put(self, op: Op, x: Tensor, out: Tensor | None) -> None:
         """Keep a layer's result [T, E]: its rows to their homes and to the slot on the way to the others."""

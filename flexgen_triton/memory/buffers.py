@@ -18,22 +18,28 @@ from ..plan.plan import HOST_RINGS, Plan
 from ..plan.schedule import Slot
 from .arena import Arena
 from .disk import DiskFile
+from .scratch import Scratch, Uploads
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Bytes of every ring and of the homes on each tier."""
+    """Bytes of every ring, of the homes on each tier, and of what computations need beside them."""
 
     rings: Mapping[str, int]
     homes: Mapping[Tier, int]
+    temporaries: Mapping[str, int]
 
     @classmethod
     def of(cls, plan: Plan) -> Sizes:
-        return cls(plan.rings, plan.homes)
+        return cls(plan.rings, plan.homes, plan.temporaries)
 
     def __or__(self, other: Sizes) -> Sizes:
         """Enough for both."""
-        return Sizes(_most(self.rings, other.rings), _most(self.homes, other.homes))
+        return Sizes(
+            _most(self.rings, other.rings),
+            _most(self.homes, other.homes),
+            _most(self.temporaries, other.temporaries),
+        )
 
     def hold(self, plan: Plan) -> bool:
         """Whether they are enough for the plan."""
@@ -45,9 +51,11 @@ def _most(one: Mapping[Any, int], other: Mapping[Any, int]) -> dict[Any, int]:
 
 
 class Buffers:
-    """Arenas for the rings and the homes of cache and hidden states, and the scratch file of the disk tier.
+    """Arenas for the rings, the homes of cache and hidden states and temporaries; the scratch file of the disk tier.
 
-    Raises OSError when the scratch file does not fit the disk.
+    `work` is for a computation's temporaries, `hosted` for attention's on the host, `dense` for what is kept as long as
+    a load of the weights, `uploads` for what a token step hands the device. Raises OSError when the scratch file does
+    not fit the disk.
     """
 
     def __init__(self, sizes: Sizes, *, device: torch.device, offload_dir: Path) -> None:
@@ -63,6 +71,15 @@ class Buffers:
             name: (self._host_rings if name in HOST_RINGS else self._device_rings).take(size)
             for name, size in rings.items()
         }
+        need = sizes.temporaries
+        widened, panel = (need["widened"], need["panel"]) if device.type == "cpu" else (0, 0)
+        on_device = [need["decode"] + widened, panel, need["dense"], 0 if device.type == "cpu" else need["uploads"]]
+        self._temporaries = Arena("temporaries", sum(on_device), device)
+        self._uploads = Arena("uploads", need["uploads"], torch.device("cpu"), pin=pin)
+        work, wide, self.dense, uploads = (self._temporaries.take(n) for n in on_device)
+        self._hosted = Arena("host attention", need["hosted"], torch.device("cpu"))
+        self.work, self.hosted = Scratch(work, wide), Scratch(self._hosted.buffer)
+        self.uploads = Uploads(self._uploads.buffer, None if device.type == "cpu" else uploads)
         self.scratch = DiskFile.scratch(offload_dir, homes[Tier.DISK]) if homes[Tier.DISK] else None
         self._scratch_used = 0
 
@@ -81,10 +98,24 @@ class Buffers:
         self.gpu.reset()
         self.host.reset()
         self._scratch_used = 0
+        self._forget()
+
+    def _forget(self) -> None:
+        for views in (self.work, self.hosted, self.uploads):
+            views.forget()
 
     def close(self) -> None:
         self._rings.clear()
-        for arena in (self.gpu, self.host, self._device_rings, self._host_rings):
+        self._forget()
+        for arena in (
+            self.gpu,
+            self.host,
+            self._device_rings,
+            self._host_rings,
+            self._temporaries,
+            self._uploads,
+            self._hosted,
+        ):
             arena.close()
         if self.scratch is not None:
             self.scratch.close()

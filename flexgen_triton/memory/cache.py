@@ -65,6 +65,7 @@ class Attended(NamedTuple):
     group: Group
     target: TokenTarget
     segments: list[Segment]
+    keep: Tensor  # int32 [n]: earlier tokens of each whose V sparse attention reads
 
 
 class _PromptParts(NamedTuple):
@@ -99,9 +100,9 @@ class Cache:
         self._open: dict[Home, Tensor] = {}  # the open blocks of the disk's sequences
         self._offsets: dict[Home, int] = {}  # in the scratch file
         self._lens: dict[tuple[int, ...], Tensor] = {}
-        self._attended_at: dict[
-            int, tuple[int, Tensor, Tensor]
-        ] = {}  # by GPU batch: token step, positions, valid tokens
+        # of what the host attends to, by GPU batch: token step; of each sequence position, valid tokens, kept ones
+        sizes = [g.cache.attended.size for g in plan.groups]
+        self._attended_at = [(0, torch.empty(3, n, dtype=torch.int32)) for n in sizes]
         for j, layer in enumerate(plan.layers):
             for k in range(len(plan.groups) if layer.has_cache else 0):
                 self._make_home((j, k))
@@ -156,7 +157,7 @@ class Cache:
     def _valid(self, tag: tuple[int, ...], counts: Sequence[int]) -> Tensor:
         """Token counts as a tensor on the device, made once per token step."""
         if tag not in self._lens:
-            self._lens[tag] = torch.tensor(counts, dtype=torch.int32, device=self._buffers.device)
+            self._lens[tag] = self._buffers.uploads.numbers(counts, torch.int32)
         return self._lens[tag]
 
     def _live(self, k: int, group: Group, counts: Sequence[int]) -> list[int]:
@@ -337,14 +338,15 @@ class Cache:
         """In decode: the sequences that the host attends to, where their new token goes and what attention reads."""
         group, buffer = self._plan.groups[op.k].cache.attended, self._attended[op.j, op.k]
         positions = group.cached(op.i)
-        if op.k not in self._attended_at or self._attended_at[op.k][0] != op.i:
-            lens = [n + 1 for n in self.cached(op, group)]
-            at, valid = (torch.tensor(counts, dtype=torch.int32) for counts in (positions, lens))
-            self._attended_at[op.k] = op.i, at, valid
-        _, at, valid = self._attended_at[op.k]
+        step, counts = self._attended_at[op.k]
+        if step != op.i:
+            cached = self.cached(op, group)
+            counts.numpy()[:] = positions, [n + 1 for n in cached], [self._plan.kept(n) for n in cached]
+            self._attended_at[op.k] = op.i, counts
+        at, valid, keep = counts
         fields = self._blocks(buffer, group.size)
         used = self._layout.blocks(_most(positions) + 1)
-        return Attended(group, TokenTarget(fields, 0, positions, at), [_segment(fields, valid, used)])
+        return Attended(group, TokenTarget(fields, 0, positions, at), [_segment(fields, valid, used)], keep)
 
     def segments(self, op: Op, slot: Tensor | None, out: Tensor | None) -> list[tuple[Group, list[Segment]]]:
         """In decode, the new tokens written: what attention reads, by group of sequences, the newest token last.

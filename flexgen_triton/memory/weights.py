@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from ..plan.placement import LayerPlacement, Run, Segment, Share
 from ..plan.plan import Part, Plan
 from .arena import Arena
 from .disk import DiskFile, DiskQueue, Read
+from .scratch import Scratch, Uploads
 from .store import Store
 
 LOAD_CHUNK = 64 << 20
@@ -21,6 +24,7 @@ BOUNCE_BYTES = 8 << 20
 
 Place = Tensor | tuple[DiskFile, int, int]  # resident rows, or file, offset and bytes per row
 Lookup = dict[str, list[tuple[int, int, Place]]]  # tensor name -> (first row, rows, place)
+Ids = npt.NDArray[np.int64]
 Segments = dict[str, list[tuple[int, Tensor]]]  # tensor name -> (first row, [rows, columns])
 
 
@@ -164,27 +168,36 @@ class Weights:
                 lookup.setdefault(e.tensor, []).append((e.row, e.rows, place))
         return lookup
 
-    def rows(self, tensor: str, ids: Tensor) -> Tensor:
-        """Rows `ids` [T] (on the CPU) of a table, gathered where they lie: [T, width] on the device."""
-        distinct, where = torch.unique(ids, return_inverse=True)  # a position is the same row for every sequence
-        out: Tensor | None = None
+    def rows(self, tensor: str, ids: Ids, scratch: Scratch, uploads: Uploads) -> Tensor:
+        """Rows `ids` [T] of a table, gathered where they lie: [T, width] on the device, from `scratch`."""
+        distinct, where = np.unique(ids, return_inverse=True)  # a position is the same row for every sequence
+        width = _width(self._lookup[tensor][0][2], self._dtype)
+        found = scratch.take(len(distinct), width, dtype=self._dtype)
+        missing = len(distinct)
         for first, count, place in self._lookup[tensor]:
-            here = ((distinct >= first) & (distinct < first + count)).nonzero().flatten()
-            if not len(here):
-                continue
-            found = self._gather(place, distinct[here] - first)
-            if out is None:
-                out = torch.empty(len(distinct), found.shape[1], dtype=self._dtype, device=self._device)
-            out[here.to(self._device)] = found.to(self._device, non_blocking=True)
-        assert out is not None, f"no rows of {tensor} for ids {ids}"
-        return out[where.to(self._device)]
+            low, high = np.searchsorted(distinct, (first, first + count))
+            if low < high:
+                self._gather(place, distinct[low:high] - first, found[low:high], uploads)
+                missing -= high - low
+        assert not missing, f"{missing} rows of {tensor} are nowhere, of ids {distinct}"
+        out = scratch.take(len(ids), width, dtype=self._dtype)
+        return torch.index_select(found, 0, uploads.numbers(where, torch.int64), out=out)
 
-    def _gather(self, place: Place, local: Tensor) -> Tensor:
+    def _gather(self, place: Place, local: Ids, into: Tensor, uploads: Uploads) -> None:
+        """Rows `local` of one place, to the device."""
+        if isinstance(place, Tensor) and place.device == into.device:
+            torch.index_select(place, 0, uploads.numbers(local, torch.int64), out=into)
+            return
+        on_host = into if into.device.type == "cpu" else uploads.take(*into.shape, dtype=into.dtype)
         if isinstance(place, Tensor):
-            return place[local.to(place.device)]
-        file, offset, row_bytes = place
-        offsets = [offset + r * row_bytes for r in local.tolist()]
-        return self._disk.read_rows(file, offsets, row_bytes).view(self._dtype)
+            torch.index_select(place, 0, torch.from_numpy(local), out=on_host)
+        else:
+            file, offset, row_bytes = place
+            self._disk.read_rows(
+                file, [offset + r * row_bytes for r in local.tolist()], row_bytes, on_host.view(torch.uint8)
+            )
+        if on_host is not into:
+            into.copy_(on_host, non_blocking=True)
 
     def close(self) -> None:
         self._resident.clear()
@@ -194,6 +207,10 @@ class Weights:
                 arena.close()
         for file in self._files:
             file.close()
+
+
+def _width(place: Place, dtype: torch.dtype) -> int:
+    return place.shape[1] if isinstance(place, Tensor) else place[2] // dtype.itemsize
 
 
 def _pieces(run: Run, limit: int) -> list[Run]:

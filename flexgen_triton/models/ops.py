@@ -4,12 +4,15 @@ On a GPU they are the Triton kernels of `kernels/` and cuBLAS. On the CPU they a
 and for attention over the cache, compiled loops. There 16-bit matrices are multiplied in fp32 unless the processor has
 bf16 arithmetic: without it torch emulates 16-bit products several times slower than it widens the weights, a
 cache-sized panel of rows at a time.
+
+Results and temporaries come from a `Scratch`: while tokens are decoded, from memory allocated before the run. Without
+one they are torch's own. What an operation needs beside its result is back before it returns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -19,17 +22,18 @@ from torch import Tensor
 
 from ..kernels.formats import SEARCHED, KVSegment, quantize_kv
 from ..kernels.formats import quantize_weight as quantize
-from ..memory.cache import Fields, PromptTarget, Segment, TokenTarget, append_tokens
+from ..memory.cache import Fields, PromptTarget, Segment, TokenTarget
+from ..memory.scratch import Scratch
 from ..plan.layout import Field
 from ..plan.spec import BLOCK_ROWS, ModelSpec
 from ..plan.workspace import WIDEN_BYTES
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": torch.relu,
-    "gelu": F.gelu,
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "silu": F.silu,
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # in place
+    "relu": torch.relu_,
+    "gelu": torch.ops.aten.gelu_,
+    "gelu_new": partial(torch.ops.aten.gelu_, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(torch.ops.aten.gelu_, approximate="tanh"),
+    "silu": partial(F.silu, inplace=True),
 }
 FUSED_ACTIVATIONS = {name: "gelu_tanh" if name in ("gelu_new", "gelu_pytorch_tanh") else name for name in ACTIVATIONS}
 LAYER_NORM_EPS = 1e-5
@@ -55,23 +59,27 @@ class Matrix:
         self.row = self.segments[0][0]
         self.rows = sum(len(t) for _, t in self.segments)
 
-    def vector(self) -> Tensor:
+    def vector(self, scratch: Scratch) -> Tensor:
         """The weight as a vector [n]; a concatenated one is several segments of one row each."""
-        if len(self.segments) == 1:
-            return self.segments[0][1].view(-1)
-        return torch.cat([t.view(-1) for _, t in self.segments])
+        parts = [t.view(-1) for _, t in self.segments]
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat(parts, out=scratch.take(sum(map(len, parts)), dtype=parts[0].dtype))
 
 
 class Matrix4:
     """A 4-bit matrix [N, K] (kernels/formats.py) in segments of whole 256-row blocks.
 
     `segments` are (first row, rows, codes int16 [blocks, K/4, 256], scales fp16 [blocks, K/G, 2, 256]). Codes and
-    scales come in segments of their own, whose rows are blocks, and are cut where either is.
+    scales come in segments of their own, whose rows are blocks, and are cut where either is. `room` is where the matrix
+    dequantised is kept.
     """
 
-    __slots__ = ("_dense", "columns", "rows", "segments")
+    __slots__ = ("_dense", "_room", "columns", "rows", "segments")
 
-    def __init__(self, shape: tuple[int, int], group_size: int, codes: Rows, scales: Rows) -> None:
+    def __init__(
+        self, shape: tuple[int, int], group_size: int, codes: Rows, scales: Rows, room: Scratch | None = None
+    ) -> None:
         self.rows, self.columns = shape
         groups = scales[0][1].shape[1] // (2 * BLOCK_ROWS)
         cuts = sorted({at for at, _ in (*codes, *scales)} | {-(-self.rows // BLOCK_ROWS)})
@@ -85,14 +93,14 @@ class Matrix4:
             for low, high in pairwise(cuts)
         ]
         self._dense: Tensor | None = None
+        self._room = room or Scratch(device=codes[0][1].device)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The matrix dequantised, [N, K]: made once and kept as long as this load of the weights is."""
         if self._dense is None:
             from ..kernels.quant import dequantize_weight
 
-            device = self.segments[0][2].device
-            self._dense = torch.empty(self.rows, self.columns, dtype=dtype, device=device)
+            self._dense = self._room.take(self.rows, self.columns, dtype=dtype)
             for row, rows, codes, scales in self.segments:
                 dequantize_weight(codes, scales, rows, self.columns, dtype, out=self._dense[row : row + rows])
         return self._dense
@@ -130,34 +138,48 @@ def linear(
     *,
     activation: str | None = None,
     residual: Tensor | None = None,
+    scratch: Scratch | None = None,
 ) -> Tensor:
     """`activation(x @ W.T + bias) + residual`: [M, K] -> [M, N], in x's dtype, accumulated in fp32."""
-    if isinstance(weight, Matrix4):
-        multiply = _linear4 if uses_triton(x) else _linear4_on_cpu
-        return multiply(x, weight, bias, activation, residual)
-    out = torch.empty(len(x), weight.rows, dtype=x.dtype, device=x.device)
-    linear_into(x, weight, out, bias)
-    return _finish(out, None, activation, residual)
+    scratch = scratch or Scratch(device=x.device)
+    out = scratch.take(len(x), weight.rows, dtype=x.dtype)
+    if isinstance(weight, Matrix):
+        linear_into(x, weight, out, bias, scratch=scratch)
+        _finish(out, None, activation, residual)
+        return out
+    multiply = _linear4 if uses_triton(x) else _linear4_on_cpu
+    with scratch.frame():
+        multiply(x, weight, out, bias, activation, residual, scratch)
+    return out
 
 
-def _finish(out: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None) -> Tensor:
+def _finish(out: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None) -> None:
+    """All of one dtype: on the CPU torch would widen a narrower operand in memory of its own."""
     if bias is not None:
         out += bias
     if activation is not None:
-        out = ACTIVATIONS[activation](out)
-    return out if residual is None else residual + out
+        ACTIVATIONS[activation](out)
+    if residual is not None:
+        out += residual
 
 
 def _linear4(
-    x: Tensor, weight: Matrix4, bias: Tensor | None, activation: str | None, residual: Tensor | None
-) -> Tensor:
+    x: Tensor,
+    weight: Matrix4,
+    out: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    residual: Tensor | None,
+    scratch: Scratch,
+) -> None:
     """Fused on 4 bits for few rows; for many, and in fp32, cuBLAS on a matrix dequantised once for all GPU batches."""
     from ..kernels.chips import chip_of
     from ..kernels.matmul_q4 import crossover, matmul_q4
 
     if (x.is_cuda and x.dtype == torch.float32) or len(x) >= crossover(chip_of(x.device)):
-        return _finish(F.linear(x, weight.dense(x.dtype), bias), None, activation, residual)
-    out = torch.empty(len(x), weight.rows, dtype=x.dtype, device=x.device)
+        _product(x, weight.dense(x.dtype), bias, out, scratch)
+        _finish(out, None, activation, residual)
+        return
     for row, rows, codes, scales in weight.segments:
         here = slice(row, row + rows)
         matmul_q4(
@@ -170,8 +192,8 @@ def _linear4(
             residual=None if residual is None else residual[:, here],
             out=out[:, here],
             workspace=_workspace(x.device, torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0),
+            empty=scratch.take,
         )
-    return out
 
 
 def crossover_rows(device: torch.device) -> int:
@@ -195,46 +217,71 @@ def _workspace(device: torch.device, stream: int) -> Any:
 
 
 def _linear4_on_cpu(
-    x: Tensor, weight: Matrix4, bias: Tensor | None, activation: str | None, residual: Tensor | None
-) -> Tensor:
+    x: Tensor,
+    weight: Matrix4,
+    out: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    residual: Tensor | None,
+    scratch: Scratch,
+) -> None:
     from ..kernels.cpu_matmul_q4 import linear_q4
 
-    wide = x.float()
-    out = torch.empty(len(x), weight.rows)
+    wide = _widened(x, scratch)
+    y = out if out.dtype == torch.float32 else scratch.take(*out.shape, dtype=torch.float32)
     for row, rows, codes, scales in weight.segments:
-        linear_q4(wide, codes, scales, rows, out[:, row : row + rows])
-    return _finish(out, bias, activation, residual).to(x.dtype)
+        linear_q4(wide, codes, scales, rows, y[:, row : row + rows], scratch.panel)
+    bias, residual = (None if t is None else _widened(t, scratch) for t in (bias, residual))
+    _finish(y, bias, activation, residual)
+    if y is not out:
+        out.copy_(y)
 
 
-def linear_into(x: Tensor, weight: Matrix, out: Tensor, bias: Tensor | None = None) -> None:
+def _widened(x: Tensor, scratch: Scratch) -> Tensor:
+    return x if x.dtype == torch.float32 else scratch.take(*x.shape, dtype=torch.float32).copy_(x)
+
+
+def linear_into(
+    x: Tensor, weight: Matrix, out: Tensor, bias: Tensor | None = None, *, scratch: Scratch | None = None
+) -> None:
     """`out = x @ W.T + bias`, segment by segment: [M, K] -> out [M, N] of any float dtype."""
-    widens = _widens(weight.segments[0][1])
-    if widens:
-        x, bias = x.float(), None if bias is None else bias.float()
-    multiply = _widened_product if widens else _product
-    for row, segment in weight.segments:
-        at = row - weight.row
-        rows = slice(at, at + len(segment))
-        multiply(x, segment, None if bias is None else bias[rows], out[:, rows])
+    scratch = scratch or Scratch(device=x.device)
+    with scratch.frame():
+        multiply = _product
+        if _widens(weight.segments[0][1]):
+            multiply = _widened_product
+            x, bias = _widened(x, scratch), None if bias is None else _widened(bias, scratch)
+        for row, segment in weight.segments:
+            at = row - weight.row
+            rows = slice(at, at + len(segment))
+            with scratch.frame():
+                multiply(x, segment, None if bias is None else bias[rows], out[:, rows], scratch)
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    out.copy_(F.linear(x, weight, bias))
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, scratch: Scratch) -> None:
+    y = out if out.dtype == x.dtype else scratch.take(*out.shape, dtype=x.dtype)
+    _multiply(x, weight.t(), bias, y)
+    if y is not out:
+        out.copy_(y)
 
 
-def _widened_product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    if bias is None:
+        torch.mm(x, weight, out=out)
+    else:
+        torch.addmm(bias, x, weight, out=out)
+
+
+def _widened_product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, scratch: Scratch) -> None:
     """x [M, K] fp32, weight [N, K] 16-bit: a panel of rows at a time, its product in a dense buffer of its own."""
-    size = max(1, WIDEN_BYTES // (4 * weight.shape[1]))
-    panel = torch.empty(min(size, len(weight)) * weight.shape[1])
-    buffer = torch.empty(len(x) * min(size, len(weight)))
+    size = min(max(1, WIDEN_BYTES // (4 * weight.shape[1])), len(weight))
+    panel = scratch.panel(size * weight.shape[1])
+    buffer = scratch.take(len(x) * size, dtype=torch.float32)
     for low in range(0, len(weight), size):
         rows = weight[low : low + size]
         wide = panel[: rows.numel()].view(rows.shape).copy_(rows).t()
         y = buffer[: len(x) * len(rows)].view(len(x), len(rows))
-        if bias is None:
-            torch.mm(x, wide, out=y)
-        else:
-            torch.addmm(bias[low : low + size], x, wide, out=y)
+        _multiply(x, wide, None if bias is None else bias[low : low + size], y)
         out[:, low : low + size] = y
 
 
@@ -257,12 +304,13 @@ def prepare(spec: ModelSpec, fields: Sequence[Field], *, sparse: bool) -> None:
             linear(torch.zeros(rows, 32), Matrix4((1, 32), 32, codes, scales))
 
 
-def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, scratch: Scratch | None = None) -> Tensor:
     """Layer normalisation of x [M, K] over K, in x's dtype."""
     if uses_triton(x):
         from ..kernels.norm import layer_norm as normalise
 
-        return normalise(x, weight, bias, eps=LAYER_NORM_EPS).y  # type: ignore[no-any-return]
+        out = None if scratch is None else scratch.take(*x.shape, dtype=x.dtype)
+        return normalise(x, weight, bias, eps=LAYER_NORM_EPS, out=out).y  # type: ignore[no-any-return]
     return F.layer_norm(x, x.shape[-1:], weight, bias, LAYER_NORM_EPS)
 
 
@@ -299,11 +347,9 @@ def write_tokens(k: Tensor, v: Tensor, target: TokenTarget) -> None:
     rows = slice(target.first, target.first + len(target.positions))
     if uses_triton(k):
         from ..kernels.elementwise import append_kv
-
-        append_kv(k[rows], v[rows], *_k_and_v(target.fields), target.at)
-        return
-    new = [_cached(x[rows], target.fields) for x in (k, v)]
-    append_tokens(target.fields, target.positions, [torch.stack(pair, 1) for pair in zip(*new, strict=True)])
+    else:
+        from ..kernels.cpu_append import append_kv
+    append_kv(k[rows], v[rows], *_k_and_v(target.fields), target.at)
 
 
 def write_prompt(k: Tensor, v: Tensor, target: PromptTarget) -> None:
@@ -367,24 +413,51 @@ def _kv_segments(segments: Iterable[Segment]) -> list[KVSegment]:
     return [KVSegment(_for_kernels(s.k), _for_kernels(s.v), s.lens) for s in segments]
 
 
-def decode_attention(q: Tensor, segments: Sequence[Segment]) -> Tensor:
+def decode_attention(
+    q: Tensor, segments: Sequence[Segment], *, out: Tensor | None = None, scratch: Scratch | None = None
+) -> Tensor:
     """Attention of one new token per sequence over its cached tokens, the union of the segments: [B, H, D] -> same."""
-    if uses_triton(q):
-        from ..kernels.attention_decode import decode_attention as attend
-    else:
-        from ..kernels.cpu_attention import decode_attention as attend
-    return attend(q, _kv_segments(segments))  # type: ignore[no-any-return]
+    scratch = scratch or Scratch(device=q.device)
+    out = scratch.take(*q.shape, dtype=q.dtype) if out is None else out
+    with scratch.frame():
+        if uses_triton(q):
+            from ..kernels.attention_decode import decode_attention as attend_on_gpu
+
+            attend_on_gpu(q, _kv_segments(segments), out=out, empty=scratch.take)
+        else:
+            from ..kernels.cpu_attention import decode_attention as attend
+            from ..kernels.cpu_attention import decode_workspace_bytes
+
+            workspace = scratch.take(decode_workspace_bytes(*q.shape) // 4, dtype=torch.float32)
+            attend(q, _kv_segments(segments), out=out, workspace=workspace)
+    return out
 
 
-def sparse_decode_attention(q: Tensor, segments: Sequence[Segment], keep: Tensor, max_keep: int) -> Tensor:
+def sparse_decode_attention(
+    q: Tensor,
+    segments: Sequence[Segment],
+    keep: Tensor,
+    max_keep: int,
+    *,
+    out: Tensor | None = None,
+    scratch: Scratch | None = None,
+) -> Tensor:
     """The same, reading V of the newest token and of the `keep` [B] earlier ones of largest weight per head.
 
     Weights are those of the whole softmax, not renormalised (FlexGen, section 5). `max_keep` is the largest of `keep`.
     """
-    if uses_triton(q):
-        from ..kernels.attention_sparse import sparse_decode_attention as attend_on_gpu
+    scratch = scratch or Scratch(device=q.device)
+    out = scratch.take(*q.shape, dtype=q.dtype) if out is None else out
+    with scratch.frame():
+        if uses_triton(q):
+            from ..kernels.attention_sparse import sparse_decode_attention as attend_on_gpu
 
-        return attend_on_gpu(q, _kv_segments(segments), keep, max_keep=max_keep)  # type: ignore[no-any-return]
-    from ..kernels.cpu_attention import sparse_decode_attention as attend
+            attend_on_gpu(q, _kv_segments(segments), keep, max_keep=max_keep, out=out, empty=scratch.take)
+        else:
+            from ..kernels.cpu_attention import sparse_decode_attention as attend
+            from ..kernels.cpu_attention import sparse_workspace_bytes
 
-    return attend(q, _kv_segments(segments), keep)  # type: ignore[no-any-return]
+            blocks = sum(len(s.k[0]) * s.k[0].shape[3] for s in segments)
+            nbytes = sparse_workspace_bytes(*q.shape, blocks, max_keep)
+            attend(q, _kv_segments(segments), keep, out=out, workspace=scratch.take(nbytes // 4, dtype=torch.float32))
+    return out

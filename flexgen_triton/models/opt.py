@@ -1,6 +1,6 @@
 """OPT (Zhang et al., 2022): sizes 125M to 175B, post-norm and projected embeddings (350M), Galactica.
 
-A layer is a function of (hidden states, weights, attention); it owns nothing.
+A layer is a function of (hidden states, weights, attention); it owns nothing, and takes its results from `scratch`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,11 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
+from ..memory.scratch import Scratch
 from ..plan.spec import DTYPE_BYTES, ModelSpec, ModuleSpec, TensorSpec
 from . import ops
 from .ops import Matrix, Weight
@@ -19,7 +22,8 @@ from .ops import Matrix, Weight
 POSITION_OFFSET = 2  # OPT's position table starts with two rows that are never used
 MIN_HEAD_PART_BYTES = 32 << 20
 
-Rows = Callable[[str, Tensor], Tensor]  # table name, ids [T] -> [T, width]
+Ids = npt.NDArray[np.int64]
+Rows = Callable[[str, Ids], Tensor]  # table name, ids [T] -> [T, width], the caller's to overwrite
 
 
 class ModelError(ValueError):
@@ -204,45 +208,45 @@ class OPT:
         self._projected = config.embed_dim != config.hidden_size
         self._head_weight = "tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
 
-    def embed(self, w: Mapping[str, Weight], rows: Rows, tokens: Tensor, positions: Tensor) -> Tensor:
+    def embed(self, w: Mapping[str, Weight], rows: Rows, tokens: Ids, positions: Ids, scratch: Scratch) -> Tensor:
         """Token and position embeddings: ids [T], positions [T] -> [T, E]."""
         x = rows("tokens.weight", tokens)
         if self._projected:
-            x = ops.linear(x, w["project_in.weight"])
-        return x + rows("positions.weight", positions + POSITION_OFFSET)
+            x = ops.linear(x, w["project_in.weight"], scratch=scratch)
+        return x.add_(rows("positions.weight", positions + POSITION_OFFSET))
 
-    def project(self, w: Mapping[str, Weight], x: Tensor) -> Tensor:
+    def project(self, w: Mapping[str, Weight], x: Tensor, scratch: Scratch) -> Tensor:
         """What attention is made from: [T, E] -> Q, K and V of all heads one after the other, [T, 3 H, D]."""
-        h = self._norm(w, "attention_norm", x) if self.config.do_layer_norm_before else x
-        return self._linear(w, "qkv", h).view(len(x), -1, self.config.head_dim)
+        h = self._norm(w, "attention_norm", x, scratch) if self.config.do_layer_norm_before else x
+        return self._linear(w, "qkv", h, scratch).view(len(x), -1, self.config.head_dim)
 
-    def output(self, w: Mapping[str, Weight], x: Tensor, attended: Tensor) -> Tensor:
+    def output(self, w: Mapping[str, Weight], x: Tensor, attended: Tensor, scratch: Scratch) -> Tensor:
         """What follows attention, and the residual x: attended [T, H, D], [T, E] -> [T, E]."""
-        y = self._linear(w, "out", attended.reshape(len(x), -1), residual=x)
-        return y if self.config.do_layer_norm_before else self._norm(w, "attention_norm", y)
+        y = self._linear(w, "out", attended.reshape(len(x), -1), scratch, residual=x)
+        return y if self.config.do_layer_norm_before else self._norm(w, "attention_norm", y, scratch)
 
-    def mlp(self, w: Mapping[str, Weight], x: Tensor) -> Tensor:
+    def mlp(self, w: Mapping[str, Weight], x: Tensor, scratch: Scratch) -> Tensor:
         """Feed-forward network with its residual: [T, E] -> [T, E]."""
         before = self.config.do_layer_norm_before
-        h = self._norm(w, "mlp_norm", x) if before else x
-        inner = self._linear(w, "fc1", h, activation=self.config.activation_function)
-        y = self._linear(w, "fc2", inner, residual=x)
-        return y if before else self._norm(w, "mlp_norm", y)
+        h = self._norm(w, "mlp_norm", x, scratch) if before else x
+        inner = self._linear(w, "fc1", h, scratch, activation=self.config.activation_function)
+        y = self._linear(w, "fc2", inner, scratch, residual=x)
+        return y if before else self._norm(w, "mlp_norm", y, scratch)
 
-    def head_input(self, w: Mapping[str, Weight], x: Tensor) -> Tensor:
+    def head_input(self, w: Mapping[str, Weight], x: Tensor, scratch: Scratch) -> Tensor:
         """What every part of the head multiplies: final norm and projection, [B, E] -> [B, width]."""
         if self.config.final_layer_norm:
-            x = self._norm(w, "final_norm", x)
-        return ops.linear(x, w["project_out.weight"]) if self._projected else x
+            x = self._norm(w, "final_norm", x, scratch)
+        return ops.linear(x, w["project_out.weight"], scratch=scratch) if self._projected else x
 
     def head_columns(self, w: Mapping[str, Weight]) -> slice:
         """The part of the vocabulary that this part of the head makes the logits of."""
         weight = self._head(w)
         return slice(weight.row, weight.row + weight.rows)
 
-    def logits(self, w: Mapping[str, Weight], x: Tensor, out: Tensor) -> None:
+    def logits(self, w: Mapping[str, Weight], x: Tensor, out: Tensor, scratch: Scratch) -> None:
         """Write the logits of this part of the vocabulary: [T, width] -> out [T, columns] fp32."""
-        ops.linear_into(x, self._head(w), out)
+        ops.linear_into(x, self._head(w), out, scratch=scratch)
 
     def _head(self, w: Mapping[str, Weight]) -> Matrix:
         weight = w[self._head_weight]
@@ -254,20 +258,23 @@ class OPT:
         w: Mapping[str, Weight],
         name: str,
         x: Tensor,
+        scratch: Scratch,
         *,
         activation: str | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
-        bias = _vector(w, f"{name}.bias") if self.config.enable_bias else None
-        return ops.linear(x, w[f"{name}.weight"], bias, activation=activation, residual=residual)
+        bias = _vector(w, f"{name}.bias", scratch) if self.config.enable_bias else None
+        weight = w[f"{name}.weight"]
+        return ops.linear(x, weight, bias, activation=activation, residual=residual, scratch=scratch)
 
-    def _norm(self, w: Mapping[str, Weight], name: str, x: Tensor) -> Tensor:
+    def _norm(self, w: Mapping[str, Weight], name: str, x: Tensor, scratch: Scratch) -> Tensor:
         if not self.config.layer_norm_elementwise_affine:
-            return ops.layer_norm(x, None, None)
-        return ops.layer_norm(x, _vector(w, f"{name}.weight"), _vector(w, f"{name}.bias"))
+            return ops.layer_norm(x, None, None, scratch)
+        weight, bias = (_vector(w, f"{name}.{part}", scratch) for part in ("weight", "bias"))
+        return ops.layer_norm(x, weight, bias, scratch)
 
 
-def _vector(w: Mapping[str, Weight], name: str) -> Tensor:
+def _vector(w: Mapping[str, Weight], name: str, scratch: Scratch) -> Tensor:
     weight = w[name]
     assert isinstance(weight, Matrix), name
-    return weight.vector()
+    return weight.vector(scratch)

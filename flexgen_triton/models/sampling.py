@@ -92,6 +92,7 @@ class Sampler:
         self._generators = [torch.Generator(device).manual_seed(_spread(seeds[b])) for b, _ in random]
         self._logged = [(b, p.logprobs) for b, p in batch if p.logprobs is not None]
         self._logged_rows = _rows(self._logged, device)
+        self._tokens = torch.empty(len(batch), dtype=torch.int64, device=device)
 
     @torch.inference_mode()
     def sample(self, logits: Tensor) -> Drawn:
@@ -102,7 +103,7 @@ class Sampler:
         raw = logits[self._logged_rows] if self._logged else logits[:0]
         self.process(logits)
         self._race(logits)
-        tokens = logits.argmax(-1)
+        tokens = torch.argmax(logits, -1, out=self._tokens)
         self._note(tokens)
         logprobs: list[Logprobs | None] = [None] * len(logits)
         for (b, _), found in zip(self._logged, self._tables(raw, tokens), strict=True):

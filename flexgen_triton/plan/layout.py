@@ -111,11 +111,16 @@ class Field:
         return self.width * STORED_BYTES[self.dtype]
 
 
+def kv_width(head_dim: int) -> int:
+    """Numbers of a head as a 4-bit cache holds them: a power of two, in whole groups."""
+    return max(CACHE_GROUP, 1 << (head_dim - 1).bit_length())
+
+
 def cache_fields(spec: ModelSpec, *, is_4bit: bool) -> tuple[Field, ...]:
-    """A head's K or V: as computed, or in 4 bits, padded to a power of two, with scale and minimum of every 64."""
+    """A head's K or V: as computed, or in 4 bits, padded, with scale and minimum of every 64."""
     if not is_4bit:
         return (Field(spec.dtype, spec.head_dim),)
-    width = max(CACHE_GROUP, 1 << (spec.head_dim - 1).bit_length())
+    width = kv_width(spec.head_dim)
     return Field("int16", width // CODES_PER_WORD), Field("float16", 2 * width // CACHE_GROUP)
 
 

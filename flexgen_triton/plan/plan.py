@@ -38,7 +38,7 @@ from .schedule import (
     Work,
 )
 from .spec import Batch, LayerSpec, ModelSpec, ModuleSpec, Workload
-from .workspace import workspace_bytes
+from .workspace import temporaries, workspace_bytes
 
 PART_BYTES = 64 << 20  # a streamed layer is cut at least this fine, so that disk and link overlap within it
 Extents = Mapping[str, Sequence[Extent]]  # by module
@@ -412,8 +412,13 @@ class Plan:
         return total
 
     @cached_property
+    def temporaries(self) -> dict[str, int]:
+        """What is allocated before the run for the computations of token steps, by what it is for."""
+        return temporaries(self)
+
+    @cached_property
     def workspace_bytes(self) -> int:
-        """Temporaries of the largest computation, with the logits."""
+        """Temporaries of decoding and, beside them, of the largest computation of prompts, with the logits."""
         return workspace_bytes(self)
 
     @cached_property
@@ -427,7 +432,9 @@ class Plan:
     def host_bytes(self) -> int:
         """Peak bytes of the host tier: its weights, homes and staging rings, and what libraries take in a first run."""
         weights = sum(p.host.nbytes for p in (*self.placements, self.tables))
-        return weights + self.homes[Tier.HOST] + sum(self.rings[name] for name in HOST_RINGS) + LIBRARY_BYTES
+        rings = sum(self.rings[name] for name in HOST_RINGS)
+        computing = self.temporaries["uploads"] + self.temporaries["hosted"]
+        return weights + self.homes[Tier.HOST] + rings + computing + LIBRARY_BYTES
 
     @cached_property
     def scratch_bytes(self) -> int:

@@ -1,27 +1,153 @@
-"""What computations need beside weights, cache and hidden states: temporaries of a plan's largest one, in bytes."""
+"""What computations need beside weights, cache and hidden states, in bytes.
+
+Decoding takes its temporaries from memory that is allocated before the run (`temporaries`); prompts' are allocated as
+they are made, beside it.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .layout import kv_width, pad
+from .spec import BLOCK_ROWS
+
 if TYPE_CHECKING:
     from .plan import Plan
+    from .spec import LayerSpec, TensorSpec
 
 SCORED_ROWS = 256  # prompt positions whose logits are made at a time
 WIDEN_BYTES = 16 << 20  # of fp32 rows that the CPU widens a 16-bit matrix to at a time
+DEQUANTISED_BYTES = 2 << 20  # the same of a 4-bit one; 8 MiB halve the product's speed
+ALIGNMENT = 64 << 10  # what the temporaries of a computation lose by starting at multiples of 256: two hundred of them
+DECODE_PROGRAMS = 16 * 304  # that attention is split for at most: 16 for each multiprocessor of the largest chip
+MIN_SPLIT_TOKENS, MAX_SPLITS = 128, 64  # of a sequence, in attention on a GPU
+HOST_THREADS, HOST_CHUNK = 128, 32  # that attend on the host at most, and tokens that each widens at a time
+SEGMENTS = 3  # that a sequence's cache is in at most: full blocks, the open one, the newest token
 
 
 def workspace_bytes(plan: Plan) -> int:
-    """Temporaries of the largest computation, with the logits.
+    """Temporaries of decoding and, beside them, of the prompts' largest computation, with the logits.
 
     In place, pages count when they are first written: what the cache does not yet hold after the prompts is taken
     off what the prompts' computation needs.
     """
-    batches = plan.workload.batches
-    prompts = _rows_bytes(plan, max(b.prompt_tokens for b in batches))
-    tokens = _rows_bytes(plan, max(b.size for b in batches))
-    largest = max(prompts - (0 if plan.copies else _unfilled_bytes(plan)), tokens)
-    return largest + _head_bytes(plan) + _dense_bytes(plan) + _score_bytes(plan) + _logits_bytes(plan)
+    prompts = _rows_bytes(plan, max(b.prompt_tokens for b in plan.workload.batches))
+    on_top = max(prompts - (0 if plan.copies else _unfilled_bytes(plan)), 0)
+    return on_top + _head_bytes(plan) + _logits_bytes(plan) + sum(_used(plan).values())
+
+
+def temporaries(plan: Plan) -> dict[str, int]:
+    """What is allocated before the run for the computations of token steps, and for what lasts longer than one.
+
+    `decode`: the largest computation of one token of each sequence. `widened`: what its products take on top on a CPU,
+    and `panel` the rows of a matrix in fp32 there, for prompts too. `dense`: a 4-bit layer dequantised, which a GPU
+    keeps for all GPU batches that use this load of it. `hosted`: attention on the host. `uploads`: what the host hands
+    the device in a token step.
+    """
+    rows = max(b.size for b in plan.workload.batches)
+    hosted = max(g.cache.attended.size for g in plan.groups)
+    matrices = [t for layer in plan.layers for t in layer.tensors if _is_matrix(t)]
+    sizes = {
+        "decode": (rows + 1) * _row_bytes(plan)
+        + max(_attention_bytes(plan, rows), _product_bytes(plan, rows, matrices))
+        + ALIGNMENT,
+        "widened": max(_widened_bytes(plan, rows, t) for t in matrices) + ALIGNMENT,
+        "panel": max(_panel_bytes(plan, t) for t in matrices),
+        "dense": _dense_bytes(plan),
+        "hosted": _host_attention_bytes(plan, hosted) if hosted else 0,
+        "uploads": _upload_bytes(plan),
+    }
+    return {name: pad(nbytes) for name, nbytes in sizes.items()}
+
+
+def _used(plan: Plan) -> dict[str, int]:
+    """The temporaries that the plan's device touches."""
+    names = ("decode", "dense", "uploads") if plan.copies else ("decode", "widened", "panel")
+    return {name: plan.temporaries[name] for name in names}
+
+
+def _is_matrix(tensor: TensorSpec) -> bool:
+    """Whether it is multiplied with: a matrix, or the codes of one."""
+    if tensor.packing:
+        return tensor.packing.half == "codes"
+    return len(tensor.shape) == 2 and not tensor.gathered
+
+
+def _row_bytes(plan: Plan) -> int:
+    """The results, for one row, of all computations that hand them on to each other."""
+    layers = [_layer_bytes(plan, layer) for layer in plan.layers]
+    return max(sum(layers[j : j + plan.layers_in_use]) for j in range(len(layers)))
+
+
+def _layer_bytes(plan: Plan, layer: LayerSpec) -> int:
+    """The results of a layer's operations for one row, all kept to its end, and its entry; or its vectors' bytes."""
+    model = plan.model
+    width = sum(t.source_shape[0] for t in layer.tensors if _is_matrix(t) and not t.exact)
+    looked_up = 2 * sum(t.shape[1] for t in layer.tensors if t.gathered)  # and of a table that the head multiplies with
+    heads = model.num_heads * model.head_dim
+    return model.itemsize * (width + looked_up + model.hidden * (3 + 2 * len(layer.modules)) + heads)
+
+
+def _product_bytes(plan: Plan, rows: int, matrices: list[TensorSpec]) -> int:
+    """Beside the result of a product: a part of the logits in 16 bits, and sums of x over groups of columns."""
+    itemsize = plan.model.itemsize
+    parts = (t.source_shape[0] * itemsize if t.exact and itemsize == 2 else t.source_shape[1] // 4 for t in matrices)
+    return rows * max(parts)
+
+
+def _attention_bytes(plan: Plan, rows: int) -> int:
+    """Partial results of attention, or of a CPU's its queries and sums, and sparse attention's scores and choices."""
+    model, batches = plan.model, plan.workload.batches
+    longest = max(b.max_len for b in batches)
+    splits = min(max(longest // MIN_SPLIT_TOKENS, 1), MAX_SPLITS)
+    parts = max(rows, min(rows * splits, DECODE_PROGRAMS // model.num_kv_heads)) if plan.copies else rows
+    numbers = SEGMENTS * parts * model.num_heads * (model.head_dim + 64) * 4
+    if plan.policy.attn_sparsity < 1:
+        places = longest + SEGMENTS * plan.cache_layout.block_tokens
+        numbers += rows * model.num_heads * (4 * places + 24 * (plan.kept(longest) + 1))
+    return max(numbers, _host_attention_bytes(plan, rows))
+
+
+def _host_attention_bytes(plan: Plan, rows: int) -> int:
+    """The same on a CPU, with what each thread widens of the cache."""
+    model, width = plan.model, kv_width(plan.model.head_dim)
+    longest = max(b.max_len for b in plan.workload.batches) + SEGMENTS * plan.cache_layout.block_tokens
+    sparse = plan.policy.attn_sparsity < 1
+    scores = longest + plan.kept(longest) + 4 if sparse else 0
+    thread = max(HOST_CHUNK * (2 * width + model.num_heads), longest if sparse else 0)
+    return 4 * (rows * model.num_heads * (2 * width + 2 + scores) + HOST_THREADS * thread) + ALIGNMENT
+
+
+def _widened_bytes(plan: Plan, rows: int, t: TensorSpec) -> int:
+    """What a product takes on a CPU: x in fp32 and, of a 4-bit one, the result and what is added; else a panel's."""
+    outputs, inputs = t.source_shape
+    if t.packing:
+        return 4 * rows * (inputs + 2 * outputs) + 4 * outputs
+    if plan.model.itemsize == 4:
+        return 0
+    return 4 * rows * (inputs + min(_widened_rows(inputs), outputs)) + 4 * outputs
+
+
+def _widened_rows(columns: int) -> int:
+    return max(1, WIDEN_BYTES // (4 * columns))
+
+
+def _panel_bytes(plan: Plan, t: TensorSpec) -> int:
+    """Rows of a matrix in fp32, as many as a CPU's product takes at a time."""
+    outputs, inputs = t.source_shape
+    if t.packing:
+        columns = 4 * t.shape[1]
+        block = 4 * columns * BLOCK_ROWS
+        return block * min(max(1, DEQUANTISED_BYTES // block), t.shape[0])
+    return 0 if plan.model.itemsize == 4 else 4 * inputs * min(_widened_rows(inputs), outputs)
+
+
+def _upload_bytes(plan: Plan) -> int:
+    """A token step's embeddings looked up on the host, their places, and five counts of each sequence's tokens."""
+    model = plan.model
+    gathered = sum(t.shape[1] for layer in plan.layers for t in layer.tensors if t.gathered)
+    row = (gathered + model.hidden) * model.itemsize + 4 * 8 + 5 * 4
+    return sum(b.size * row + ALIGNMENT // 2 for b in plan.workload.batches)
 
 
 def _rows_bytes(plan: Plan, rows: int) -> int:
@@ -36,7 +162,7 @@ def _rows_bytes(plan: Plan, rows: int) -> int:
     mlp = inner + model.hidden * (4 * itemsize + 4)
     quantised = 20 if plan.policy.is_cache_4bit and not plan.copies else 0  # K or V on its way to 4 bits
     attention = model.hidden * (5 * itemsize + 16 + quantised)
-    panels = 2 * WIDEN_BYTES if not plan.copies and (itemsize == 2 or model.is_4bit) else 0
+    panels = WIDEN_BYTES if not plan.copies and (itemsize == 2 or model.is_4bit) else 0
     return rows * max(mlp, attention) + panels
 
 
@@ -65,17 +191,8 @@ def _dense_bytes(plan: Plan) -> int:
     """4-bit layers dequantised, which a GPU keeps for all GPU batches that use this load of them."""
     if not plan.copies:
         return 0
-    parameters = [sum(t.num_parameters for t in layer.tensors if t.packing) for layer in plan.layers]
-    turns = parameters + parameters[: plan.layers_in_use - 1]
-    windows = (turns[j : j + plan.layers_in_use] for j in range(len(parameters)))
-    return max(map(sum, windows)) * plan.model.itemsize
-
-
-def _score_bytes(plan: Plan) -> int:
-    """Sparse attention's scores, fp32, and their largest: of every sequence, head and token."""
-    if plan.policy.attn_sparsity == 1:
-        return 0
-    return max(b.size * b.max_len for b in plan.workload.batches) * plan.model.num_heads * 8
+    parameters = (sum(t.num_parameters for t in layer.tensors if t.packing) for layer in plan.layers)
+    return plan.layers_in_use * pad(max(parameters) * plan.model.itemsize + ALIGNMENT) if plan.model.is_4bit else 0
 
 
 def _logits_bytes(plan: Plan) -> int:

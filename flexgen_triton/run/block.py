@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,6 +14,7 @@ from ..memory.activations import Activations
 from ..memory.buffers import Buffers
 from ..memory.cache import Cache, Segment
 from ..memory.disk import DiskQueue
+from ..memory.scratch import Scratch
 from ..memory.weights import Segments, Weights
 from ..models import ops
 from ..models.ops import Matrix, Matrix4, Weight
@@ -48,7 +51,7 @@ class Block:
         self._plan, self._batches, self._model, self._weights, self._buffers = plan, batches, model, weights, buffers
         self._cache = Cache(plan, buffers, disk, lambda k: [s.finished for s in batches[k]])
         self._activations = Activations(plan, buffers, disk, dtype)
-        self._device, self._dtype = buffers.device, dtype
+        self._device, self._dtype, self._work = buffers.device, dtype, buffers.work
         self._on_step, self._keep_logits = on_step, keep_logits
         self._samplers = [self._sampler(batch) for batch in batches]
         self._next: list[list[int]] = [[t for s in batch for t in s.prompt] for batch in batches]
@@ -56,9 +59,10 @@ class Block:
         self._logits: dict[int, Tensor] = {}
         self._scorers: dict[int, list[_Scored]] = {}
         self._views: dict[int, Mapping[str, Weight]] = {}  # by layer, counted on from token step to token step
-        self._passed = torch.empty(0)
+        self._dense = [Scratch(room) for room in buffers.dense.chunk(plan.layers_in_use)]
         self._keep: dict[tuple[int, int], tuple[Tensor, int]] = {}
         self._step = -1
+        self._nothing = self._passed = torch.empty(0)
 
     def _sampler(self, batch: Sequence[Request]) -> Sampler:
         return Sampler(
@@ -139,25 +143,29 @@ class Block:
     @torch.inference_mode()
     def _compute(self, op: Op) -> None:
         """A whole layer."""
-        self._start_step(op)
-        w, x = self._tensors(op), self._enter(op)
-        self._leave(op, self._run(op, w, x, self._plan.layers[op.j].modules))
+        self._start(op)
+        self._leave(op, self._run(op, self._tensors(op), self._enter(op), self._plan.layers[op.j].modules))
 
     def _run(self, op: Op, w: Mapping[str, Weight], x: Tensor, modules: Sequence[ModuleSpec]) -> Tensor:
         for module in modules:
             if module.kind == "embed":
                 x = self._embed(op, w)
             elif module.kind == "attention":
-                x = self._model.output(w, x, self._attend(op, *self._qkv(self._model.project(w, x))))
+                attended = self._attend(op, *self._qkv(self._model.project(w, x, self._work)))
+                x = self._model.output(w, x, attended, self._work)
             elif module.kind == "mlp":
-                x = self._model.mlp(w, x)
+                x = self._model.mlp(w, x, self._work)
             else:
                 self._head(op, w, x, part=module.index)
         return x
 
-    def _start_step(self, op: Op) -> None:
+    def _start(self, op: Op) -> None:
+        """Take temporaries back, but for what the computation before hands on; at a token step all that it was sent."""
+        if op.enters:
+            self._work.begin(planned=op.i > 0)
         if op.i != self._step:
             self._step = op.i
+            self._buffers.uploads.begin(planned=op.i > 0)
             self._cache.start_step()
             self._keep.clear()
 
@@ -166,11 +174,13 @@ class Block:
         n = op.i * len(self._plan.layers) + op.j
         if n not in self._views:
             for old in [m for m in self._views if m <= n - self._plan.layers_in_use]:
-                del self._views[old]  # and what it may have dequantised
-            self._views[n] = dict(self._named(op.j, self._weights.view(op.j, self._slot(op, "weight"))))
+                del self._views[old]
+            room = self._dense[n % self._plan.layers_in_use]
+            room.begin()  # what the layer before there may have dequantised
+            self._views[n] = dict(self._named(op.j, self._weights.view(op.j, self._slot(op, "weight")), room))
         return self._views[n]
 
-    def _named(self, j: int, found: Segments) -> Iterator[tuple[str, Weight]]:
+    def _named(self, j: int, found: Segments, room: Scratch) -> Iterator[tuple[str, Weight]]:
         for tensor in self._plan.layers[j].tensors:
             packing = tensor.packing
             if packing is None:
@@ -178,14 +188,14 @@ class Block:
                     yield tensor.name, Matrix(found[tensor.name])
             elif packing.half == "codes":
                 scales = found[f"{packing.matrix}.scales"]
-                yield packing.matrix, Matrix4(packing.shape, packing.group_size, found[tensor.name], scales)
+                yield packing.matrix, Matrix4(packing.shape, packing.group_size, found[tensor.name], scales, room)
 
     def _enter(self, op: Op) -> Tensor:
         """The hidden state that enters this layer; the parts of the head after the first share one input."""
         layer = self._plan.layers[op.j]
         if op.j == 0 or (layer.is_head and layer.modules[0].index > 0):
-            return torch.empty(0)
-        return self._activations.get(op, self._slot(op, "hidden")) if op.enters else self._passed
+            return self._nothing
+        return self._activations.get(op, self._slot(op, "hidden"), self._work) if op.enters else self._passed
 
     def _leave(self, op: Op, x: Tensor) -> None:
         """Keep a layer's result, or hand it to the next computation, or both."""
@@ -196,10 +206,11 @@ class Block:
     def _embed(self, op: Op, w: Mapping[str, Weight]) -> Tensor:
         batch = self._plan.workload.batches[op.k]
         if op.i == 0:
-            positions = torch.cat([torch.arange(n) for n in batch.prompt_lens])
+            positions = np.concatenate([np.arange(n) for n in batch.prompt_lens])
         else:
-            positions = torch.tensor(batch.cached(op.i))
-        return self._model.embed(w, self._weights.rows, torch.tensor(self._next[op.k]), positions)
+            positions = np.array(batch.cached(op.i))
+        rows = partial(self._weights.rows, scratch=self._work, uploads=self._buffers.uploads)
+        return self._model.embed(w, rows, np.array(self._next[op.k]), positions, self._work)
 
     def _qkv(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Q [T, H, D], K and V [T, Hkv, D] of what a model projects, [T, H + 2 Hkv, D]."""
@@ -214,7 +225,10 @@ class Block:
                 ops.write_prompt(k, v, target)
             return ops.prefill_attention(q, k, v, self._plan.workload.batches[op.k].prompt_lens)
         self._write_tokens(op, k, v)
-        return torch.cat([self._attend_group(op, group, q[rows], s) for group, rows, s in self._groups(op)])
+        result = self._work.take(*q.shape, dtype=q.dtype)
+        for group, rows, segments in self._groups(op):
+            self._attend_group(op, group, q[rows], segments, result[rows])
+        return result
 
     def _write_tokens(self, op: Op, k: Tensor, v: Tensor) -> None:
         for place in self._cache.token_targets(op, self._slot(op, "cache_out")):
@@ -225,21 +239,23 @@ class Block:
         for group, segments in self._cache.segments(op, self._slot(op, "cache"), self._slot(op, "cache_out")):
             yield group, slice(group.first, group.stop), segments
 
-    def _attend_group(self, op: Op, group: Group, q: Tensor, segments: Sequence[Segment]) -> Tensor:
+    def _attend_group(self, op: Op, group: Group, q: Tensor, segments: Sequence[Segment], out: Tensor) -> None:
         if self._plan.policy.attn_sparsity == 1:
-            return ops.decode_attention(q, segments)
+            ops.decode_attention(q, segments, out=out, scratch=self._work)
+            return
         tag = op.k, group.first
         if tag not in self._keep:
             counts = [self._plan.kept(n) for n in self._cache.cached(op, group)]
-            self._keep[tag] = torch.tensor(counts, dtype=torch.int32, device=q.device), max(counts)
-        return ops.sparse_decode_attention(q, segments, *self._keep[tag])
+            self._keep[tag] = self._buffers.uploads.numbers(counts, torch.int32), max(counts)
+        ops.sparse_decode_attention(q, segments, *self._keep[tag], out=out, scratch=self._work)
 
     # Attention on two lanes: a layer's computation up to it, attention here and there, and what follows
 
     @torch.inference_mode()
     def _project(self, op: Op) -> None:
         """Q, K and V of all new tokens, those of the device's sequences to their cache."""
-        self._rows(op, "projected").copy_(self._model.project(self._tensors(op), self._enter(op)))
+        self._start(op)
+        self._rows(op, "projected").copy_(self._model.project(self._tensors(op), self._enter(op), self._work))
         _, k, v = self._qkv(self._rows(op, "projected"))
         self._write_tokens(op, k, v)
 
@@ -252,15 +268,20 @@ class Block:
     def _attend_on_device(self, op: Op) -> None:
         q, result = self._qkv(self._rows(op, "projected"))[0], self._rows(op, "result")
         for group, rows, segments in self._groups(op):
-            result[rows] = self._attend_group(op, group, q[rows], segments)
+            self._attend_group(op, group, q[rows], segments, result[rows])
 
     @torch.inference_mode()
     def _attend_on_host(self, op: Op) -> None:
         """Append the new tokens at their home on the host and attend there, in place."""
         q, k, v = self._qkv(self._rows(op, "query"))
-        group, target, segments = self._cache.attended(op)
-        ops.write_tokens(k, v, target)
-        self._rows(op, "answer").copy_(self._attend_group(op, group, q, segments))
+        attended, answer, scratch = self._cache.attended(op), self._rows(op, "answer"), self._buffers.hosted
+        ops.write_tokens(k, v, attended.target)
+        scratch.begin()
+        if self._plan.policy.attn_sparsity == 1:
+            ops.decode_attention(q, attended.segments, out=answer, scratch=scratch)
+        else:
+            keep = attended.keep
+            ops.sparse_decode_attention(q, attended.segments, keep, int(keep.max()), out=answer, scratch=scratch)
 
     def _load_attended(self, op: Op) -> None:
         """h2d: what the host made of them."""
@@ -269,8 +290,9 @@ class Block:
     @torch.inference_mode()
     def _finish(self, op: Op) -> None:
         """What follows attention in a layer."""
+        self._start(op)
         w, layer = self._tensors(op), self._plan.layers[op.j]
-        x = self._model.output(w, self._enter(op), self._rows(op, "result"))
+        x = self._model.output(w, self._enter(op), self._rows(op, "result"), self._work)
         self._leave(op, self._run(op, w, x, layer.modules[1:]))
 
     def _attended_rows(self, k: int) -> slice:
@@ -292,12 +314,12 @@ class Block:
             if op.i == 0:
                 last = torch.tensor(batch.prompt_lens).cumsum(0) - 1
                 self._scorers[op.k] = self._score_inputs(op.k, w, x)
-                x = x[last.to(x.device)]
-            self._head_input[op.k] = self._model.head_input(w, x)
-            if op.k not in self._logits:
+                self._head_input[op.k] = self._model.head_input(w, x[last.to(x.device)], self._work)
                 shape = (batch.size, self._plan.model.vocab)
                 self._logits[op.k] = torch.empty(shape, dtype=torch.float32, device=self._device)
-        self._model.logits(w, self._head_input[op.k], self._logits[op.k][:, columns])
+            else:
+                self._head_input[op.k].copy_(self._model.head_input(w, x, self._work))
+        self._model.logits(w, self._head_input[op.k], self._logits[op.k][:, columns], self._work)
         for scored in self._scorers[op.k] if op.i == 0 else ():
             self._score(scored, w, columns)
         if op.j + 1 == len(self._plan.layers):
@@ -326,7 +348,7 @@ class Block:
             if num is not None and stop - first > 1:
                 targets = torch.tensor(request.prompt[1:], device=x.device)
                 scorer = PromptScorer(targets, num, x.device)
-                found.append(_Scored(request, scorer, self._model.head_input(w, x[first : stop - 1])))
+                found.append(_Scored(request, scorer, self._model.head_input(w, x[first : stop - 1], self._work)))
             first = stop
         return found
 
@@ -336,7 +358,7 @@ class Block:
             rows = scored.rows[low : low + SCORED_ROWS]
             shape = (len(rows), columns.stop - columns.start)
             logits = torch.empty(shape, dtype=torch.float32, device=rows.device)
-            self._model.logits(w, rows, logits)
+            self._model.logits(w, rows, logits, self._work)
             scored.scorer.add(logits, position=low, token=columns.start)
 
 

@@ -1,0 +1,154 @@
+"""Decoding allocates nothing: from token step 1 on, what a layer makes lies in memory from before the run."""
+
+from __future__ import annotations
+
+import sys
+import tracemalloc
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from test_policies import STRATEGIES
+from tiny_models import MODELS, Tiny
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from flexgen_triton import LLM, Policy, SamplingParams
+from flexgen_triton.memory.arena import Arena
+from flexgen_triton.models import ops
+from flexgen_triton.plan.schedule import Op
+from flexgen_triton.run.block import Block
+from flexgen_triton.run.request import Request
+
+FORMATS = {  # dtype, 4-bit weights, 4-bit cache, share of V
+    "fp32": ("float32", False, False, 1.0),
+    "bf16": ("bfloat16", False, False, 1.0),
+    "4-bit weights": ("float32", True, False, 1.0),
+    "4-bit weights, bf16": ("bfloat16", True, False, 1.0),
+    "4-bit cache": ("float32", False, True, 1.0),
+    "sparse": ("float32", False, False, 0.2),
+}
+MIXED = (20, 30, 25, 30, 40, 30)
+PLACES = {"on disk": (0, 0, 0, 0, 0, 0), "in memory": (100, 0, 100, 0, 100, 0)}
+
+# What allocates still, and goes from this list when it no longer does.
+FILES = ("kernels/cpu_attention.py",)  # the CPU's attention
+FUNCTIONS = ("append_tokens", "write_tokens")  # and its way of writing a token to the cache
+OPERATORS = ("aten.layer_norm.default",)  # on the CPU: torch has none into given memory, `.out` allocates and copies
+GROWTH = 16 << 10  # bytes of Python's objects from step to step: none stay, some are about to go
+
+
+def excused() -> bool:
+    """Whether this call comes from what allocates still."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_filename.endswith(FILES) or frame.f_code.co_name in FUNCTIONS:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def storages(tree: object) -> Iterator[int]:
+    return (t.untyped_storage().data_ptr() for t in tree_leaves(tree) if isinstance(t, torch.Tensor) and t.numel())
+
+
+class Watch(TorchDispatchMode):
+    """Counts, by name, the operators whose result lies neither in an arena nor where an argument does."""
+
+    def __init__(self, arenas: set[int]) -> None:
+        super().__init__()
+        self.arenas, self.found, self.calls = arenas, Counter[str](), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += 1
+        out = func(*args, **(kwargs or {}))
+        known = self.arenas if "lift_fresh" in str(func) else self.arenas | set(storages((args, kwargs)))
+        if not set(storages(out)) <= known and str(func) not in OPERATORS and not excused():
+            self.found[str(func)] += 1
+        return out
+
+
+def python_bytes() -> int:
+    """Of objects made in the engine's own files, but for its records of what ran when."""
+    package = str(Path(ops.__file__).parents[1])
+    wanted = [tracemalloc.Filter(True, f"{package}/{name}") for name in ("models/*", "memory/*", "run/block.py")]
+    return sum(t.size for t in tracemalloc.take_snapshot().filter_traces(wanted).traces)
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> Watch:
+    """Watches all computations of token steps from 1 on."""
+    arenas: set[int] = set()
+    watch, make, compute = Watch(arenas), Arena.__init__, Block._compute
+
+    def make_and_note(self: Arena, *args, **kwargs) -> None:
+        make(self, *args, **kwargs)
+        if self.nbytes:
+            arenas.add(self.buffer.untyped_storage().data_ptr())
+
+    def compute_watched(self: Block, op: Op) -> None:
+        if op.i == 0:
+            compute(self, op)
+            return
+        with watch:
+            compute(self, op)
+
+    monkeypatch.setattr(Arena, "__init__", make_and_note)
+    monkeypatch.setattr(Block, "_compute", compute_watched)
+    return watch
+
+
+def run(
+    tiny: Tiny,
+    folder: Path,
+    fmt: str,
+    strategy: str,
+    percent: tuple[float, ...],
+    *,
+    copies: bool,
+    on_step: Callable[[int, int], None] | None = None,
+) -> None:
+    """Generate a few tokens; `on_step` is told of each GPU batch's token steps."""
+    dtype, weights, cache, sparsity = FORMATS[fmt]
+    num_batches, overlap = STRATEGIES[strategy]
+    policy = Policy(
+        3, num_batches, *percent, overlap=overlap, compress_weight=weights, compress_cache=cache, attn_sparsity=sparsity
+    )
+    greedy = SamplingParams(max_tokens=6, ignore_eos=True, temperature=0)
+    with LLM(str(tiny.path), policy=policy, dtype=dtype, offload_dir=folder, copies=copies) as llm:
+        requests = [Request(list(p), greedy) for p in tiny.prompts[: 3 * num_batches]]
+        llm.engine.generate(requests, progress=on_step)
+
+
+@pytest.mark.parametrize("copies", [False, True], ids=["in place", "copied"])
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_a_token_step_allocates_no_tensor(tiny, tmp_path, watched, fmt, copies):
+    run(tiny, tmp_path, fmt, "multi-batch", MIXED, copies=copies)
+    assert watched.calls and not watched.found
+
+
+@pytest.mark.parametrize("strategy", ["sequential", "single batch"])
+@pytest.mark.parametrize("place", PLACES)
+def test_under_any_strategy_and_anywhere(tiny, tmp_path, watched, strategy, place):
+    run(tiny, tmp_path, "fp32", strategy, PLACES[place], copies=True)
+    assert watched.calls and not watched.found
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_nor_does_any_architecture(tiny_models, tmp_path, watched, name):
+    run(tiny_models[name], tmp_path, "fp32", "multi-batch", MIXED, copies=True)
+    assert watched.calls and not watched.found
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_nor_do_pythons_objects_grow_in_number(tiny, tmp_path, fmt):
+    sizes: list[int] = []
+    tracemalloc.start()
+    try:
+        run(tiny, tmp_path, fmt, "multi-batch", MIXED, copies=True, on_step=lambda *_: sizes.append(python_bytes()))
+    finally:
+        tracemalloc.stop()
+    warm = sizes[len(sizes) // 3 :]  # what the first steps keep for the others is kept
+    assert max(warm) - warm[0] < GROWTH, sizes
