@@ -1,8 +1,8 @@
 """Every check that needs a GPU, in one command: `python bench/gpu.py`.
 
 The links' rates, the kernels (kernel_speed.py), then correctness (tokens under every kind of policy against
-transformers' on the CPU, in fp32), then the engine under policies from all-resident to all-offloaded, each judged by
-its own bound. `bench/peers.py` runs there too.
+transformers' on the CPU, in fp32; no allocation while decoding), then the engine under policies from all-resident to
+all-offloaded, each judged by its own bound. `bench/peers.py` runs there too.
 Results go to bench/results/<machine>/gpu-<commit>.json (or `--out`), after every check, so that a run that is cut short
 keeps what it has. Exits with 2 where there is no GPU and with 1 when a check fails.
 """
@@ -14,10 +14,12 @@ import json
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest.mock import patch
 
 import rows
 import torch
@@ -32,7 +34,9 @@ from flexgen_triton.bench import random_prompts
 from flexgen_triton.figures import lanes_json, predicted_json, timing
 from flexgen_triton.memory.arena import Arena
 from flexgen_triton.plan.hardware import Hardware
+from flexgen_triton.plan.schedule import Op
 from flexgen_triton.run.auto import predict_run
+from flexgen_triton.run.block import Block
 from flexgen_triton.run.measure import measure
 from flexgen_triton.run.request import Request
 
@@ -198,6 +202,40 @@ def front_door(scratch: Path) -> Iterator[rows.Row]:
     yield rows.Row("20 engines leave no GPU memory", kept, "share", roof=1.0, share=kept, note=f"{held[-1]} bytes")
 
 
+def allocations(scratch: Path) -> Iterator[rows.Row]:
+    """Decoding takes no memory from torch's allocator: its counter before and after every layer of a token step.
+
+    From step 2 on: in the first, products of 4 bits and cuBLAS set their workspaces aside. Sparse attention is left
+    out, whose top-k and log-sum-exp are torch's.
+    """
+    from tiny_models import MODELS, NEW_TOKENS, make_tiny
+
+    tiny = make_tiny(scratch / "allocations", next(iter(MODELS.values())))
+    greedy = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True, temperature=0)
+    compute = Block._compute
+    for fmt, (weights, cache, sparsity) in {"16 bits": (False, False, 1.0), **FORMATS}.items():
+        if sparsity < 1:
+            continue
+        layers, heads = Counter[int](), Counter[int]()
+
+        def counted(block: Block, op: Op, layers: Counter[int] = layers, heads: Counter[int] = heads) -> None:
+            before = torch.cuda.memory_stats().get("allocation.all.allocated", 0)
+            compute(block, op)
+            counts = heads if block._plan.layers[op.j].is_head else layers
+            counts[op.i] += torch.cuda.memory_stats()["allocation.all.allocated"] - before
+
+        policy = Policy(3, 2, 20, 30, 25, 30, 40, 30, compress_weight=weights, compress_cache=cache)
+        with (
+            patch.object(Block, "_compute", counted),
+            LLM(str(tiny.path), policy=policy, dtype="float16", offload_dir=scratch, device="cuda") as llm,
+        ):
+            llm.generate(tiny.prompts, greedy)
+        steps = range(2, NEW_TOKENS)
+        share = sum(not layers[i] for i in steps) / len(steps)
+        note = f"layers {[layers[i] for i in steps]}, head and sampler {[heads[i] for i in steps]}"
+        yield rows.Row(f"token steps without an allocation: {fmt}", share, "share", roof=1.0, share=share, note=note)
+
+
 def run(tiny: Tiny, policy: Policy, dtype: str, scratch: Path) -> list[tuple[list[int], torch.Tensor]]:
     """Greedy tokens of every prompt and their logits [tokens, V], on the GPU."""
     from tiny_models import NEW_TOKENS
@@ -299,6 +337,7 @@ def main() -> int:
         recorder.attempt("correctness", lambda: correctness(scratch))
         recorder.attempt("compression", lambda: compression(scratch))
         recorder.attempt("front door", lambda: front_door(scratch))
+        recorder.attempt("allocations", lambda: allocations(scratch))
         found: list[Hardware] = []
 
         def measured() -> Iterator[rows.Row]:
