@@ -34,11 +34,16 @@ def plain_sparse(q: Tensor, segments: list, keep: Tensor) -> Tensor:
     return exact + (plain(q, segments).double() - decode_attention_ref(q.double(), segments))
 
 
+def spoilt(x: torch.Tensor) -> torch.Tensor:
+    """Filled with what shows where it is read."""
+    return x.fill_(NAN if x.is_floating_point() else True if x.dtype == torch.bool else 1 << 30)
+
+
 @pytest.fixture(autouse=True)
 def poison(monkeypatch):
     """Outputs start as NaN, so that an element nobody wrote is seen."""
     empty = torch.empty
-    monkeypatch.setattr(attention_sparse.torch, "empty", lambda *a, **k: empty(*a, **k).fill_(NAN))
+    monkeypatch.setattr(attention_sparse.torch, "empty", lambda *a, **k: spoilt(empty(*a, **k)))
 
 
 @RUNS
