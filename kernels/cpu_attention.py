@@ -2,11 +2,11 @@
 
     q [B, H, D]; K and V as `KVSegment`s in fp16, bf16, fp32 or P16; query head h reads K and V head h // (H / Hkv)
 
-A thread takes a (sequence, K and V head) and chunks of CHUNK tokens. A few tokens at a time are widened to fp32 in the
-first-level cache, where every query head of the group uses them; a single head reads 16 and 4 bits as they are.
-Meanwhile the chunk that comes next is asked for. Dense attention is an online softmax over chunks and segments; its
-state, (maximum, sum, weighted V), lies in arrays between the segments' launches. Scores are base-2 logarithms
-throughout. All that is not small is a part of one fp32 workspace, which the caller may own.
+A thread takes a (sequence, K and V head) and chunks of CHUNK tokens. A chunk is widened to fp32 in the first-level
+cache, where every query head of the group uses it; a single head reads 16 and 4 bits as they are. Meanwhile the chunk
+that comes next is asked for. Dense attention is an online softmax over chunks and segments; its state, (maximum, sum,
+weighted V), lies in arrays between the segments' launches. Scores are base-2 logarithms throughout. All that is not
+small is a part of one fp32 workspace, which the caller may own.
 
 Sparse attention (FlexGen, Sheng et al., ICML 2023, section 5) scores all of K, keeps the scores, and reads only the
 rows of V that weigh most.
@@ -52,7 +52,6 @@ from .cpu_lanes import (
 from .formats import KV_GROUP, KVSegment, kv_width
 
 CHUNK = 32  # tokens between two looks at the softmax's state
-STEP = 8  # tokens at a time; of P16, a quarter of the bytes, a whole chunk
 AHEAD = 8  # rows of V that are on their way while one is added
 LOG2E = math.log2(math.e)
 LOWEST = np.float32(-3e38)
@@ -360,35 +359,28 @@ def _score_chunk(k, ahead, offsets, here, count, j, then, q, rows, width, wide, 
 
     The chunks begin at `here` and `then`, (block, sequence, head) and token; the one ahead is K's (j = 0) or V's (1).
     """
-    step = STEP if len(k) == 1 else CHUNK
-    for t in range(0, count, step):
-        num = min(step, count - t)
-        now, next_at = _place(offsets, 0, here[0], here[1] + t), _place(offsets, j, then[0], then[1] + t)
-        if rows[1] - rows[0] == 1:
-            alone = part(q, rows[0] * width, width)
-            _score_alone(alone, k, now, num, width, wide, part(scores, at + t, num), ahead, next_at)
-            continue
-        _prefetch_tokens(ahead, next_at, num, width)
-        _widen_tokens(k, now, num, width, wide)
-        for r in range(rows[0], rows[1]):
-            _score(part(q, r * width, width), wide, num, part(scores, at + (r - rows[0]) * S + t, num))
+    now, next_at = _place(offsets, 0, *here), _place(offsets, j, *then)
+    if rows[1] - rows[0] == 1:
+        alone, scores = part(q, rows[0] * width, width), part(scores, at, count)
+        _score_alone(alone, k, now, count, width, wide, scores, ahead, next_at)
+        return
+    _prefetch_tokens(ahead, next_at, count, width)
+    _widen_tokens(k, now, count, width, wide)
+    for r in range(rows[0], rows[1]):
+        _score(part(q, r * width, width), wide, count, part(scores, at + (r - rows[0]) * S, count))
 
 
 @compiled
 def _add_chunk(v, ahead, offsets, here, count, then, weights, rows, width, wide, acc):
     """A chunk of V, weighted, to the sums of query heads `rows`; the chunk of K ahead is asked for."""
-    step = STEP if len(v) == 1 else CHUNK
-    for t in range(0, count, step):
-        num = min(step, count - t)
-        now, next_at = _place(offsets, 1, here[0], here[1] + t), _place(offsets, 0, then[0], then[1] + t)
-        if rows[1] - rows[0] == 1:
-            alone = part(acc, rows[0] * width, width)
-            _add_alone(part(weights, t, num), v, now, num, width, wide, alone, ahead, next_at)
-            continue
-        _prefetch_tokens(ahead, next_at, num, width)
-        _widen_tokens(v, now, num, width, wide)
-        for r in range(rows[0], rows[1]):
-            _add_values(part(weights, (r - rows[0]) * CHUNK + t, num), wide, num, part(acc, r * width, width))
+    now, next_at = _place(offsets, 1, *here), _place(offsets, 0, *then)
+    if rows[1] - rows[0] == 1:
+        _add_alone(weights, v, now, count, width, wide, part(acc, rows[0] * width, width), ahead, next_at)
+        return
+    _prefetch_tokens(ahead, next_at, count, width)
+    _widen_tokens(v, now, count, width, wide)
+    for r in range(rows[0], rows[1]):
+        _add_values(part(weights, (r - rows[0]) * CHUNK, count), wide, count, part(acc, r * width, width))
 
 
 @compiled
