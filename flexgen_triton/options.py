@@ -91,6 +91,11 @@ MODEL: tuple[Option, ...] = (
         show_default=True,
         help="With --cpu-cache-compute: of the host's sequences, those it attends to; the rest are sent to the GPU.",
     ),
+    click.option(
+        "--keep-open-blocks",
+        is_flag=True,
+        help="New tokens' cache leaves the GPU a whole block at a time, not at once.",
+    ),
     click.option("--attn-sparsity", type=float, default=1.0, show_default=True, help="Share of V that decode reads."),
     click.option("--compress-weight", is_flag=True, help="Weights in 4 bits."),
     click.option("--compress-cache", is_flag=True, help="KV cache in 4 bits."),
@@ -192,6 +197,7 @@ def flags_policy(options: Mapping[str, Any]) -> Policy:
         comp_weight_config=CompressionConfig(group_size=options["group_size"]),
         compress_cache=options["compress_cache"],
         cpu_attention_percent=options["cpu_attention_percent"],
+        keep_open_blocks=options["keep_open_blocks"],
     )
 
 

@@ -11,7 +11,7 @@ few hundred bytes, and picking rows out of pages of 4096 would spare next to not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, groupby, pairwise
 from typing import NamedTuple
 
@@ -98,6 +98,7 @@ class Cache:
         self._host: dict[Home, Tensor] = {}
         self._attended: dict[Home, Tensor] = {}  # on the host too
         self._open: dict[Home, Tensor] = {}  # the open blocks of the disk's sequences
+        self._tails: dict[Home, Tensor] = {}  # on the device: those of the host's and the disk's, where it keeps them
         self._offsets: dict[Home, int] = {}  # in the scratch file
         self._lens: dict[tuple[int, ...], Tensor] = {}
         # of what the host attends to, by GPU batch: token step; of each sequence position, valid tokens, kept ones
@@ -111,6 +112,8 @@ class Cache:
         layout, k = self._layout, home[1]
         blocks = self._plan.cache_home_blocks(k)
         gpu, attended, host, disk = self._plan.groups[k].cache
+        if self._plan.keeps_open:
+            self._tails[home] = self._buffers.gpu.take(layout.dense(1, host.size + disk.size))
         self._attended[home] = self._buffers.host.take(layout.dense(blocks, attended.size))
         self._gpu[home] = self._buffers.gpu.take(layout.dense(blocks, gpu.size))
         self._host[home] = self._buffers.host.take(layout.dense(blocks, host.size))
@@ -151,7 +154,8 @@ class Cache:
         """Cut a slot: full and open blocks of the disk's sequences, `halves` of the blocks in use by the host's."""
         _, _, host, disk = self._plan.groups[op.k].cache
         dense = self._layout.dense
-        ends = [0, *accumulate((dense(full, disk.size), dense(1, disk.size), dense(used, host.size, halves)))]
+        sizes = dense(full, disk.size), self._plan.open_bytes(disk), dense(used, host.size, halves)
+        ends = [0, *accumulate(sizes)]
         return [slot[low:high] for low, high in pairwise(ends)]
 
     def _valid(self, tag: tuple[int, ...], counts: Sequence[int]) -> Tensor:
@@ -178,8 +182,8 @@ class Cache:
         return [self._layout.full(n) for n in self._plan.groups[op.k].cache.disk.cached(op.i)]
 
     def _used(self, op: Op) -> list[int]:
-        """Blocks in use, before this token step, by each of the host's sequences."""
-        return [self._layout.blocks(n) for n in self._plan.groups[op.k].cache.host.cached(op.i)]
+        """Blocks that the host holds, before this token step, of each of its sequences."""
+        return self._plan.host_blocks(self._plan.groups[op.k].cache.host.cached(op.i))
 
     # Transfers
 
@@ -207,7 +211,7 @@ class Cache:
         nbytes = len(opened)
         if staged is not None:
             nbytes += self._copy_blocks(staged, blocks, full)
-        opened.copy_(self._open[op.j, op.k], non_blocking=True)
+        opened.copy_(self._open[op.j, op.k][: len(opened)], non_blocking=True)
         copy = self._copy_blocks if self._plan.host_halves == 2 else self._copy_keys
         return nbytes + copy(home, hosted, used)
 
@@ -225,9 +229,14 @@ class Cache:
             target[(block * len(counts) + first) * half :][: len(keys)].copy_(keys, non_blocking=True)
         return self._layout.dense(sum(counts), 1, halves=1)
 
-    def store(self, op: Op, out: Tensor, staged: Tensor | None) -> None:
-        """d2h: what attention handed over, to the host's homes and to a staging slot on the way to disk."""
-        if op.i == 0:
+    def store(self, op: Op, out: Tensor | None, staged: Tensor | None) -> None:
+        """d2h: what attention handed over, to the host's homes and to a staging slot on the way to disk.
+
+        Without `out`: the blocks that a token step has filled, of those that the device keeps.
+        """
+        if out is None:
+            self._store_filled(op)
+        elif op.i == 0:
             self._store_prompt(op, out, staged)
         else:
             self._store_token(op, out)
@@ -237,7 +246,7 @@ class Cache:
         parts = self._prompt_parts(op, out)
         if staged is not None:
             self._copy_blocks(parts.blocks, staged, parts.full)
-        self._open[home].copy_(parts.opened, non_blocking=True)
+        self._open[home][: len(parts.opened)].copy_(parts.opened, non_blocking=True)
         for part, used, at in ((parts.hosted, parts.used, self._host), (parts.attended, parts.attends, self._attended)):
             self._copy_blocks(part, at[home], used)
 
@@ -245,7 +254,8 @@ class Cache:
         """Cut the slot that a prompt's K and V leave the device in."""
         _, attended, host, disk = self._plan.groups[op.k].cache
         full = [self._layout.full(n) for n in disk.prompt_lens]
-        used, attends = ([self._layout.blocks(n) for n in group.prompt_lens] for group in (host, attended))
+        used = self._plan.host_blocks(host.prompt_lens)
+        attends = [self._layout.blocks(n) for n in attended.prompt_lens]
         blocks, opened, hosted = self._split(op, out, _most(full), _most(used))
         rest = out[len(blocks) + len(opened) + len(hosted) :][: self._layout.dense(_most(attends), attended.size)]
         return _PromptParts(blocks, opened, hosted, rest, full, used, attends)
@@ -263,6 +273,26 @@ class Cache:
                 rows = [field[first : first + group.size] for field in new]
                 append_tokens(self._blocks(buffer, group.size), positions, rows)
 
+    def _store_filled(self, op: Op) -> None:
+        """Of the device's open blocks those that are full now: the host's home, the disk's to where they leave from."""
+        _, _, host, disk = self._plan.groups[op.k].cache
+        tails, half = self._tails[op.j, op.k].view(2, -1, self._layout.half), self._layout.half
+        home = self._host[op.j, op.k].view(-1, 2, max(host.size, 1), half)
+        opened = self._open[op.j, op.k].view(2, -1, half)
+        for group in (host, disk):
+            at = group.first - host.first
+            for block, first, n in self._filled(group, op.i):
+                to = home[block] if group is host else opened
+                to[:, first : first + n].copy_(tails[:, at + first : at + first + n], non_blocking=True)
+
+    def _filled(self, group: Group, step: int) -> Iterator[tuple[int, int, int]]:
+        """(block, first, n): that block of the n neighbours from sequence `first` on becomes full in a token step."""
+        cached = group.cached(step)
+        filled = [(self._layout.full(cached[s]), s) for s in self._layout.filled(cached)]
+        for _, run in groupby(enumerate(filled), key=lambda e: (e[1][0], e[1][1] - e[0])):
+            neighbours = [entry for _, entry in run]
+            yield *neighbours[0], len(neighbours)
+
     def write(self, op: Op, staged: Tensor | None) -> None:
         """disk_out: prefill's full blocks from `staged`, or the open blocks that this token step has filled."""
         opened, at, layout = self._open[op.j, op.k], self._offsets[op.j, op.k], self._layout
@@ -271,13 +301,10 @@ class Cache:
             ranges = layout.ranges([layout.full(n) for n in disk.prompt_lens])
             self._disk.write([Write(self._file, at + low, staged[low:high]) for low, high in ranges])
             return
-        filled = [(layout.full(n), s) for s, n in enumerate(disk.cached(op.i)) if (n + 1) % layout.block_tokens == 0]
         requests = []
-        for _, run in groupby(enumerate(filled), key=lambda e: (e[1][0], e[1][1] - e[0])):
-            neighbours = [entry for _, entry in run]
-            block, first = neighbours[0]
+        for block, first, n in self._filled(disk, op.i):
             for low in (first * layout.half, (disk.size + first) * layout.half):  # K's and V's
-                buffer = opened[low:][: len(neighbours) * layout.half]
+                buffer = opened[low:][: n * layout.half]
                 requests.append(Write(self._file, at + layout.dense(block, disk.size) + low, buffer))
         self._disk.write(requests)
 
@@ -285,33 +312,45 @@ class Cache:
 
     def prompt_targets(self, op: Op, out: Tensor | None) -> list[PromptTarget]:
         """After prefill: where packed rows of K and V go, resident homes and, for the rest, the slot `out`."""
-        gpu, attended, host, disk = self._plan.groups[op.k].cache
-        home, layout = (op.j, op.k), self._layout
         batch = self._plan.workload.batches[op.k]
         if batch.new_tokens == 1:
             return []
-        opened, hosted, attends = self._open[home], self._host[home], self._attended[home]
+        first = [0, *accumulate(batch.prompt_lens)]  # packed row of each sequence
+        targets = []
+        for group, fields, skipped, counts in self._prompt_places(op, out):
+            if any(counts):
+                rows = [r + n for r, n in zip(first[group.first : group.stop], skipped, strict=True)]
+                targets.append(PromptTarget(fields, rows, counts))
+        return targets
+
+    def _prompt_places(self, op: Op, out: Tensor | None) -> Iterator[tuple[Group, Fields, list[int], list[int]]]:
+        """Of each group: where tokens go, how many of each sequence come before those, and how many there are."""
+        gpu, attended, host, disk = self._plan.groups[op.k].cache
+        home, layout = (op.j, op.k), self._layout
         full = [layout.full(n) for n in disk.prompt_lens]
-        blocks: Tensor | None = None
+        blocks, opened, hosted, attends = self._gpu[home][:0], self._open[home], self._host[home], self._attended[home]
         if self._plan.copies and out is not None:
             blocks, opened, hosted, attends, *_ = self._prompt_parts(op, out)
         elif out is not None:
             blocks = self._split(op, out, _most(full), 0)[0]
-        first = [0, *accumulate(batch.prompt_lens)]  # packed row of each sequence
-        targets = []
-        for group, buffer in ((gpu, self._gpu[home]), (attended, attends), (host, hosted)):
+        used = self._plan.host_blocks(host.prompt_lens)
+        for group, buffer in ((gpu, self._gpu[home]), (attended, attends)):
             if group.size:
-                rows = first[group.first : group.stop]
-                targets.append(PromptTarget(self._blocks(buffer, group.size), rows, group.prompt_lens))
-        if disk.size:
-            rows = first[disk.first : disk.stop]
-            whole = [n * layout.block_tokens for n in full]
-            if blocks is not None and len(blocks):
-                targets.append(PromptTarget(self._blocks(blocks, disk.size), rows, whole))
-            rest = [n - m for n, m in zip(disk.prompt_lens, whole, strict=True)]
-            rows = [r + m for r, m in zip(rows, whole, strict=True)]
-            targets.append(PromptTarget(self._blocks(opened, disk.size), rows, rest))
-        return targets
+                yield group, self._blocks(buffer, group.size), [0] * group.size, list(group.prompt_lens)
+        for group, held, buffer, behind in ((host, used, hosted, hosted[:0]), (disk, full, blocks, opened)):
+            if group.size:
+                counts = [min(n, m * layout.block_tokens) for n, m in zip(group.prompt_lens, held, strict=True)]
+                yield group, self._blocks(buffer, group.size), [0] * group.size, counts
+                rest = [n - m for n, m in zip(group.prompt_lens, counts, strict=True)]
+                yield group, self._open_fields(home, group, behind), counts, rest
+
+    def _open_fields(self, home: Home, group: Group, elsewhere: Tensor) -> Fields:
+        """The open blocks of a group: of those that the device keeps, or in the buffer given."""
+        if not self._plan.keeps_open:
+            return self._blocks(elsewhere, group.size)
+        _, _, host, disk = self._plan.groups[home[1]].cache
+        rows = slice(group.first - host.first, group.stop - host.first)
+        return tuple(field[:, rows] for field in self._blocks(self._tails[home], host.size + disk.size))
 
     def token_targets(self, op: Op, out: Tensor | None) -> list[TokenTarget]:
         """In decode: where one token of every sequence goes; `out` is the slot on the way to the host."""
@@ -326,13 +365,23 @@ class Cache:
             if group.size:
                 at = self._valid((op.i, op.k, group.first, 6), positions)
                 targets.append(TokenTarget(self._blocks(buffer, group.size), group.first, positions, at))
-        away = host.size + disk.size
-        if self._plan.copies and away:
-            assert out is not None
-            zeros = [0] * away
-            at = self._valid((op.i, op.k, host.first, 7), zeros)
-            targets.append(TokenTarget(self._tokens(out, away), host.first, zeros, at))
+        if self._plan.copies and host.size + disk.size:
+            tail, places_there = self._tail(op, out)
+            at = self._valid((op.i, op.k, host.first, 7), places_there)
+            targets.append(TokenTarget(tail, host.first, places_there, at))
         return targets
+
+    def _tail(self, op: Op, out: Tensor | None) -> tuple[Fields, list[int]]:
+        """Where the device holds the newest tokens of the host's and the disk's sequences, and the newest one's place.
+
+        That token alone, on its way home in the slot `out`, or the whole open block.
+        """
+        _, _, host, disk = self._plan.groups[op.k].cache
+        if self._plan.keeps_open:
+            places = [n % self._layout.block_tokens for n in (*host.cached(op.i), *disk.cached(op.i))]
+            return self._blocks(self._tails[op.j, op.k], len(places)), places
+        assert out is not None
+        return self._tokens(out, host.size + disk.size), [0] * (host.size + disk.size)
 
     def attended(self, op: Op) -> Attended:
         """In decode: the sequences that the host attends to, where their new token goes and what attention reads."""
@@ -388,26 +437,39 @@ class Cache:
         return [_segment(self._blocks(self._split(op, slot, _most(full), 0)[0], group.size), lens)]
 
     def _staged(self, op: Op, slot: Tensor | None, out: Tensor | None) -> list[tuple[Group, list[Segment]]]:
-        """Host and disk sequences from the device's ring; the new token is a segment of its own."""
+        """Host and disk sequences from the device's ring; the newest tokens are a segment of their own.
+
+        Without a slot there is nothing before those, or all sequences have ended and attend to what there is.
+        """
         _, _, host, disk = self._plan.groups[op.k].cache
-        if out is None:
+        if not host.size + disk.size:
             return []
-        if slot is None:  # all of them have ended, and attend to their newest token
-            new = self._tokens(out, host.size + disk.size)
-            return [(group, [self._newest(op, group, new)]) for group in (host, disk) if group.size]
-        full, used, tokens = self._full(op), self._used(op), self._layout.block_tokens
-        _, opened, hosted = self._split(op, slot, _most(full), _most(used), self._plan.host_halves)
-        new = self._tokens(out, host.size + disk.size)
+        tail, places = self._tail(op, out)
         found: list[tuple[Group, list[Segment]]] = []
-        if host.size:
-            lens = self._valid((op.i, op.k, host.first, 3), self.cached(op, host))
-            earlier = self._host_segment(op, hosted, lens, _most(used))
-            found.append((host, [earlier, self._newest(op, host, new)]))
-        if disk.size:
-            lens = self._valid((op.i, op.k, disk.first, 4), [n % tokens for n in disk.cached(op.i)])
-            at_open = _segment(self._blocks(opened, disk.size), lens)
-            found.append((disk, [*self._full_segment(op, slot), at_open, self._newest(op, disk, new)]))
+        for group, earlier in ((host, self._sent_by_host), (disk, self._sent_by_disk)):
+            if group.size:
+                rows = slice(group.first - host.first, group.stop - host.first)
+                lens = self._valid((op.i, op.k, group.first, 5), [n + 1 for n in places[rows]])
+                newest = _segment([field[:, rows] for field in tail], lens)
+                found.append((group, [*(earlier(op, slot) if slot is not None else []), newest]))
         return found
+
+    def _sent_by_host(self, op: Op, slot: Tensor) -> list[Segment]:
+        group, used = self._plan.groups[op.k].cache.host, self._used(op)
+        if not _most(used):
+            return []
+        hosted = self._split(op, slot, _most(self._full(op)), _most(used), self._plan.host_halves)[2]
+        held = [min(n, m * self._layout.block_tokens) for n, m in zip(self.cached(op, group), used, strict=True)]
+        lens = self._valid((op.i, op.k, group.first, 3), held)
+        return [self._host_segment(op, hosted, lens, _most(used))]
+
+    def _sent_by_disk(self, op: Op, slot: Tensor) -> list[Segment]:
+        group, found = self._plan.groups[op.k].cache.disk, self._full_segment(op, slot)
+        if self._plan.keeps_open:
+            return found
+        opened = self._split(op, slot, _most(self._full(op)), 0)[1]
+        lens = self._valid((op.i, op.k, group.first, 4), [n % self._layout.block_tokens for n in group.cached(op.i)])
+        return [*found, _segment(self._blocks(opened, group.size), lens)]
 
     def _host_segment(self, op: Op, hosted: Tensor, lens: Tensor, blocks: int) -> Segment:
         """What the device was sent of the host's sequences; V from its home where only K was."""
@@ -416,11 +478,6 @@ class Cache:
             return _segment(self._blocks(hosted, size), lens)
         home = self._blocks(self._host[op.j, op.k], size)
         return Segment(self._keys(hosted, size), _half([field[:blocks] for field in home], 1), lens)
-
-    def _newest(self, op: Op, group: Group, new: Fields) -> Segment:
-        first = group.first - self._plan.groups[op.k].cache.host.first
-        ones = self._valid((op.i, op.k, group.first, 5), [1] * group.size)
-        return _segment([field[:, first : first + group.size] for field in new], ones)
 
 
 def _half(fields: Sequence[Tensor], number: int) -> Fields:

@@ -148,6 +148,10 @@ class CacheLayout:
     def full(self, tokens: int) -> int:
         return tokens // self.block_tokens
 
+    def filled(self, cached: Sequence[int]) -> list[int]:
+        """The sequences, of so many cached tokens, whose next token fills a block; one that has ended holds none."""
+        return [s for s, n in enumerate(cached) if (n + 1) % self.block_tokens == 0]
+
     def dense(self, blocks: int, size: int, halves: int = 2) -> int:
         """Bytes of `blocks` blocks of `size` sequences: of K and V, or with one of the halves alone."""
         return blocks * halves * size * self.half

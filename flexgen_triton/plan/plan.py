@@ -127,6 +127,8 @@ class Plan:
             for b, c, h in zip(batches, cache_counts, hidden_counts, strict=True)
         )
         self.is_split = any(g.cache.attended.size for g in self.groups)  # attention on the host, on a lane of its own
+        away = any(g.cache.host.size or g.cache.disk.size for g in self.groups)
+        self.keeps_open = copies and policy.keep_open_blocks and away  # the device keeps the blocks being filled
 
         self._layer_work = tuple(self._work_of(layer.modules) for layer in self.layers)
         cut = {j: layer.cut_at_attention() for j, layer in enumerate(self.layers) if layer.has_cache}
@@ -168,24 +170,33 @@ class Plan:
         if i == 0:
             return self._prefill_cache_traffic(attended, host, disk, last=last)
         full = [layout.full(n) for n in disk.cached(i)]
-        used = [layout.blocks(n) for n in host.cached(i)]
+        used = self.host_blocks(host.cached(i))
         read, read_slot = layout.dense(sum(full), 1), layout.dense(max(full, default=0), disk.size)
-        filled = sum((n + 1) % layout.block_tokens == 0 for n in disk.cached(i))  # an ended one stays at 0
+        filled = len(layout.filled(disk.cached(i)))
         written = 0 if last else layout.dense(filled, 1)
         if not self.copies:
             return CacheTraffic(disk_read=read, read_slot=read_slot, slot=read_slot, disk_write=written)
-        open_bytes = layout.dense(1, disk.size)
-        new = (host.size + disk.size) * layout.token_bytes
+        opened = self.open_bytes(disk)
+        out = 0 if self.keeps_open else (host.size + disk.size) * layout.token_bytes  # attention reads it there
+        stored = written + layout.dense(len(layout.filled(host.cached(i))), 1) if self.keeps_open else out
         return CacheTraffic(
             disk_read=read,
             read_slot=read_slot,
-            host_load=layout.dense(sum(used), 1, self.host_halves) + open_bytes,
-            slot=read_slot + open_bytes + layout.dense(max(used, default=0), host.size, self.host_halves),
+            host_load=layout.dense(sum(used), 1, self.host_halves) + opened,
+            slot=read_slot + opened + layout.dense(max(used, default=0), host.size, self.host_halves),
             gathered=self._gathered(host, i),
-            out=new,  # attention reads it there
-            host_store=0 if last else new,
+            out=out,
+            host_store=0 if last else stored,
             disk_write=written,
         )
+
+    def host_blocks(self, cached: Sequence[int]) -> list[int]:
+        """Of so many cached tokens, the blocks that the host holds: all, or those that are full."""
+        return [self.cache_layout.full(n) if self.keeps_open else self.cache_layout.blocks(n) for n in cached]
+
+    def open_bytes(self, disk: Group) -> int:
+        """What the open blocks of the disk's sequences, at home on the host, add to a transfer of full ones."""
+        return 0 if self.keeps_open else self.cache_layout.dense(1, disk.size)
 
     def _gathered(self, host: Group, i: int) -> int:
         """Bytes of V that sparse attention fetches from the host's home: for every query head the rows it keeps."""
@@ -206,11 +217,11 @@ class Plan:
         written, write_slot = layout.dense(sum(full), 1), layout.dense(max(full, default=0), disk.size)
         if not self.copies:
             return CacheTraffic(out=write_slot, disk_write=written, write_slot=write_slot)
-        at_home = [[layout.blocks(n) for n in group.prompt_lens] for group in (host, attended)]
-        open_bytes = layout.dense(1, disk.size)
+        at_home = self.host_blocks(host.prompt_lens), [layout.blocks(n) for n in attended.prompt_lens]
+        opened = self.open_bytes(disk)
         return CacheTraffic(
-            out=write_slot + open_bytes + sum(layout.dense(max(used, default=0), len(used)) for used in at_home),
-            host_store=written + open_bytes + sum(layout.dense(sum(used), 1) for used in at_home),
+            out=write_slot + opened + sum(layout.dense(max(used, default=0), len(used)) for used in at_home),
+            host_store=written + opened + sum(layout.dense(sum(used), 1) for used in at_home),
             disk_write=written,
             write_slot=write_slot,
         )
@@ -320,6 +331,7 @@ class Plan:
             split=self.split_traffic if self.is_split else None,
             rings=self.rings,
             copies=self.copies,
+            keeps_open=self.keeps_open,
             serial=not self.policy.overlap,
             pinned=self.policy.pin_weight,
         )
@@ -403,7 +415,8 @@ class Plan:
         for k, groups in enumerate(self.groups):
             blocks = self.cache_home_blocks(k)
             gpu, attended, host, disk = groups.cache
-            total[Tier.GPU] += layers * layout.dense(blocks, gpu.size)
+            kept = layout.dense(1, host.size + disk.size) if self.keeps_open else 0
+            total[Tier.GPU] += layers * (layout.dense(blocks, gpu.size) + kept)
             on_host = layout.dense(blocks, attended.size) + layout.dense(blocks, host.size)
             total[Tier.HOST] += layers * (on_host + layout.dense(1, disk.size))
             total[Tier.DISK] += layers * layout.dense(layout.full(self.workload.batches[k].max_len), disk.size)

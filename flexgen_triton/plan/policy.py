@@ -54,6 +54,7 @@ class Policy:
     compress_cache: bool = False
     comp_cache_config: CompressionConfig = field(default_factory=lambda: CompressionConfig(group_dim=2))
     cpu_attention_percent: float = 100  # with cpu_cache_compute: of the host's sequences, those it attends to itself
+    keep_open_blocks: bool = False  # what a block of the cache gains stays on the GPU until the block is full
 
     def __post_init__(self) -> None:
         for name in ("gpu_batch_size", "num_gpu_batches"):

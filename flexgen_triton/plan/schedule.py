@@ -147,6 +147,7 @@ class Program(NamedTuple):
     split: Callable[[int, int], SplitTraffic] | None  # (i, k), in decode: a layer's computation is cut at its attention
     rings: dict[str, int]  # capacity in bytes
     copies: bool  # host memory is apart from the device's: h2d and d2h lanes exist
+    keeps_open: bool  # there, the device keeps the blocks of the cache that are being filled
     serial: bool  # no overlap: every op after the one before it
     pinned: bool  # the host's share of the weights lies in pinned memory
 
@@ -501,6 +502,8 @@ class Generator:
             reads.append(on_host)
         if has_cache and not program.copies:
             writes.append(on_host)  # host rows and open blocks are appended to in place
+        if has_cache and program.keeps_open:
+            writes.append(self._open_home(block))
         yield self._compute_op(name, block, reads, writes, old, enters=enters, keeps=keeps)
         yield from self._carry_cache(block, outs.get("cache_out"), cache)
         moved = hidden.host + hidden.disk
@@ -508,6 +511,9 @@ class Generator:
         yield from self._carry("hidden", block, out, homes, moved=moved, disk=hidden.disk, stage=hidden.disk)
 
     def _carry_cache(self, block: Block, out: Slot | None, cache: CacheTraffic) -> Iterator[Op]:
+        """New K and V home; in decode, what has become whole of the blocks that the device keeps."""
+        if self.program.keeps_open and block[0]:
+            out = self._open_home(block)
         yield from self._carry(
             "cache",
             block,
@@ -530,6 +536,8 @@ class Generator:
         if cache.out:
             out, gone = self._rings["cache_out"].take(cache.out)
             writes, old = [projected, out], (*old, *gone)
+        if self.program.keeps_open:
+            writes.append(self._open_home(block))
         yield self._compute_op(PROJECT, block, self._weights_in_use(block), writes, list(old), enters=False)
         if split.query:
             yield from self._ask_host(block, split, projected)
@@ -560,6 +568,9 @@ class Generator:
         if split.query:
             reads = self._use(self._answers, "answer", block)
             yield Op(Lane.H2D, "load_attended", *block, 0, tuple(reads), (self._results[block],), old, split.answer)
+
+    def _open_home(self, block: Block) -> Slot:
+        return Slot("cache_open", block[1] * self._num_batches + block[2])
 
     def _attended_home(self, block: Block) -> Slot:
         return Slot("cache_attended", block[1] * self._num_batches + block[2])

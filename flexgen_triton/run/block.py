@@ -82,7 +82,7 @@ class Block:
             "load_weight": self._load_weight,
             "read_cache": lambda op: self._cache.read(op, self._into(op)),
             "load_cache": lambda op: self._cache.load(op, self._slot(op, "stage_in"), self._bytes(op, "cache")),
-            "store_cache": lambda op: self._cache.store(op, self._bytes(op, "cache_out"), self._slot(op, "stage_out")),
+            "store_cache": lambda op: self._cache.store(op, self._slot(op, "cache_out"), self._slot(op, "stage_out")),
             "write_cache": lambda op: self._cache.write(op, self._staged_out(op, "cache_out")),
             "read_hidden": lambda op: self._activations.read(op, self._into(op)),
             "load_hidden": lambda op: self._activations.load(op, self._slot(op, "stage_in"), self._bytes(op, "hidden")),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections import defaultdict
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import pytest
 from hypothesis import given, settings
@@ -25,35 +25,41 @@ PERCENTS = {
     "all-disk": (0, 0, 0, 0, 0, 0),
     "mixed": (20, 30, 25, 25, 50, 25),
 }
-ATTENTION = {"host attention": 100, "hybrid": 50}  # cpu_attention_percent
+WAYS = {  # how sequences of the host and the disk are attended to
+    "host attention": {"cpu_cache_compute": True},
+    "hybrid": {"cpu_cache_compute": True, "cpu_attention_percent": 50},
+    "open blocks": {"keep_open_blocks": True},
+    "hybrid, open blocks": {"cpu_cache_compute": True, "cpu_attention_percent": 50, "keep_open_blocks": True},
+}
 
 
-def plan_of(percent: str, *, copies: bool, overlap: bool, sep_layer: bool, batches: int, attention: str = "") -> Plan:
-    policy = Policy(4, batches, *PERCENTS[percent], overlap=overlap, sep_layer=sep_layer)
-    if attention:
-        policy = replace(policy, cpu_cache_compute=True, cpu_attention_percent=ATTENTION[attention])
+def plan_of(percent: str, *, copies: bool, overlap: bool, sep_layer: bool, batches: int, way: str = "") -> Plan:
+    policy = Policy(4, batches, *PERCENTS[percent], overlap=overlap, sep_layer=sep_layer, **WAYS.get(way, {}))
     lens = tuple(Batch((40 - k, 33, 20, 7), 12) for k in range(batches))
     return make_plan(model_spec(CONFIG, "tiny", "float32"), policy, Workload(lens), copies=copies)
 
 
-def case_of(percent, copies, overlap, sep_layer, batches, attention=""):
+def case_of(percent, copies, overlap, sep_layer, batches, way=""):
     case = {"percent": percent, "copies": copies, "overlap": overlap, "sep_layer": sep_layer, "batches": batches}
-    words = (percent, attention or ("copies" if copies else "in place"), "overlap" if overlap else "serial")
+    words = (percent, way or ("copies" if copies else "in place"), "overlap" if overlap else "serial")
     words = (*words, "sep" if sep_layer else "fused", str(batches))
-    return pytest.param({**case, "attention": attention}, id="-".join(words))
+    return pytest.param({**case, "way": way}, id="-".join(words))
 
 
 WHOLE = [case_of(*c) for c in itertools.product(PERCENTS, (True, False), (True, False), (True, False), (1, 3))]
-SPLIT = [
-    case_of(percent, True, *flags, attention)
-    for *flags, attention in itertools.product((True, False), (True, False), (1, 3), ATTENTION)
-    for percent in ("all-host", "mixed")
-]
-GRID = WHOLE + SPLIT
+OTHERS = {
+    way: [
+        case_of(percent, True, *flags, way)
+        for *flags, percent in itertools.product((True, False), (True, False), (1, 3), ("all-host", "mixed"))
+    ]
+    for way in WAYS
+}
+SPLIT = OTHERS["host attention"] + OTHERS["hybrid"]
+GRID = WHOLE + [case for cases in OTHERS.values() for case in cases]
 SHARES = st.sampled_from([(0, 0), (100, 0), (0, 100), (30, 30), (50, 0), (0, 50)])
 TRANSFERS = [
     *(("all-disk", True, ""), ("mixed", True, ""), ("all-host", True, ""), ("all-disk", False, "")),
-    *(("mixed", False, ""), ("all-host", True, "host attention"), ("mixed", True, "hybrid")),
+    *(("mixed", False, ""), ("all-host", True, "host attention"), ("mixed", True, "hybrid, open blocks")),
 ]
 
 
@@ -127,13 +133,17 @@ class Memory:
         self.put(op.writes[0], ("disk cache", op.i, op.j, op.k))
 
     def load_cache(self, op: Op) -> None:
-        assert self.homes[self._home("cache_host", op)] == op.i - 1, op
+        stored = [i for i in range(op.i) if self.plan.cache_traffic(i, op.k).host_store]
+        assert self.homes.get(self._home("cache_host", op), -1) == max(stored, default=-1), op
         if (staged := self.slot_of(op, "stage_in")) is not None:
             assert staged == ("disk cache", op.i, op.j, op.k), op
         self.put(op.writes[0], ("cache", op.i, op.j, op.k))
 
     def store_cache(self, op: Op) -> None:
-        assert self.slot_of(op, "cache_out") == ("new", op.i, op.j, op.k), op
+        if self.plan.keeps_open and op.i:
+            assert self.homes[self._home("cache_open", op)] == op.i, op
+        else:
+            assert self.slot_of(op, "cache_out") == ("new", op.i, op.j, op.k), op
         self.homes[self._home("cache_host", op)] = op.i
         if op.i == 0:
             self.homes[self._home("cache_attended", op)] = op.i
@@ -164,6 +174,7 @@ class Memory:
         for ring, content in (("projected", "qkv"), ("cache_out", "new")):
             if (slot := op.slot(ring)) is not None:
                 self.put(slot, (content, op.i, op.j, op.k))
+        self.homes[self._home("cache_open", op)] = op.i
 
     def store_query(self, op: Op) -> None:
         assert self.slot_of(op, "projected") == ("qkv", op.i, op.j, op.k), op
@@ -225,6 +236,7 @@ class Memory:
         self._check_weights(op)
         if self.plan.program.has_cache[op.j]:
             self._check_cache(op)
+            self.homes[self._home("cache_open", op)] = op.i
             if not self.plan.copies:
                 self.homes[self._home("cache_host", op)] = op.i
         if (slot := op.slot("cache_out")) is not None:
@@ -306,7 +318,7 @@ def test_a_layer_is_cut_at_the_attention_that_the_host_takes_part_in(case):
 
 def test_the_host_attends_to_one_batch_while_the_others_compute():
     """Longer than a batch's computation, it keeps its lane busy from the first layer of a token step to the last."""
-    plan = plan_of("all-host", copies=True, overlap=True, sep_layer=True, batches=3, attention="host attention")
+    plan = plan_of("all-host", copies=True, overlap=True, sep_layer=True, batches=3, way="host attention")
     names = {"project": 1.0, "finish": 1.0, "attend_host": 4.0, "compute": 1.0}
     spans = list(simulate((op for op in plan.generator if op.i), lambda op: names.get(op.name, 0.0)))
     lane = sorted((s.start, s.end) for s in spans if s.op.lane is Lane.HOST_ATTENTION)
@@ -335,20 +347,21 @@ def test_any_legal_interleaving_is_right(case):
     copies=st.booleans(),
     overlap=st.booleans(),
     attended=st.sampled_from([0, 40, 100]),
+    keep_open=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_any_policy_and_lengths_are_right(percents, lens, steps, copies, overlap, attended, seed):
+def test_any_policy_and_lengths_are_right(percents, lens, steps, copies, overlap, attended, keep_open, seed):
     batches = tuple(Batch(tuple(sorted(p, reverse=True)), n) for p, n in zip(lens, steps, strict=False))
-    attention = {"cpu_cache_compute": attended > 0, "cpu_attention_percent": attended}
-    policy = Policy(4, len(batches), *itertools.chain(*percents), overlap=overlap, **attention)
+    way = {"cpu_cache_compute": attended > 0, "cpu_attention_percent": attended, "keep_open_blocks": keep_open}
+    policy = Policy(4, len(batches), *itertools.chain(*percents), overlap=overlap, **way)
     plan = make_plan(model_spec(CONFIG, "tiny", "float32"), policy, Workload(batches), copies=copies)
     interleave(plan, linked(plan), random.Random(seed))
 
 
-@pytest.mark.parametrize(("percent", "copies", "attention"), TRANSFERS)
-def test_a_removed_dependency_is_noticed(percent, copies, attention):
+@pytest.mark.parametrize(("percent", "copies", "way"), TRANSFERS)
+def test_a_removed_dependency_is_noticed(percent, copies, way):
     """Take single waits away and hold the awaited op back: whenever the order then changes, memory must be wrong."""
-    plan = plan_of(percent, copies=copies, overlap=True, sep_layer=True, batches=3, attention=attention)
+    plan = plan_of(percent, copies=copies, overlap=True, sep_layer=True, batches=3, way=way)
     ops = linked(plan)
     positions = dict.fromkeys(Lane, 0)
     places = []

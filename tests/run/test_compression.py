@@ -110,9 +110,13 @@ def test_heads_narrower_than_a_group_are_padded(tmp_path):
     fmt=st.sampled_from(sorted(FORMATS)),
     flags=st.tuples(*[st.booleans()] * 3),
     attended=st.sampled_from([0, 30, 100]),
+    keep_open=st.booleans(),
 )
-def test_any_policy_is_invisible(tiny, store, weights, cache, activations, size, num_batches, fmt, flags, attended):
+def test_any_policy_is_invisible(
+    tiny, store, weights, cache, activations, size, num_batches, fmt, flags, attended, keep_open
+):
     overlap, sep_layer, copies = flags
     policy = make_policy((size, num_batches, *weights, *cache, *activations), fmt, overlap=overlap, sep_layer=sep_layer)
-    policy = replace(policy, cpu_cache_compute=attended > 0, cpu_attention_percent=attended)
+    way = {"cpu_cache_compute": attended > 0, "cpu_attention_percent": attended, "keep_open_blocks": keep_open}
+    policy = replace(policy, **way)
     check(tiny, policy, store, copies=copies)

@@ -1,4 +1,4 @@
-"""Sequences that the host attends to itself: invisible in the tokens, small in what moves, safe when it fails."""
+"""Sequences that the host attends to itself, open blocks that stay on the device: invisible, and little moves."""
 
 from __future__ import annotations
 
@@ -49,6 +49,17 @@ def test_every_format(tiny, store, percent, fmt, share):
     check_format(tiny, attending(make_policy((2, 2, *PERCENTS[percent]), fmt), share), store, copies=True)
 
 
+@pytest.mark.parametrize("attended", [False, True], ids=["sent", "a share attended"])
+@pytest.mark.parametrize("fmt", ["plain", "cache", "sparse", "all"])
+@pytest.mark.parametrize("percent", PERCENTS)
+def test_open_blocks_may_stay_on_the_device(tiny, store, percent, fmt, attended):
+    """40 tokens: every sequence fills several blocks."""
+    shape = (3, 2, *PERCENTS[percent])
+    policy = Policy(*shape) if fmt == "plain" else make_policy(shape, fmt)
+    policy = replace(policy, keep_open_blocks=True)
+    check_format(tiny, attending(policy, 40) if attended else policy, store, copies=True, new_tokens=40)
+
+
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("sep_layer", [True, False])
 def test_every_architecture(tiny_models, tmp_path, name, sep_layer):
@@ -81,6 +92,21 @@ def test_a_query_goes_down_and_an_answer_up_and_no_cache_moves(tiny, tmp_path):
     assert len(attended) == steps * layers * 2
     tokens = sum(len(p) + step for p in tiny.prompts for step in range(1, steps + 1))
     assert sum(op.bytes for op in attended) == layers * tokens * plan.cache_layout.token_bytes
+
+
+@pytest.mark.parametrize("percent", [(0, 100), (0, 0), (20, 40)], ids=["host", "disk", "each"])
+def test_decode_stores_only_whole_blocks(tiny, tmp_path, percent):
+    policy = replace(Policy(7, 1, 100, 0, *percent, 100, 0), keep_open_blocks=True)
+    report = run(tiny, tmp_path, policy)
+    (plan,) = report.plans
+    layout, groups = plan.cache_layout, plan.groups[0].cache
+    layers = sum(layer.has_cache for layer in plan.layers)
+    away = [len(p) for p in sorted(tiny.prompts, key=len, reverse=True)][groups.host.first :]
+    filled = {i: sum((n + i) % layout.block_tokens == 0 for n in away) for i in range(1, 5)}  # the sixth token's is not
+    stored = [s.op for s in report.timeline.spans if s.op.i and s.op.lane is Lane.D2H]
+    assert sum(filled.values()) > 0
+    assert {op.i for op in stored} == {i for i, n in filled.items() if n}
+    assert sum(op.bytes for op in stored) == layers * sum(filled.values()) * 2 * layout.half
 
 
 def test_of_the_hosts_sequences_the_share_is_attended_there(tiny, tmp_path):

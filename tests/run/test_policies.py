@@ -83,13 +83,17 @@ def shares() -> st.SearchStrategy[tuple[int, int]]:
     num_batches=st.integers(1, 4),
     flags=st.tuples(*[st.booleans()] * 4),
     attended=st.sampled_from([0, 30, 100]),
+    keep_open=st.booleans(),
 )
-def test_any_policy_is_invisible(tiny, tmp_path, weights, cache, activations, size, num_batches, flags, attended):
+def test_any_policy_is_invisible(
+    tiny, tmp_path, weights, cache, activations, size, num_batches, flags, attended, keep_open
+):
     overlap, sep_layer, pin_weight, copies = flags
     policy = Policy(
         size, num_batches, *weights, *cache, *activations, overlap=overlap, sep_layer=sep_layer, pin_weight=pin_weight
     )
-    policy = replace(policy, cpu_cache_compute=attended > 0, cpu_attention_percent=attended)
+    way = {"cpu_cache_compute": attended > 0, "cpu_attention_percent": attended, "keep_open_blocks": keep_open}
+    policy = replace(policy, **way)
     check(tiny, policy, tmp_path, copies=copies)
 
 
