@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 SCORED_ROWS = 256  # prompt positions whose logits are made at a time
 WIDEN_BYTES = 16 << 20  # of fp32 rows that the CPU widens a 16-bit matrix to at a time
 DEQUANTISED_BYTES = 2 << 20  # the same of a 4-bit one; 8 MiB halve the product's speed
-ALIGNMENT = 64 << 10  # what the temporaries of a computation lose by starting at multiples of 256: two hundred of them
+ALIGNMENT = 16 << 10  # what the temporaries of a computation lose by starting at multiples of 256: 64 of them
 DECODE_PROGRAMS = 16 * 304  # that attention is split for at most: 16 for each multiprocessor of the largest chip
 MIN_SPLIT_TOKENS, MAX_SPLITS = 128, 64  # of a sequence, in attention on a GPU
 HOST_THREADS, HOST_CHUNK = 128, 32  # that attend on the host at most, and tokens that each widens at a time
@@ -147,7 +147,7 @@ def _upload_bytes(plan: Plan) -> int:
     model = plan.model
     gathered = sum(t.shape[1] for layer in plan.layers for t in layer.tensors if t.gathered)
     row = (gathered + model.hidden) * model.itemsize + 4 * 8 + 5 * 4
-    return sum(b.size * row + ALIGNMENT // 2 for b in plan.workload.batches)
+    return sum(b.size * row + ALIGNMENT for b in plan.workload.batches)
 
 
 def _rows_bytes(plan: Plan, rows: int) -> int:
