@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import rows
@@ -56,6 +56,7 @@ class Case:
     policy: Policy
     prompt_len: int
     gen_len: int
+    gpu_memory: str | None = None
 
     @property
     def name(self) -> str:
@@ -65,9 +66,13 @@ class Case:
         shape = f"{p.gpu_batch_size}x{p.num_gpu_batches} {self.prompt_len}/{self.gen_len}"
         formats = ("4-bit weights",) * p.compress_weight + ("4-bit cache",) * p.compress_cache
         sparse = (f"{p.attn_sparsity:.0%} of V",) * (p.attn_sparsity < 1)
-        return " ".join((self.model, shape, f"[{percent}]", *("sequential",) * (not p.overlap), *formats, *sparse))
+        attention = (f"{p.cpu_attention_percent:g} % attended on the host",) * p.cpu_cache_compute
+        others = ("sequential",) * (not p.overlap) + ("open blocks kept",) * p.keep_open_blocks
+        limit = (f"within {self.gpu_memory}",) if self.gpu_memory else ()
+        return " ".join((self.model, shape, f"[{percent}]", *others, *formats, *sparse, *attention, *limit))
 
 
+HEADLINE = Policy(48, 3, 20, 80, 0, 100, 0, 100, cpu_cache_compute=True)  # FlexGen's for OPT-30B (ICML 2023, table 2)
 CASES = (
     Case("opt-1.3b", Policy(64, 1, 100, 0, 100, 0, 100, 0), 128, 32),
     Case("opt-1.3b", Policy(64, 4, 0, 100, 100, 0, 100, 0), 128, 32),
@@ -81,6 +86,13 @@ CASES = (
     Case("opt-6.7b", Policy(48, 3, 20, 80, 0, 100, 0, 100, compress_weight=True, compress_cache=True), 512, 32),
     Case("opt-6.7b", Policy(48, 3, 20, 80, 0, 100, 0, 100, attn_sparsity=0.1), 512, 16),
     Case("opt-6.7b", Policy(16, 1, 100, 0, 100, 0, 100, 0, compress_weight=True, compress_cache=True), 512, 32),
+    Case("opt-6.7b", HEADLINE, 512, 32),
+    Case("opt-6.7b", replace(HEADLINE, cpu_attention_percent=50), 512, 32),
+    Case("opt-6.7b", replace(HEADLINE, cpu_attention_percent=50, keep_open_blocks=True), 512, 32),
+    Case("opt-6.7b", replace(HEADLINE, compress_cache=True), 512, 32),
+    Case("opt-6.7b", replace(HEADLINE, attn_sparsity=0.1), 512, 32),
+    # FlexGen's prompts have 512 tokens; with 256, weights and cache fit 128 GB of host memory
+    Case("opt-30b", HEADLINE, 256, 32, gpu_memory="16GiB"),
 )
 
 
@@ -108,6 +120,12 @@ def links() -> Iterator[rows.Row]:
             yield rows.Row("device to device, read and written", rate, "GB/s")
 
 
+WAYS: tuple[dict[str, Any], ...] = (  # of attending to what the host holds
+    {"cpu_cache_compute": True},
+    {"cpu_cache_compute": True, "cpu_attention_percent": 40, "keep_open_blocks": True},
+)
+
+
 def correctness(scratch: Path) -> Iterator[rows.Row]:
     """Greedy tokens of tiny fp32 models under mixed policies, all of them transformers' own."""
     from tiny_models import MODELS, NEW_TOKENS, make_tiny
@@ -124,11 +142,12 @@ def correctness(scratch: Path) -> Iterator[rows.Row]:
                 (3, True, False, False),
                 (2, False, True, True),
             ):
-                policy = Policy(2, num_batches, *percent, overlap=overlap, sep_layer=sep_layer, pin_weight=pin)
-                with LLM(str(tiny.path), policy=policy, dtype="float32", offload_dir=scratch, device="cuda") as llm:
-                    outputs = llm.generate(tiny.prompts, params)
-                right += sum(o.outputs[0].token_ids == want for o, want in zip(outputs, tiny.tokens, strict=True))
-                total += len(tiny.prompts)
+                plain = Policy(2, num_batches, *percent, overlap=overlap, sep_layer=sep_layer, pin_weight=pin)
+                for policy in (plain, *(replace(plain, **way) for way in WAYS)):
+                    with LLM(str(tiny.path), policy=policy, dtype="float32", offload_dir=scratch, device="cuda") as llm:
+                        outputs = llm.generate(tiny.prompts, params)
+                    right += sum(o.outputs[0].token_ids == want for o, want in zip(outputs, tiny.tokens, strict=True))
+                    total += len(tiny.prompts)
         yield rows.Row(f"tokens equal to transformers': {name}", right / total, "share", roof=1.0, share=right / total)
 
 
@@ -157,6 +176,7 @@ def compression(scratch: Path) -> Iterator[rows.Row]:
             want = [plain.generate(p, NEW_TOKENS)[0] for p in tiny.prompts]
             fits = {"compress_weight": weights, "compress_cache": cache, "attn_sparsity": sparsity}
             policies = [Policy(3, 2, *p, **fits) for p in ((100, 0, 100, 0, 100, 0), (20, 30, 25, 40, 40, 30))]
+            policies += [replace(policies[1], **way) for way in WAYS]
             tokens, logits = [], []
             for policy in policies:
                 tokens += [got == w for (got, _), w in zip(run(tiny, policy, "float32", scratch), want, strict=True)]
@@ -256,7 +276,8 @@ def run(tiny: Tiny, policy: Policy, dtype: str, scratch: Path) -> list[tuple[lis
 
 def engine(case: Case, store: Path, hardware: Hardware | None = None) -> rows.Row:
     """Throughput of one case, judged by the busiest lane of the same run."""
-    with LLM(case.model, path="_DUMMY_", policy=case.policy, offload_dir=store, device="cuda") as llm:
+    limit = {"gpu_memory": case.gpu_memory} if case.gpu_memory else {}
+    with LLM(case.model, path="_DUMMY_", policy=case.policy, offload_dir=store, device="cuda", **limit) as llm:
         prompts = random_prompts(case.policy.block_size, case.prompt_len, llm.spec.vocab, 0)
         llm.generate(prompts[:2], SamplingParams(max_tokens=2, ignore_eos=True, temperature=0))
         torch.cuda.reset_peak_memory_stats()

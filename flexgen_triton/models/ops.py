@@ -294,6 +294,8 @@ def prepare(spec: ModelSpec, fields: Sequence[Field], *, sparse: bool) -> None:
     kv = [torch.zeros(shape, dtype=getattr(torch, f.dtype)) for shape, f in zip(shapes, fields, strict=True)]
     k, v = (tuple(x[:, :, c] for x in kv) for c in (0, 1))
     segment = Segment(k, v, torch.ones(1, dtype=torch.int32))
+    new = q[:, : spec.num_kv_heads]
+    write_tokens(new, new, TokenTarget(tuple(kv), 0, (0,), torch.zeros(1, dtype=torch.int32)))
     if sparse:
         sparse_decode_attention(q, [segment], torch.zeros(1, dtype=torch.int32), 0)
     else:

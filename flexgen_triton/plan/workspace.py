@@ -39,7 +39,7 @@ def workspace_bytes(plan: Plan) -> int:
 def temporaries(plan: Plan) -> dict[str, int]:
     """What is allocated before the run for the computations of token steps, and for what lasts longer than one.
 
-    `decode`: the largest computation of one token of each sequence. `widened`: what its products take on top on a CPU,
+    `decode`: the largest computation of one token of each sequence. `widened`: what it takes on top on a CPU,
     and `panel` the rows of a matrix in fp32 there, for prompts too. `dense`: a 4-bit layer dequantised, which a GPU
     keeps for all GPU batches that use this load of it. `hosted`: attention on the host. `uploads`: what the host hands
     the device in a token step.
@@ -51,7 +51,8 @@ def temporaries(plan: Plan) -> dict[str, int]:
         "decode": (rows + 1) * _row_bytes(plan)
         + max(_attention_bytes(plan, rows), _product_bytes(plan, rows, matrices))
         + ALIGNMENT,
-        "widened": max(_widened_bytes(plan, rows, t) for t in matrices) + ALIGNMENT,
+        "widened": max(_host_attention_bytes(plan, rows), *(_widened_bytes(plan, rows, t) for t in matrices))
+        + ALIGNMENT,
         "panel": max(_panel_bytes(plan, t) for t in matrices),
         "dense": _dense_bytes(plan),
         "hosted": _host_attention_bytes(plan, hosted) if hosted else 0,
@@ -105,11 +106,11 @@ def _attention_bytes(plan: Plan, rows: int) -> int:
     if plan.policy.attn_sparsity < 1:
         places = longest + SEGMENTS * plan.cache_layout.block_tokens
         numbers += rows * model.num_heads * (4 * places + 24 * (plan.kept(longest) + 1))
-    return max(numbers, _host_attention_bytes(plan, rows))
+    return numbers
 
 
 def _host_attention_bytes(plan: Plan, rows: int) -> int:
-    """The same on a CPU, with what each thread widens of the cache."""
+    """Attention's on a CPU, with what each thread widens of the cache."""
     model, width = plan.model, kv_width(plan.model.head_dim)
     longest = max(b.max_len for b in plan.workload.batches) + SEGMENTS * plan.cache_layout.block_tokens
     sparse = plan.policy.attn_sparsity < 1

@@ -118,7 +118,7 @@ class Engine:
         self._dtype = getattr(torch, spec.dtype)
         smallest = self.plan(Workload((Batch((1,), 2),)))
         fit.check(smallest, self._available())
-        if device.type == "cpu":
+        if device.type == "cpu" or policy.cpu_cache_compute:
             ops.prepare(spec, smallest.cache_layout.fields, sparse=policy.attn_sparsity < 1)
         self._disk = DiskQueue()
         try:

@@ -181,7 +181,8 @@ def _overheads(hardware: Hardware, device: torch.device, directory: Path, *, qui
     steps = 8 if quick else 32
     with tempfile.TemporaryDirectory(prefix=".measure-", dir=directory) as work:
         alone = _run(TINY, Policy(), device, Path(work), copies=hardware.copies, steps=steps)
-        moved = _run(TINY, Policy(1, 2, 0, 50, 0, 50, 0, 50), device, Path(work), copies=True, steps=steps)
+        spread = Policy(1, 2, 0, 50, 0, 50, 0, 50, cpu_cache_compute=True)
+        moved = _run(TINY, spread, device, Path(work), copies=True, steps=steps)
     lanes = [lane for lane in Lane if lane is not Lane.COMPUTE]
     found = {lane.value: _excess((s for s in moved.timeline.spans if s.op.lane is lane), hardware) for lane in lanes}
     decoded = [s for s in alone.timeline.spans if s.op.i > 0]

@@ -24,7 +24,7 @@ from flexgen_triton.run.measure import (
 
 CPU = torch.device("cpu")
 FORMATS = {"float32", "float16", "bfloat16", "4-bit"}
-LANES = {"disk_in", "disk_out", "h2d", "d2h", "compute"}
+LANES = {"disk_in", "disk_out", "h2d", "d2h", "host_attention", "compute"}
 
 
 @pytest.fixture(scope="module")
