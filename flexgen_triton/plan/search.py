@@ -169,12 +169,25 @@ def search(problem: Problem, hardware: Hardware) -> Searched:
         raise PolicyError(_too_slow(problem, hardware))
     if not found:
         found = _smallest(problem, hardware, free)
-    return Searched(problem, hardware, tuple(sorted(found, key=lambda f: -f.tokens_per_s)), tuple(candidates))
+    best, *others = sorted(found, key=lambda f: -f.tokens_per_s)
+    best = _with_open_blocks_kept(problem, hardware, free, best)
+    return Searched(problem, hardware, (best, *others), tuple(candidates))
+
+
+def _with_open_blocks_kept(problem: Problem, hardware: Hardware, free: Mapping[Tier, float], found: Found) -> Found:
+    """The same policy storing only whole blocks of the cache, where there is room for that and it is no slower."""
+    policy = replace(found.policy, keep_open_blocks=True)
+    plan = problem.plan(policy, copies=hardware.copies)
+    if not plan.keeps_open or not fits(plan, free):
+        return found
+    other = _found(problem, plan, hardware, found.bound_tokens_per_s)
+    return other if other.tokens_per_s >= found.tokens_per_s else found
 
 
 def check_formats(problem: Problem, hardware: Hardware) -> None:
     """Raise HardwareError where a profile has no figures for the model's dtype or for a format that is allowed."""
-    for what, rates in (("4bit", hardware.matmul), ("4bit-cache", hardware.decode_attention)):
+    attention = (("4bit-cache", hardware.decode_attention), ("4bit-cache", hardware.host_attention))
+    for what, rates in (("4bit", hardware.matmul), *attention):
         for kind in (problem.model.dtype, *(["4-bit"] if what in problem.allow else [])):
             if kind not in rates:
                 flag = f"--allow {what}" if kind == "4-bit" else f"--dtype {kind}"

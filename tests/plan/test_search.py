@@ -18,7 +18,7 @@ from flexgen_triton.plan.placement import Tier
 from flexgen_triton.plan.plan import make_plan
 from flexgen_triton.plan.policy import Policy, PolicyError
 from flexgen_triton.plan.predict import predict, sample_steps
-from flexgen_triton.plan.relax import KINDS, Relaxation, with_shares
+from flexgen_triton.plan.relax import ATTENDED, KINDS, Relaxation, with_shares
 from flexgen_triton.plan.search import FEW_STEPS, Problem, available, frontier, modest, search, worth
 from flexgen_triton.plan.spec import Workload
 
@@ -39,6 +39,45 @@ def machines(draw: st.DrawFn) -> Hardware:
     free = 128 * MIB + TWO_CORES.process_bytes  # what libraries take of the host
     sizes_of = {"gpu_bytes": draw(sizes) + SMALL_GPU.context_bytes, "host_bytes": draw(sizes) + free}
     return replace(SMALL_GPU, **links, matmul=matmul, **sizes_of, disk_bytes=draw(sizes))
+
+
+def attending_host(rate: float) -> Hardware:
+    """A fast GPU with room for the weights and little else beside a slow link; the host attends at so many bytes/s."""
+    rates = {kind: Curve.flat(rate) for kind in ("float16", "4-bit")}
+    fast = {"matmul": {kind: Curve.flat(2e13) for kind in ("float16", "4-bit")}, "prefill_attention": Curve.flat(2e13)}
+    links = {"h2d": Curve.flat(1e9), "d2h": Curve.flat(1e9)}
+    gpu = SMALL_GPU.context_bytes + 220 * MIB
+    return replace(SMALL_GPU, **links, **fast, host_attention=rates, gpu_bytes=gpu, host_bytes=8 * GIB)
+
+
+@pytest.mark.parametrize(("rate", "low", "high"), [(2e10, 0.8, 1), (1e9, 0.35, 0.65), (2e7, 0, 0.1)])
+def test_the_host_attends_to_what_it_can_read_while_the_link_brings_the_rest(rate, low, high):
+    """At twenty times the link's rate, at the same and at a fiftieth, for 256 sequences, whose cache is there."""
+    hardware, problem = attending_host(rate), Problem(TINY, 400, 64)
+    relaxation = Relaxation(TINY, Policy(32), 400, 64, hardware)
+    shares = relaxation.solve(8, available(hardware, problem)).shares
+    on_host = shares["cache", ATTENDED] + shares["cache", Tier.HOST]
+    assert on_host > 0.5
+    assert low <= shares["cache", ATTENDED] / on_host <= high
+
+
+def test_sharing_attention_beats_leaving_it_to_either():
+    policy = Policy(64, 4, 100, 0, 0, 100, 100, 0)
+    took = [
+        predict(Problem(TINY, 400, 64).plan(p, copies=True), attending_host(1e9)).total_s
+        for p in (policy, *(replace(policy, cpu_cache_compute=True, cpu_attention_percent=n) for n in (100, 50)))
+    ]
+    assert took[2] < 0.7 * min(took[:2])
+
+
+def test_open_blocks_stay_on_a_gpu_that_has_room_for_them():
+    """The prompts' cache exceeds it by far."""
+    problem, hardware = Problem(TINY, 400, 64, num_prompts=256), attending_host(2e7)
+    found = search(problem, hardware).best
+    for keeps in (True, False):
+        plan = problem.plan(replace(found.policy, keep_open_blocks=keeps), copies=True)
+        quicker = predict(plan, hardware, exact=FEW_STEPS).total_s < found.prediction.total_s
+        assert not (quicker and fits(plan, available(hardware, problem)))
 
 
 problems = st.builds(Problem, st.just(TINY), st.integers(1, 100), st.integers(1, 40), st.none() | st.integers(1, 300))
