@@ -65,12 +65,14 @@ def percent_text(plan: Plan) -> str:
 
 
 def formats_text(plan: Plan) -> str:
-    """What is not as the model has it: ", 4-bit weights (groups of 64), 4-bit cache, 10 % of V"."""
+    """What is not as the model has it, ", 4-bit weights (groups of 64), 10 % of V", and who attends to the cache."""
     policy = plan.policy
     texts = [
         f", 4-bit weights (groups of {policy.weight_group})" if policy.weight_group else "",
         ", 4-bit cache" if policy.is_cache_4bit else "",
         f", {policy.attn_sparsity:.0%} of V" if policy.attn_sparsity < 1 else "",
+        f", {policy.attended_percent:g} % attended by the host" if plan.is_split else "",
+        ", open blocks kept" if plan.keeps_open else "",
     ]
     return "".join(texts)
 

@@ -41,6 +41,7 @@ RESOURCES = {
     "d2h": "GB/s from GPU to host",
     "disk_in": "GB/s of disk read",
     "disk_out": "GB/s of disk write",
+    "host_attention": "GB/s of attention on the host",
 }
 NOTHING = 0.0005  # a gain below this share of the throughput is none
 
@@ -154,6 +155,9 @@ def bench_command(model: Model, problem: Problem, policy: Policy, offload_dir: P
     group = p.comp_weight_config.group_size
     command += ["--group-size", str(group)] if group != default.comp_weight_config.group_size else []
     command += ["--attn-sparsity", f"{p.attn_sparsity:g}"] if p.attn_sparsity != default.attn_sparsity else []
+    command += ["--cpu-cache-compute"] if p.cpu_cache_compute else []
+    command += ["--cpu-attention-percent", f"{p.cpu_attention_percent:g}"] if p.cpu_attention_percent != 100 else []
+    command += ["--keep-open-blocks"] if p.keep_open_blocks else []
     for flag in ("sep_layer", "overlap", "pin_weight"):
         command += [] if getattr(p, flag) else [f"--{flag.replace('_', '-')}", "false"]
     command += ["--num-prompts", str(problem.num_prompts)] if problem.num_prompts else []
@@ -214,15 +218,18 @@ def _policies(searched: Searched, told: list[Choice]) -> Table:
     copies = searched.hardware.copies
     tiers = "/".join(TIERS.values() if copies else ("host", "disk"))
     bounds = "" if all(c.prediction for c in told) else "; ≤: a bound, not simulated"
-    title = f"policies: per cent on {tiers}{bounds}"
+    attended = "; attended: of the cache, by the host" if any(c.policy.attended_percent for c in told) else ""
+    title = f"policies: per cent on {tiers}{attended}{bounds}"
     table = _table(
-        title, 6, "batches", "weights", "cache", "activations", "format", "busiest lanes",
+        title, 7, "batches", "weights", "cache", "attended", "act.", "format", "busiest lanes",
         "tok/s", "latency s", f"GiB of {tiers}",
     )  # fmt: skip
     for choice in told:
         table.add_row(
             f"{choice.policy.gpu_batch_size} x {choice.policy.num_gpu_batches}",
-            *(_shares(choice.policy, kind, copies=copies) for kind in ("w", "cache", "act")),
+            *(_shares(choice.policy, kind, copies=copies) for kind in ("w", "cache")),
+            f"{choice.policy.attended_percent:.0f}" if copies else "all",
+            _shares(choice.policy, "act", copies=copies),
             _format(choice.policy),
             ", ".join(_busiest(choice.prediction).values()) if choice.prediction else "",
             f"{choice.at_most}{choice.tokens_per_s:.4g}",

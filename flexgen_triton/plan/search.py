@@ -427,7 +427,14 @@ def worth(searched: Searched, neighbours: int = 24) -> dict[str, float]:
         return max((problem.throughput(c.policy, a.seconds) for c, a in answers if a), default=0.0)
 
     gains = {tier.value: best({**free, tier: free[tier] + GIB}, {}) - now for tier in free}
-    links = {"h2d": hardware.h2d, "d2h": hardware.d2h, "disk_in": hardware.disk_read, "disk_out": hardware.disk_write}
+    form = "4-bit" if searched.best.policy.is_cache_4bit else problem.model.dtype
+    links = {
+        "host_attention": hardware.host_attention[form],
+        "h2d": hardware.h2d,
+        "d2h": hardware.d2h,
+        "disk_in": hardware.disk_read,
+        "disk_out": hardware.disk_write,
+    }
     for lane, curve in links.items():
         if hardware.copies or lane.startswith("disk"):
             rate = curve.points[-1][1]

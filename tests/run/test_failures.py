@@ -10,6 +10,7 @@ import time
 import pytest
 
 from flexgen_triton import LLM, Policy, SamplingParams
+from flexgen_triton.memory.arena import Arena
 from flexgen_triton.plan.policy import PolicyError
 from flexgen_triton.run.block import Block
 
@@ -63,16 +64,40 @@ def test_an_error_in_any_lane_ends_the_run_and_names_its_op(tiny, tmp_path, monk
     assert threading.active_count() == threads
 
 
-def test_an_interrupt_ends_the_run_and_leaves_no_thread(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("policy", [Policy(3, 2, 0, 0, 0, 0), HOSTED], ids=["all on disk", "attended on the host"])
+def test_an_interrupt_ends_the_run_and_leaves_no_thread(tiny, tmp_path, monkeypatch, policy):
     def interrupted(self, i, k):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Block, "alive", interrupted)
     threads = threading.active_count()
-    llm = LLM(str(tiny.path), policy=Policy(3, 2, 0, 0, 0, 0), dtype="float32", offload_dir=tmp_path)
+    llm = LLM(str(tiny.path), policy=policy, dtype="float32", offload_dir=tmp_path, copies=policy is HOSTED)
     with llm, pytest.raises(KeyboardInterrupt):
         llm.generate(tiny.prompts, SamplingParams(max_tokens=4, temperature=0))
     assert threading.active_count() == threads
+
+
+def test_a_stream_given_up_while_the_host_attends_frees_everything(tiny, tmp_path, monkeypatch):
+    """Every arena is closed, no file and no thread stays, and the engine goes on."""
+    arenas = []
+    made = Arena.__init__
+
+    def noted(self, *args, **more):
+        made(self, *args, **more)
+        arenas.append(self)
+
+    monkeypatch.setattr(Arena, "__init__", noted)
+    threads, open_files = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    with LLM(str(tiny.path), policy=HOSTED, dtype="float32", offload_dir=tmp_path, copies=True) as llm:
+        short = SamplingParams(max_tokens=1, temperature=0)
+        stream = llm.stream([(tiny.prompts[0], short), *((p, GREEDY) for p in tiny.prompts[1:])])
+        next(stream)  # the others are at work
+        stream.close()
+        outputs = llm.generate(tiny.prompts, GREEDY)
+    assert [o.outputs[0].token_ids for o in outputs] == [t[:6] for t in tiny.tokens]
+    assert arenas and all(arena.nbytes == 0 for arena in arenas)
+    assert threading.active_count() == threads and len(os.listdir("/proc/self/fd")) == open_files
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small filesystem needs root")
