@@ -283,7 +283,8 @@ class Cache:
             at = group.first - host.first
             for block, first, n in self._filled(group, op.i):
                 to = home[block] if group is host else opened
-                to[:, first : first + n].copy_(tails[:, at + first : at + first + n], non_blocking=True)
+                for half_to, tail in zip(to, tails, strict=True):  # one range each: what is strided takes temporaries
+                    half_to[first : first + n].copy_(tail[at + first : at + first + n], non_blocking=True)
 
     def _filled(self, group: Group, step: int) -> Iterator[tuple[int, int, int]]:
         """(block, first, n): that block of the n neighbours from sequence `first` on becomes full in a token step."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 
 import pytest
@@ -15,12 +16,22 @@ SHORT = [[5, 9, 17, 4, 33, 8, 100, 2, 61, 7, 12], [44, 21], [77]]  # the interpr
 
 @pytest.fixture(autouse=True)
 def on_triton(monkeypatch):
-    monkeypatch.setattr(ops, "uses_triton", lambda x: True)
+    """All but what the host attends to itself."""
+    monkeypatch.setattr(ops, "uses_triton", lambda x: "HOST" not in threading.current_thread().name)
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_the_kernels_give_the_plain_models_tokens(tiny, tmp_path, fmt):
     check(replace(tiny, prompts=SHORT), make_policy((3, 1, *PERCENT), fmt), tmp_path, copies=True, new_tokens=3)
+
+
+@pytest.mark.parametrize("fmt", ["weights", "cache"])
+def test_they_and_the_hosts_own_kernels_give_them_together(tiny, tmp_path, fmt):
+    """Sequences on the GPU, attended on the host, sent from there and from disk; open blocks on the GPU."""
+    long = [[n % 90 + 5 for n in range(22)], *SHORT]
+    policy = make_policy((4, 1, 50, 50, 25, 50, 100, 0), fmt)
+    policy = replace(policy, cpu_cache_compute=True, cpu_attention_percent=50, keep_open_blocks=True)
+    check(replace(tiny, prompts=long), policy, tmp_path, copies=True, new_tokens=4)
 
 
 def test_the_kernels_give_them_for_heads_of_80(tiny_models, tmp_path):
