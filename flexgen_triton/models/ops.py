@@ -1,9 +1,9 @@
 """The operations models are made of, and the one place that picks an implementation by the tensor's device.
 
-On a GPU they are the Triton kernels of `kernels/` and cuBLAS. On the CPU they are torch's own and, for 4-bit matrices
-and for attention over the cache, compiled loops. There 16-bit matrices are multiplied in fp32 unless the processor has
-bf16 arithmetic: without it torch emulates 16-bit products several times slower than it widens the weights, a
-cache-sized panel of rows at a time.
+On a GPU they are the Triton kernels of `kernels/` and cuBLAS. On the CPU they are torch's own and, for 4-bit matrices,
+norms, the cache and attention over it, compiled loops. There 16-bit matrices are multiplied in fp32 unless the
+processor has bf16 arithmetic: without it torch emulates 16-bit products several times slower than it widens the
+weights, a cache-sized panel of rows at a time.
 
 Results and temporaries come from a `Scratch`: while tokens are decoded, from memory allocated before the run. Without
 one they are torch's own. What an operation needs beside its result is back before it returns.
@@ -296,6 +296,8 @@ def prepare(spec: ModelSpec, fields: Sequence[Field], *, sparse: bool) -> None:
     segment = Segment(k, v, torch.ones(1, dtype=torch.int32))
     new = q[:, : spec.num_kv_heads]
     write_tokens(new, new, TokenTarget(tuple(kv), 0, (0,), torch.zeros(1, dtype=torch.int32)))
+    ones = torch.ones(1, dtype=q.dtype)
+    layer_norm(ones[None], ones, ones)
     if sparse:
         sparse_decode_attention(q, [segment], torch.zeros(1, dtype=torch.int32), 0)
     else:
@@ -308,12 +310,13 @@ def prepare(spec: ModelSpec, fields: Sequence[Field], *, sparse: bool) -> None:
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, scratch: Scratch | None = None) -> Tensor:
     """Layer normalisation of x [M, K] over K, in x's dtype."""
+    out = (scratch or Scratch(device=x.device)).take(*x.shape, dtype=x.dtype)
     if uses_triton(x):
         from ..kernels.norm import layer_norm as normalise
-
-        out = None if scratch is None else scratch.take(*x.shape, dtype=x.dtype)
-        return normalise(x, weight, bias, eps=LAYER_NORM_EPS, out=out).y  # type: ignore[no-any-return]
-    return F.layer_norm(x, x.shape[-1:], weight, bias, LAYER_NORM_EPS)
+    else:
+        from ..kernels.cpu_norm import layer_norm as normalise
+    normalise(x, weight, bias, eps=LAYER_NORM_EPS, out=out)
+    return out
 
 
 def prefill_attention(q: Tensor, k: Tensor, v: Tensor, lens: Sequence[int]) -> Tensor:
