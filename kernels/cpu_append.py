@@ -162,7 +162,8 @@ def append_kv(k: Tensor, v: Tensor, k_fields: Fields, v_fields: Fields, position
     assert positions.dtype == torch.int32 and positions.shape == (num_seqs,) and positions.is_contiguous()
     if not num_seqs:
         return
-    assert 0 <= int(positions.min()) <= int(positions.max()) < len(k_fields[0]) * tokens, (positions, k_fields[0].shape)
+    at = positions.numpy()
+    assert 0 <= at.min() <= at.max() < len(k_fields[0]) * tokens, (at, k_fields[0].shape)
     kernel, sources = _quantize_kernel, (k, v)
     if len(k_fields) == 1:
         assert k.dtype == v.dtype == k_fields[0].dtype == v_fields[0].dtype, (k.dtype, k_fields[0].dtype)
@@ -170,7 +171,7 @@ def append_kv(k: Tensor, v: Tensor, k_fields: Fields, v_fields: Fields, position
         k_fields, v_fields = (tuple(f.view(torch.uint8) for f in fields) for fields in (k_fields, v_fields))
     places = np.stack([_places(x, fields, dim) for x, fields in zip(sources, (k_fields, v_fields), strict=True)])
     fields = (flat(field) for pair in zip(k_fields, v_fields, strict=True) for field in pair)
-    launch(kernel, *map(flat, sources), *fields, places, positions.numpy(), tokens, heads)
+    launch(kernel, *map(flat, sources), *fields, places, at, tokens, heads)
 
 
 def _places(x: Tensor, fields: Fields, dim: int) -> np.ndarray:

@@ -15,7 +15,7 @@ rows of V that weigh most.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -561,7 +561,7 @@ def sparse_workspace_bytes(num_seqs: int, num_heads: int, head_dim: int, max_tok
     rows, width = num_seqs * num_heads, kv_width(head_dim)
     picks = rows * min(max_tokens, max_keep + 1)
     scratch = num_threads() * _sparse_scratch(width, max_tokens)
-    return _bytes(rows * width, rows * width, rows * max_tokens, picks, rows, rows, scratch)
+    return _bytes(num_seqs, rows * width, rows * width, rows * max_tokens, picks, rows, rows, scratch)
 
 
 def decode_attention(
@@ -625,31 +625,41 @@ def sparse_decode_attention(
     """
     num_seqs, num_heads, dim = q.shape
     rows, width = num_seqs * num_heads, _width(segments, dim)
-    lens = torch.stack([s.lens for s in segments]).to(torch.int32)
-    starts = (lens.cumsum(0, dtype=torch.int32) - lens).contiguous()
-    lengths = lens.sum(0, dtype=torch.int32)
-    longest = int(lengths.max()) if num_seqs else 0
+    (counts,) = _cut(workspace, num_seqs)
+    workspace = None if workspace is None else workspace[_aligned(num_seqs) :]
+    counted, keeps = counts.view(torch.int32).numpy(), keep.to(torch.int32).contiguous().numpy()
+    for _ in _starting(segments, counted):
+        pass
+    longest = int(counted.max(initial=0))
     if not longest:
         return torch.zeros_like(q) if out is None else out.zero_()
-    most = min(longest, max(0, int(keep.max())) + 1)
+    most = min(longest, max(0, int(keeps.max())) + 1)
     threads, size = num_threads(), _sparse_scratch(width, longest)
     sizes = rows * width, rows * width, rows * longest, rows * most, rows, rows, threads * size
     query, acc, scores, picks, num_picks, lse, scratch = _cut(workspace, *sizes)
     _scale_query(q, scale, query.view(rows, width))
     acc.zero_()
     work = scratch.view(threads, size).numpy()
-    parts = [(s, _stores(s, width), start.numpy()) for s, start in zip(segments, starts, strict=True) if s.k[0].numel()]
-    for segment, (k, _, offsets), start in parts:
-        where = start, *_sizes(segment), scores.numpy(), longest
+    parts = [s for s in segments if s.k[0].numel()]
+    stores = [_stores(s, width) for s in parts]
+    for segment, (k, _, offsets) in zip(_starting(parts, counted), stores, strict=True):
+        where = counted, *_sizes(segment), scores.numpy(), longest
         launch(_scores_kernel, work, query.numpy(), width, k, offsets, *where)
     matrix = scores.view(rows, longest).numpy()
     picked = picks.view(torch.int32).view(rows, most).numpy(), num_picks.view(torch.int32).numpy()
-    keeps = keep.to(torch.int32).contiguous().numpy()
-    launch(_select_kernel, work.view(np.int32), matrix, lengths.numpy(), keeps, *picked, lse.numpy())
-    for segment, (_, v, offsets), start in parts:
-        chosen = (matrix, lse.numpy(), *picked, start)
+    launch(_select_kernel, work.view(np.int32), matrix, counted, keeps, *picked, lse.numpy())
+    for segment, (_, v, offsets) in zip(_starting(parts, counted), stores, strict=True):
+        chosen = (matrix, lse.numpy(), *picked, counted)
         launch(_gather_kernel, work, v, offsets, *chosen, *_sizes(segment), width, acc.numpy())
     return _result(acc.view(rows, width), q, out)
+
+
+def _starting(segments: Sequence[KVSegment], counted: np.ndarray) -> Iterator[KVSegment]:
+    """The segments, one by one; `counted` int32 [B] is the tokens before each, and of all of them in the end."""
+    counted[:] = 0
+    for segment in segments:
+        yield segment
+        counted += segment.lens.numpy()
 
 
 def _decode_scratch(width: int, num_heads: int) -> int:
@@ -703,9 +713,9 @@ def _result(acc: Tensor, q: Tensor, out: Tensor | None) -> Tensor:
 def _sizes(segment: KVSegment) -> tuple[np.ndarray, int, int]:
     """Valid tokens, tokens of a block, K and V heads."""
     blocks, _, kv_heads, tokens, *_ = segment.k[0].shape
-    lens = segment.lens.to(torch.int32).contiguous()
-    assert int(lens.max()) <= blocks * tokens, (lens, segment.k[0].shape)
-    return lens.numpy(), tokens, kv_heads
+    lens = segment.lens.to(torch.int32).contiguous().numpy()
+    assert lens.max() <= blocks * tokens, (lens, segment.k[0].shape)
+    return lens, tokens, kv_heads
 
 
 def _stores(segment: KVSegment, width: int) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...], np.ndarray]:

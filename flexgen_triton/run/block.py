@@ -281,7 +281,9 @@ class Block:
             ops.decode_attention(q, attended.segments, out=answer, scratch=scratch)
         else:
             keep = attended.keep
-            ops.sparse_decode_attention(q, attended.segments, keep, int(keep.max()), out=answer, scratch=scratch)
+            ops.sparse_decode_attention(
+                q, attended.segments, keep, int(keep.numpy().max()), out=answer, scratch=scratch
+            )
 
     def _load_attended(self, op: Op) -> None:
         """h2d: what the host made of them."""

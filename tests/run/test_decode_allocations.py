@@ -6,8 +6,10 @@ import sys
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,17 +33,13 @@ FORMATS = {  # dtype, 4-bit weights, 4-bit cache, share of V
     "4-bit cache": ("float32", False, True, 1.0),
     "sparse": ("float32", False, False, 0.2),
 }
+Action = Callable[[Op], int | None]
 MIXED = (20, 30, 25, 30, 40, 30)
+ATTENDED = (20, 30, 25, 70, 40, 30)  # of three sequences two on the host
 PLACES = {"on disk": (0, 0, 0, 0, 0, 0), "in memory": (100, 0, 100, 0, 100, 0)}
 
 # What allocates still, and goes from this list when it no longer does.
-FILES = ("kernels/cpu_attention.py",)  # the CPU's attention
-FUNCTIONS = (
-    "append_tokens",  # and its way of writing a token to the cache
-    "write_tokens",
-    "reserve",  # the workspace of 4-bit products, which grows to its size in the first step
-)
-OPERATORS = ("aten.layer_norm.default",)  # on the CPU: torch has none into given memory, `.out` allocates and copies
+FUNCTIONS = ("reserve",)  # the workspace of 4-bit products on a GPU, which grows to its size in the first step
 INTERPRETER = ("triton/runtime/interpreter.py",)  # in place of a GPU
 GROWTH = 16 << 10  # bytes of Python's objects from step to step: none stay, some are about to go
 
@@ -50,7 +48,7 @@ def excused() -> bool:
     """Whether this call comes from what allocates still."""
     frame = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_filename.endswith(FILES + INTERPRETER) or frame.f_code.co_name in FUNCTIONS:
+        if frame.f_code.co_filename.endswith(INTERPRETER) or frame.f_code.co_name in FUNCTIONS:
             return True
         frame = frame.f_back
     return False
@@ -60,19 +58,29 @@ def storages(tree: object) -> Iterator[int]:
     return (t.untyped_storage().data_ptr() for t in tree_leaves(tree) if isinstance(t, torch.Tensor) and t.numel())
 
 
+@dataclass
+class Seen:
+    """What the watched ops called, by op, and of that what allocates."""
+
+    arenas: set[int] = field(default_factory=set)
+    calls: Counter[str] = field(default_factory=Counter)
+    found: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+
 class Watch(TorchDispatchMode):
     """Counts, by name, the operators whose result lies neither in an arena nor where an argument does."""
 
-    def __init__(self, arenas: set[int]) -> None:
+    def __init__(self, seen: Seen, op: str) -> None:
         super().__init__()
-        self.arenas, self.found, self.calls = arenas, Counter[str](), 0
+        self.seen, self.op = seen, op
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.calls += 1
+        self.seen.calls[self.op] += 1
         out = func(*args, **(kwargs or {}))
-        known = self.arenas if "lift_fresh" in str(func) else self.arenas | set(storages((args, kwargs)))
-        if not set(storages(out)) <= known and str(func) not in OPERATORS and not excused():
-            self.found[str(func)] += 1
+        arenas = self.seen.arenas
+        known = arenas if "lift_fresh" in str(func) else arenas | set(storages((args, kwargs)))
+        if not set(storages(out)) <= known and not excused():
+            self.seen.found[self.op, str(func)] += 1
         return out
 
 
@@ -84,26 +92,25 @@ def python_bytes() -> int:
 
 
 @pytest.fixture
-def watched(monkeypatch: pytest.MonkeyPatch) -> Watch:
-    """Watches all computations of token steps from 1 on."""
-    arenas: set[int] = set()
-    watch, make, compute = Watch(arenas), Arena.__init__, Block._compute
+def watched(monkeypatch: pytest.MonkeyPatch) -> Seen:
+    """Watches all that any lane does in token steps from 1 on."""
+    seen, make, actions = Seen(), Arena.__init__, Block.actions.fget
 
     def make_and_note(self: Arena, *args, **kwargs) -> None:
         make(self, *args, **kwargs)
         if self.nbytes:
-            arenas.add(self.buffer.untyped_storage().data_ptr())
+            seen.arenas.add(self.buffer.untyped_storage().data_ptr())
 
-    def compute_watched(self: Block, op: Op) -> None:
+    def watch(act: Action, op: Op) -> int | None:
         if op.i == 0:
-            compute(self, op)
-            return
-        with watch:
-            compute(self, op)
+            return act(op)
+        with Watch(seen, op.name):
+            return act(op)
 
     monkeypatch.setattr(Arena, "__init__", make_and_note)
-    monkeypatch.setattr(Block, "_compute", compute_watched)
-    return watch
+    watched_actions = property(lambda self: {name: partial(watch, act) for name, act in actions(self).items()})
+    monkeypatch.setattr(Block, "actions", watched_actions)
+    return seen
 
 
 def run(
@@ -115,12 +122,20 @@ def run(
     *,
     copies: bool,
     on_step: Callable[[int, int], None] | None = None,
+    **fields: Any,
 ) -> None:
     """Generate a few tokens; `on_step` is told of each GPU batch's token steps."""
     dtype, weights, cache, sparsity = FORMATS[fmt]
     num_batches, overlap = STRATEGIES[strategy]
     policy = Policy(
-        3, num_batches, *percent, overlap=overlap, compress_weight=weights, compress_cache=cache, attn_sparsity=sparsity
+        3,
+        num_batches,
+        *percent,
+        overlap=overlap,
+        compress_weight=weights,
+        compress_cache=cache,
+        attn_sparsity=sparsity,
+        **fields,
     )
     greedy = SamplingParams(max_tokens=6, ignore_eos=True, temperature=0)
     with LLM(str(tiny.path), policy=policy, dtype=dtype, offload_dir=folder, copies=copies) as llm:
@@ -139,6 +154,20 @@ def test_a_token_step_allocates_no_tensor(tiny, tmp_path, watched, fmt, copies):
 @pytest.mark.parametrize("place", PLACES)
 def test_under_any_strategy_and_anywhere(tiny, tmp_path, watched, strategy, place):
     run(tiny, tmp_path, "fp32", strategy, PLACES[place], copies=True)
+    assert watched.calls and not watched.found
+
+
+@pytest.mark.parametrize("share", [50, 100])
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_nor_where_the_host_attends(tiny, tmp_path, watched, fmt, share):
+    attending = {"cpu_cache_compute": True, "cpu_attention_percent": share, "keep_open_blocks": share == 50}
+    run(tiny, tmp_path, fmt, "multi-batch", ATTENDED, copies=True, **attending)
+    assert {"project", "attend_host", "finish"} <= set(watched.calls) and not watched.found
+
+
+@pytest.mark.parametrize("fmt", ["fp32", "4-bit cache", "sparse"])
+def test_nor_where_open_blocks_stay(tiny, tmp_path, watched, fmt):
+    run(tiny, tmp_path, fmt, "multi-batch", MIXED, copies=True, keep_open_blocks=True)
     assert watched.calls and not watched.found
 
 
