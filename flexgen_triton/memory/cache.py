@@ -262,7 +262,11 @@ class Cache:
 
     def _store_token(self, op: Op, out: Tensor) -> None:
         _, _, host, disk = self._plan.groups[op.k].cache
-        new = [field[0, ..., 0, :].cpu() for field in self._tokens(out, host.size + disk.size)]  # [n, 2, Hkv, width]
+        size = host.size + disk.size
+        landed = self._buffers.landing[: size * self._layout.token_bytes]
+        # This waits. In one piece, for by strides torch copies through memory of its own.
+        landed.copy_(out[: len(landed)])
+        new = [field[0, ..., 0, :] for field in self._tokens(landed, size)]  # [n, 2, Hkv, width]
         opened = [n % self._layout.block_tokens for n in disk.cached(op.i)]
         for buffer, group, positions in (
             (self._host[op.j, op.k], host, host.cached(op.i)),
@@ -493,12 +497,10 @@ def _segment(fields: Sequence[Tensor], lens: Tensor, blocks: int | None = None) 
 
 
 def append_tokens(fields: Fields, positions: Sequence[int], new: Sequence[Tensor]) -> None:
-    """Write one token of every sequence, [n, 2, Hkv, width] by field, at its position."""
-    tokens = fields[0].shape[4]
-    at = torch.tensor(positions, device=fields[0].device)
-    sequences = torch.arange(len(at), device=at.device)
-    for field, rows in zip(fields, new, strict=True):
-        if len(set(positions)) == 1:
-            field[positions[0] // tokens, :, :, :, positions[0] % tokens] = rows
-        else:
-            field[at // tokens, sequences, :, :, at % tokens] = rows
+    """Write one token of every sequence, [n, 2, Hkv, width] by field, at its position: neighbours alike in one copy."""
+    tokens, first = fields[0].shape[4], 0
+    for position, same in groupby(positions):
+        stop = first + len(list(same))
+        for field, rows in zip(fields, new, strict=True):
+            field[position // tokens, first:stop, :, :, position % tokens] = rows[first:stop]
+        first = stop

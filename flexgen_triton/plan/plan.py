@@ -446,7 +446,7 @@ class Plan:
         """Peak bytes of the host tier: its weights, homes and staging rings, and what libraries take in a first run."""
         weights = sum(p.host.nbytes for p in (*self.placements, self.tables))
         rings = sum(self.rings[name] for name in HOST_RINGS)
-        computing = self.temporaries["uploads"] + self.temporaries["hosted"]
+        computing = sum(self.temporaries[name] for name in ("uploads", "hosted", "landing"))
         return weights + self.homes[Tier.HOST] + rings + computing + LIBRARY_BYTES
 
     @cached_property

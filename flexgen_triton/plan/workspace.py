@@ -42,7 +42,7 @@ def temporaries(plan: Plan) -> dict[str, int]:
     `decode`: the largest computation of one token of each sequence. `widened`: what it takes on top on a CPU,
     and `panel` the rows of a matrix in fp32 there, for prompts too. `dense`: a 4-bit layer dequantised, which a GPU
     keeps for all GPU batches that use this load of it. `hosted`: attention on the host. `uploads`: what the host hands
-    the device in a token step.
+    the device in a token step. `landing`: the new tokens of the host's and the disk's sequences, on their way home.
     """
     rows = max(b.size for b in plan.workload.batches)
     hosted = max(g.cache.attended.size for g in plan.groups)
@@ -57,6 +57,7 @@ def temporaries(plan: Plan) -> dict[str, int]:
         "dense": _dense_bytes(plan),
         "hosted": _host_attention_bytes(plan, hosted) if hosted else 0,
         "uploads": _upload_bytes(plan),
+        "landing": _landing_bytes(plan),
     }
     return {name: pad(nbytes) for name, nbytes in sizes.items()}
 
@@ -149,6 +150,12 @@ def _upload_bytes(plan: Plan) -> int:
     gathered = sum(t.shape[1] for layer in plan.layers for t in layer.tensors if t.gathered)
     row = (gathered + model.hidden) * model.itemsize + 4 * 8 + 5 * 4
     return sum(b.size * row + ALIGNMENT for b in plan.workload.batches)
+
+
+def _landing_bytes(plan: Plan) -> int:
+    if not plan.copies or plan.keeps_open:
+        return 0
+    return max(g.cache.host.size + g.cache.disk.size for g in plan.groups) * plan.cache_layout.token_bytes
 
 
 def _rows_bytes(plan: Plan, rows: int) -> int:
