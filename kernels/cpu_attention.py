@@ -38,15 +38,20 @@ from .cpu_jit import (
 )
 from .cpu_lanes import (
     LANES,
+    add,
+    exp2,
     larger,
     largest,
     load,
+    load_wide,
     load_words,
     look_up,
     multiply_add,
     spread,
     store,
+    subtract,
     sum_each,
+    sum_of,
     tabulate,
 )
 from .formats import KV_GROUP, KVSegment, kv_width
@@ -126,6 +131,15 @@ def _widen_words(codes, tables, count, width, wide):
 
 
 @compiled
+def _sum_rows(sums, count, scores):
+    """The sums of `count` vectors of 16, sums [CHUNK * 16], which are overwritten -> scores [count]."""
+    for t in range(0, count, LANES):
+        store(sum_each(sums, t * LANES), sums, t)
+    for t in range(count):
+        scores[t] = sums[t]
+
+
+@compiled
 def _score_words(q, codes, tables, count, width, sums, scores, ahead, at):
     """q [width], K as codes [count * width/4] and tables -> scores [count]; sums [CHUNK * 16] is scratch.
 
@@ -144,10 +158,7 @@ def _score_words(q, codes, tables, count, width, sums, scores, ahead, at):
             total = multiply_add(q1, look_up(packed, 4, tables, at1 + table), total)
             total = multiply_add(q2, look_up(packed, 8, tables, at2 + table), total)
             store(multiply_add(q3, look_up(packed, 12, tables, at3 + table), total), sums, t * LANES)
-    for t in range(0, count, LANES):
-        store(sum_each(sums, t * LANES), sums, t)
-    for t in range(count):
-        scores[t] = sums[t]
+    _sum_rows(sums, count, scores)
 
 
 @compiled
@@ -273,6 +284,64 @@ def _add_values(weights, rows, count, acc):
             acc[d] += w0 * widen(row0[d])
 
 
+@compiled
+def _score_rows(q, rows, count, width, sums, scores, ahead, at):
+    """q [width], rows [count * width] of K as they lie -> scores [count]; sums [CHUNK * 16] is scratch.
+
+    `width` is a multiple of 16. As many numbers ahead[at:] are asked for, evenly.
+    """
+    whole = count - count % 4
+    line = 64 // rows.itemsize
+    for t in range(0, whole, 4):
+        sum0 = sum1 = sum2 = sum3 = spread(ZERO)
+        row = t * width
+        for i in range(0, width, LANES):
+            for n in range(0, 4 * LANES, line):
+                prefetch(ahead, at + row + 4 * i + n)
+            part_q = load(q, i)
+            sum0 = multiply_add(part_q, load_wide(rows, row + i), sum0)
+            sum1 = multiply_add(part_q, load_wide(rows, row + width + i), sum1)
+            sum2 = multiply_add(part_q, load_wide(rows, row + 2 * width + i), sum2)
+            sum3 = multiply_add(part_q, load_wide(rows, row + 3 * width + i), sum3)
+        store(sum0, sums, t * LANES)
+        store(sum1, sums, (t + 1) * LANES)
+        store(sum2, sums, (t + 2) * LANES)
+        store(sum3, sums, (t + 3) * LANES)
+    for t in range(whole, count):
+        total = spread(ZERO)
+        for i in range(0, width, LANES):
+            total = multiply_add(load(q, i), load_wide(rows, t * width + i), total)
+        store(total, sums, t * LANES)
+    _sum_rows(sums, count, scores)
+
+
+@compiled
+def _add_rows(weights, rows, count, width, acc, ahead, at):
+    """acc [width] += weights [count] @ rows [count * width] of V as they lie; numbers ahead[at:] are asked for."""
+    whole = width - width % (4 * LANES)
+    line = 64 // rows.itemsize
+    for i in range(0, whole, 4 * LANES):
+        acc0, acc1 = load(acc, i), load(acc, i + LANES)
+        acc2, acc3 = load(acc, i + 2 * LANES), load(acc, i + 3 * LANES)
+        for t in range(count):
+            row, weight = t * width + i, spread(weights[t])
+            for n in range(0, 4 * LANES, line):
+                prefetch(ahead, at + row + n)
+            acc0 = multiply_add(weight, load_wide(rows, row), acc0)
+            acc1 = multiply_add(weight, load_wide(rows, row + LANES), acc1)
+            acc2 = multiply_add(weight, load_wide(rows, row + 2 * LANES), acc2)
+            acc3 = multiply_add(weight, load_wide(rows, row + 3 * LANES), acc3)
+        store(acc0, acc, i)
+        store(acc1, acc, i + LANES)
+        store(acc2, acc, i + 2 * LANES)
+        store(acc3, acc, i + 3 * LANES)
+    for i in range(whole, width, LANES):
+        total = load(acc, i)
+        for t in range(count):
+            total = multiply_add(spread(weights[t]), load_wide(rows, t * width + i), total)
+        store(total, acc, i)
+
+
 def _score_alone(q, k, at, count, width, wide, scores, ahead, ahead_at):
     """Scores of tokens of K for one query head, read as they lie; as many tokens ahead are asked for."""
 
@@ -280,8 +349,12 @@ def _score_alone(q, k, at, count, width, wide, scores, ahead, ahead_at):
 @overload(_score_alone)
 def _(q, k, at, count, width, wide, scores, ahead, ahead_at):
     def numbers(q, k, at, count, width, wide, scores, ahead, ahead_at):
-        _prefetch(ahead[0], ahead_at[0], count * width)
-        _score(q, part(k[0], at[0], count * width), count, scores)
+        rows = part(k[0], at[0], count * width)
+        if width % LANES == 0:
+            _score_rows(q, rows, count, width, wide, scores, ahead[0], ahead_at[0])
+        else:
+            _prefetch(ahead[0], ahead_at[0], count * width)
+            _score(q, rows, count, scores)
 
     def words(q, k, at, count, width, wide, scores, ahead, ahead_at):
         _prefetch(ahead[1], ahead_at[1], count * width // KV_GROUP * 2)
@@ -298,8 +371,12 @@ def _add_alone(weights, v, at, count, width, wide, acc, ahead, ahead_at):
 @overload(_add_alone)
 def _(weights, v, at, count, width, wide, acc, ahead, ahead_at):
     def numbers(weights, v, at, count, width, wide, acc, ahead, ahead_at):
-        _prefetch(ahead[0], ahead_at[0], count * width)
-        _add_values(weights, part(v[0], at[0], count * width), count, acc)
+        rows = part(v[0], at[0], count * width)
+        if width % LANES == 0:
+            _add_rows(weights, rows, count, width, acc, ahead[0], ahead_at[0])
+        else:
+            _prefetch(ahead[0], ahead_at[0], count * width)
+            _add_values(weights, rows, count, acc)
 
     def words(weights, v, at, count, width, wide, acc, ahead, ahead_at):
         _prefetch(ahead[1], ahead_at[1], count * width // KV_GROUP * 2)
@@ -325,10 +402,15 @@ def _highest(scores, best):
 @compiled
 def _soften(scores, best):
     """Scores to weights in place, 2 ** (score - the new highest) -> (the new highest, their sum)."""
-    vectorize_apart()
     best = _highest(scores, best)
-    total = ZERO
-    for t in range(len(scores)):
+    whole = len(scores) - len(scores) % LANES
+    high, sums = spread(best), spread(ZERO)
+    for t in range(0, whole, LANES):
+        weights = exp2(subtract(load(scores, t), high))
+        store(weights, scores, t)
+        sums = add(sums, weights)
+    total = sum_of(sums)
+    for t in range(whole, len(scores)):
         scores[t] = _exp2(scores[t] - best)
         total += scores[t]
     return best, total

@@ -11,6 +11,8 @@ Either way a number is code * scale + minimum, rounded once.
 
 from __future__ import annotations
 
+import math
+
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -82,6 +84,23 @@ def load(typingctx, array, at):
 
 
 @intrinsic
+def load_wide(typingctx, array, at):
+    """array[at : at + 16] in fp32, by what its bits travel in (`cpu_jit.flat`): int16 fp16, uint16 bf16, or itself."""
+
+    def codegen(context, builder, signature, args):
+        kind = signature.args[0]
+        found = builder.load(_address(context, builder, kind, *args), align=kind.dtype.bitwidth // 8)
+        if kind.dtype == types.int16:
+            return builder.fpext(builder.bitcast(found, ir.VectorType(ir.HalfType(), LANES)), _FLOATS)
+        if kind.dtype == types.uint16:
+            bits = builder.shl(builder.zext(found, _WORDS), ir.Constant(_WORDS, [16] * LANES))
+            return builder.bitcast(bits, _FLOATS)
+        return found
+
+    return numbers(array, types.intp), codegen
+
+
+@intrinsic
 def store(typingctx, lanes, array, at):
     """array[at : at + 16] = lanes."""
 
@@ -100,6 +119,62 @@ def multiply_add(typingctx, a, b, c):
         return _multiply_add(builder, *args)
 
     return numbers(numbers, numbers, numbers), codegen
+
+
+# 2 ** f = exp(f ln 2) on -1/2..1/2 by its series, to the term below 2 ** -24; the highest power first
+_SERIES = [math.log(2) ** n / math.factorial(n) for n in range(7, -1, -1)]
+
+
+@intrinsic
+def exp2(typingctx, lanes):
+    """2 ** x of 16 numbers that are 0 or less; 0 below the normal numbers, NaN of NaN."""
+
+    def codegen(context, builder, signature, args):
+        (x,) = args
+        round_each = ir.FunctionType(_FLOATS, [_FLOATS])
+        nearest = builder.call(cgutils.get_or_insert_function(builder.module, round_each, "llvm.rint.v16f32"), [x])
+        rest = builder.fsub(x, nearest)
+        series = ir.Constant(_FLOATS, [_SERIES[0]] * LANES)
+        for factor in _SERIES[1:]:
+            series = _multiply_add(builder, series, rest, ir.Constant(_FLOATS, [factor] * LANES))
+        biased = builder.add(builder.fptosi(nearest, _WORDS), ir.Constant(_WORDS, [127] * LANES))
+        power = builder.bitcast(builder.shl(biased, ir.Constant(_WORDS, [23] * LANES)), _FLOATS)
+        tiny = builder.fcmp_ordered("<", x, ir.Constant(_FLOATS, [-126.0] * LANES))
+        return builder.select(tiny, ir.Constant(_FLOATS, None), builder.fmul(series, power))
+
+    return numbers(numbers), codegen
+
+
+@intrinsic
+def sum_of(typingctx, lanes):
+    """The sum of 16 numbers."""
+
+    def codegen(context, builder, signature, args):
+        kind = ir.FunctionType(_FLOAT, [_FLOAT, _FLOATS])
+        reduce = cgutils.get_or_insert_function(builder.module, kind, "llvm.vector.reduce.fadd.v16f32")
+        return builder.call(reduce, [ir.Constant(_FLOAT, 0.0), args[0]], fastmath=("reassoc", "nsz"))
+
+    return types.float32(numbers), codegen
+
+
+@intrinsic
+def subtract(typingctx, a, b):
+    """a - b in each lane."""
+
+    def codegen(context, builder, signature, args):
+        return builder.fsub(*args)
+
+    return numbers(numbers, numbers), codegen
+
+
+@intrinsic
+def add(typingctx, a, b):
+    """a + b in each lane."""
+
+    def codegen(context, builder, signature, args):
+        return builder.fadd(*args)
+
+    return numbers(numbers, numbers), codegen
 
 
 @intrinsic

@@ -12,6 +12,8 @@ from types import MappingProxyType
 
 import pytest
 
+import flexgen_triton.environment  # noqa: F401  before torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import rows
