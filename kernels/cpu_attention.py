@@ -660,7 +660,8 @@ def decode_attention(
     float dtype, is new and of q's unless given. `workspace` is a dense fp32 vector of `decode_workspace_bytes`, best at
     the beginning of a cache line; without one it is allocated.
     """
-    return decode_attention_lse(q, segments, scale=scale, out=out, workspace=workspace)[0]
+    acc, _, total, _ = _attend(q, segments, scale, workspace)
+    return _normalised(acc, total, q, out)
 
 
 def decode_attention_lse(
@@ -675,6 +676,15 @@ def decode_attention_lse(
 
     The log-sum-exp is a part of the workspace.
     """
+    acc, best, total, scratch = _attend(q, segments, scale, workspace)
+    lse = best.add_(torch.log2(total, out=scratch)).div_(LOG2E).view(q.shape[:2])
+    return _normalised(acc, total, q, out), lse
+
+
+def _attend(
+    q: Tensor, segments: Sequence[KVSegment], scale: float | None, workspace: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of every query head, [B * H]: weighted V, not yet divided, the highest score, the sum of weights; and scratch."""
     num_seqs, num_heads, dim = q.shape
     rows, width = num_seqs * num_heads, _width(segments, dim)
     threads, size = num_threads(), _decode_scratch(width, num_heads)
@@ -685,9 +695,11 @@ def decode_attention_lse(
         if segment.k[0].numel() and num_seqs:
             work = scratch.view(threads, size).numpy(), query.numpy(), width
             launch(_decode_kernel, *work, *_stores(segment, width), *_sizes(segment), *(x.numpy() for x in state))
-    lse = best.add_(torch.log2(total, out=query[:rows])).div_(LOG2E)
-    acc = acc.view(rows, width).div_(total.clamp_min_(torch.finfo(torch.float32).tiny)[:, None])
-    return _result(acc, q, out), lse.view(num_seqs, num_heads)
+    return acc.view(rows, width), best, total, query[:rows]
+
+
+def _normalised(acc: Tensor, total: Tensor, q: Tensor, out: Tensor | None) -> Tensor:
+    return _result(acc.div_(total.clamp_min_(torch.finfo(torch.float32).tiny)[:, None]), q, out)
 
 
 def sparse_decode_attention(
