@@ -9,10 +9,10 @@ import time
 import torch
 
 from flexgen_triton.models.opt import SIZES, model_spec
+from flexgen_triton.plan.generator import Generator
 from flexgen_triton.plan.link import Linker
 from flexgen_triton.plan.plan import make_plan
 from flexgen_triton.plan.policy import Policy
-from flexgen_triton.plan.schedule import Generator
 from flexgen_triton.plan.spec import Workload
 from flexgen_triton.run.executor import execute, open_lanes
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from itertools import pairwise
 
+from .generator import Generator
 from .layout import (
     CacheGroups,
     CacheLayout,
@@ -30,7 +31,6 @@ from .schedule import (
     FINISH,
     PROJECT,
     CacheTraffic,
-    Generator,
     HiddenTraffic,
     Program,
     SplitTraffic,

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from itertools import pairwise, product
 
 from .cost import seconds
+from .generator import Generator
 from .hardware import Hardware
 from .link import simulate
 from .plan import Plan
-from .schedule import Generator, Lane, Program
+from .schedule import Lane, Program
 
 PHASES = PREFILL, DECODE = "prefill", "decode"
 EXACT_STEPS = 6  # as many token steps are simulated one by one; of more, a sample

@@ -17,12 +17,12 @@ from scipy.optimize import linprog
 
 from .cost import seconds
 from .fit import need
+from .generator import Generator
 from .hardware import GIB, Hardware
 from .placement import Tier
 from .plan import Plan, make_plan
 from .policy import Policy
 from .predict import DECODE, PHASES, PREFILL, sample_steps, sampled
-from .schedule import Generator
 from .spec import ModelSpec, Workload
 
 KINDS = ("w", "cache", "act")

@@ -9,8 +9,8 @@ from functools import partial
 import torch
 
 from ..memory.lanes import Lanes
+from ..plan.generator import Generator as Issue
 from ..plan.link import Linker, Span
-from ..plan.schedule import Generator as Issue
 from ..plan.schedule import Lane, Op, Program
 
 Action = Callable[[Op], int | None]  # returns the bytes moved, None where they are as planned
