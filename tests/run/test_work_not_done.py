@@ -50,14 +50,13 @@ def useful(plan: Plan) -> dict[str, int]:
     layers, token = sum(layer.has_cache for layer in plan.layers), plan.cache_layout.token_bytes
     total = dict.fromkeys(CACHE_OPS, 0)
     for groups in plan.groups:
-        _, host, disk = groups.cache
-        for group in (host, disk):
+        for group in (groups.cache.host, groups.cache.disk):
             for p, n in zip(group.prompt_lens, group.asked, strict=True):
                 read = sum(p + step - 1 for step in range(1, n)) * layers * token
                 new = (p + n - 2) * layers * token  # the last two tokens are nobody's past, or only their own
                 total["load_cache"] += read
                 total["store_cache"] += new
-                if group is disk:
+                if group is groups.cache.disk:
                     total["read_cache"] += read
                     total["write_cache"] += new
     return total
