@@ -61,6 +61,7 @@ AHEAD = 8  # rows of V that are on their way while one is added
 LOG2E = math.log2(math.e)
 LOWEST = np.float32(-3e38)
 ZERO = np.float32(0)
+TINY = np.finfo(np.float32).tiny
 
 
 @intrinsic
@@ -481,13 +482,34 @@ def _soften_chunk(weights, rows, count, width, best, total, acc):
 
 
 @compiled
-def _decode_head(item, scratch, q, width, k, v, offsets, lens, tokens, kv_heads, best, total, acc):
+def _begin_row(q, scale, acc):
+    """A query head's sum, empty, and its query with scale and base in it."""
+    vectorize_apart()
+    for d in range(len(q)):
+        q[d] *= scale
+        acc[d] = ZERO
+
+
+@compiled
+def _end_row(total, acc):
+    vectorize_apart()
+    whole = _ONE / max(total, TINY)
+    for d in range(len(acc)):
+        acc[d] *= whole
+
+
+@compiled
+def _decode_head(item, scratch, q, width, k, v, offsets, lens, tokens, kv_heads, best, total, acc, scale, ends):
     """One K and V head of one sequence, for the query heads that share it."""
     group = len(best) // (len(lens) * kv_heads)
     seq, head, length = item // kv_heads, item % kv_heads, lens[item // kv_heads]
     rows = item * group, (item + 1) * group
     own = scratch[get_thread_id()]
     wide, weights = part(own, 0, CHUNK * width * 2), part(own, CHUNK * width * 2, group * CHUNK)
+    if ends[0]:
+        for r in range(rows[0], rows[1]):
+            best[r], total[r] = LOWEST, ZERO
+            _begin_row(part(q, r * width, width), scale, part(acc, r * width, width))
     for block in range((length + tokens - 1) // tokens):
         where = (block, seq, head)
         valid = min(tokens, length - block * tokens)
@@ -497,13 +519,20 @@ def _decode_head(item, scratch, q, width, k, v, offsets, lens, tokens, kv_heads,
             _score_chunk(k, v, offsets, here, count, 1, here, q, rows, width, wide, weights, 0, CHUNK)
             _soften_chunk(weights, rows, count, width, best, total, acc)
             _add_chunk(v, k, offsets, here, count, then, weights, rows, width, wide, acc)
+    if ends[1]:
+        for r in range(rows[0], rows[1]):
+            _end_row(total[r], part(acc, r * width, width))
 
 
 @compiled_parallel
-def _decode_kernel(scratch, q, width, k, v, offsets, lens, tokens, kv_heads, best, total, acc):
-    """A segment's part of dense attention: q, acc [B * H * width]; best, total [B * H]; scratch [threads, N]."""
+def _decode_kernel(scratch, q, width, k, v, offsets, lens, tokens, kv_heads, best, total, acc, scale, ends):
+    """A segment's part of dense attention: q, acc [B * H * width]; best, total [B * H]; scratch [threads, N].
+
+    `ends` says whether it is the first, which sets state and query up, and the last one, which divides by the sums.
+    """
     for item in prange(len(lens) * kv_heads):
-        _decode_head(np.int64(item), scratch, q, width, k, v, offsets, lens, tokens, kv_heads, best, total, acc)
+        i = np.int64(item)
+        _decode_head(i, scratch, q, width, k, v, offsets, lens, tokens, kv_heads, best, total, acc, scale, ends)
 
 
 @compiled
@@ -660,8 +689,7 @@ def decode_attention(
     float dtype, is new and of q's unless given. `workspace` is a dense fp32 vector of `decode_workspace_bytes`, best at
     the beginning of a cache line; without one it is allocated.
     """
-    acc, _, total, _ = _attend(q, segments, scale, workspace)
-    return _normalised(acc, total, q, out)
+    return _result(_attend(q, segments, scale, workspace)[0], q, out)
 
 
 def decode_attention_lse(
@@ -678,28 +706,30 @@ def decode_attention_lse(
     """
     acc, best, total, scratch = _attend(q, segments, scale, workspace)
     lse = best.add_(torch.log2(total, out=scratch)).div_(LOG2E).view(q.shape[:2])
-    return _normalised(acc, total, q, out), lse
+    return _result(acc, q, out), lse
 
 
 def _attend(
     q: Tensor, segments: Sequence[KVSegment], scale: float | None, workspace: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of every query head, [B * H]: weighted V, not yet divided, the highest score, the sum of weights; and scratch."""
+    """Of every query head, [B * H]: attention, the highest score, the sum of weights; and scratch."""
     num_seqs, num_heads, dim = q.shape
     rows, width = num_seqs * num_heads, _width(segments, dim)
     threads, size = num_threads(), _decode_scratch(width, num_heads)
     query, acc, best, total, scratch = _cut(workspace, rows * width, rows * width, rows, rows, threads * size)
-    _scale_query(q, scale, query.view(rows, width))
-    state = best.fill_(float(LOWEST)), total.zero_(), acc.zero_()
-    for segment in segments:
-        if segment.k[0].numel() and num_seqs:
-            work = scratch.view(threads, size).numpy(), query.numpy(), width
-            launch(_decode_kernel, *work, *_stores(segment, width), *_sizes(segment), *(x.numpy() for x in state))
+    _pad_query(q, query.view(rows, width))
+    factor = np.float32((dim**-0.5 if scale is None else scale) * LOG2E)
+    filled = [s for s in segments if s.k[0].numel() and num_seqs]
+    work, state = (
+        (scratch.view(threads, size).numpy(), query.numpy(), width),
+        (best.numpy(), total.numpy(), acc.numpy()),
+    )
+    for n, segment in enumerate(filled):
+        ends = n == 0, n + 1 == len(filled)
+        launch(_decode_kernel, *work, *_stores(segment, width), *_sizes(segment), *state, factor, ends)
+    if not filled:
+        best.fill_(float(LOWEST)), total.zero_(), acc.zero_()
     return acc.view(rows, width), best, total, query[:rows]
-
-
-def _normalised(acc: Tensor, total: Tensor, q: Tensor, out: Tensor | None) -> Tensor:
-    return _result(acc.div_(total.clamp_min_(torch.finfo(torch.float32).tiny)[:, None]), q, out)
 
 
 def sparse_decode_attention(
@@ -793,9 +823,16 @@ def _width(segments: Sequence[KVSegment], dim: int) -> int:
 
 def _scale_query(q: Tensor, scale: float | None, query: Tensor) -> None:
     """q with scale and base in it, padded like the K it meets: query [B * H, width]."""
+    _pad_query(q, query)
+    query.mul_((q.shape[-1] ** -0.5 if scale is None else scale) * LOG2E)
+
+
+def _pad_query(q: Tensor, query: Tensor) -> None:
+    """q [B, H, D], padded like the K it meets: query [B * H, width]."""
     dim = q.shape[-1]
-    query[:, dim:].zero_()
-    query[:, :dim].view(q.shape).copy_(q).mul_((dim**-0.5 if scale is None else scale) * LOG2E)
+    if dim < query.shape[1]:
+        query[:, dim:].zero_()
+    query[:, :dim].view(q.shape).copy_(q)
 
 
 def _result(acc: Tensor, q: Tensor, out: Tensor | None) -> Tensor:
