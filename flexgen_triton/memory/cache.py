@@ -60,9 +60,8 @@ class TokenTarget(NamedTuple):
 
 
 class Attended(NamedTuple):
-    """The sequences of a GPU batch that the host attends to: where one token of each goes, and what attention reads."""
+    """Of the sequences that the host attends to: where one token of each goes, and what attention reads."""
 
-    group: Group
     target: TokenTarget
     segments: list[Segment]
     keep: Tensor  # int32 [n]: earlier tokens of each whose V sparse attention reads
@@ -389,7 +388,7 @@ class Cache:
         return self._tokens(out, host.size + disk.size), [0] * (host.size + disk.size)
 
     def attended(self, op: Op) -> Attended:
-        """In decode: the sequences that the host attends to, where their new token goes and what attention reads."""
+        """In decode, of the sequences that the host attends to: where the new tokens go and what attention reads."""
         group, buffer = self._plan.groups[op.k].cache.attended, self._attended[op.j, op.k]
         positions = group.cached(op.i)
         step, counts = self._attended_at[op.k]
@@ -400,7 +399,7 @@ class Cache:
         at, valid, keep = counts
         fields = self._blocks(buffer, group.size)
         used = self._layout.blocks(_most(positions) + 1)
-        return Attended(group, TokenTarget(fields, 0, positions, at), [_segment(fields, valid, used)], keep)
+        return Attended(TokenTarget(fields, 0, positions, at), [_segment(fields, valid, used)], keep)
 
     def segments(self, op: Op, slot: Tensor | None, out: Tensor | None) -> list[tuple[Group, list[Segment]]]:
         """In decode, the new tokens written: what attention reads, by group of sequences, the newest token last.

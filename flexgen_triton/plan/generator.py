@@ -304,9 +304,21 @@ class Generator:
             yield Op(Lane.H2D, f"load_{kind}", *block, part, reads, (slot,), old, disk + host, pageable=pageable)
 
     def _carry(
-        self, kind: str, block: Block, out: Slot | None, homes: Homes, *, moved: int, disk: int, stage: int
+        self,
+        kind: str,
+        block: Block,
+        out: Slot | None,
+        homes: Homes,
+        *,
+        moved: int,
+        disk: int,
+        stage: int,
+        also: tuple[Slot, ...] = (),
     ) -> Iterator[Op]:
-        """Take a result home; what goes to disk leaves from staging or, without any, from its home on the host."""
+        """Take a result home, and to homes that it has `also`.
+
+        What goes to disk leaves from staging or, without any, from its home on the host.
+        """
         on_disk, on_host = homes
         source = out if stage else on_host
         if self.program.copies and out and moved:
@@ -316,10 +328,7 @@ class Generator:
                 source, gone = self._rings["stage_out"].take(stage)
                 staged = (source,)
                 self._rings["stage_out"].release(source)
-            writes = [on_host, *staged]
-            if kind == "cache" and block[0] == 0 and self.program.split:
-                writes.append(self._attended_home(block))
-            yield Op(Lane.D2H, f"store_{kind}", *block, 0, (out,), tuple(writes), gone, moved)
+            yield Op(Lane.D2H, f"store_{kind}", *block, 0, (out,), (on_host, *staged, *also), gone, moved)
         if disk:
             assert source is not None, f"{kind} of {block}: nothing to write"
             yield Op(Lane.DISK_OUT, f"write_{kind}", *block, 0, (source,), (on_disk,), bytes=disk)
@@ -389,6 +398,7 @@ class Generator:
         """New K and V home; in decode, what has become whole of the blocks that the device keeps."""
         if self.program.keeps_open and block[0]:
             out = self._open_home(block)
+        prompts_attended = self.program.split is not None and block[0] == 0
         yield from self._carry(
             "cache",
             block,
@@ -397,6 +407,7 @@ class Generator:
             moved=cache.host_store,
             disk=cache.disk_write,
             stage=cache.write_slot,
+            also=(self._attended_home(block),) if prompts_attended else (),
         )
 
     # Attention on two lanes: the device's sequences on one, on the other those that the host attends to at their home.

@@ -68,6 +68,11 @@ class Group:
     def stop(self) -> int:
         return self.first + self.size
 
+    @property
+    def rows(self) -> slice:
+        """Where its sequences stand in their GPU batch."""
+        return slice(self.first, self.stop)
+
     def cached(self, step: int) -> tuple[int, ...]:
         """Cached tokens of each sequence when token step `step` begins; none of one that has ended."""
         return cached(self.prompt_lens, self.asked, step)

@@ -226,18 +226,17 @@ class Block:
             return ops.prefill_attention(q, k, v, self._plan.workload.batches[op.k].prompt_lens)
         self._write_tokens(op, k, v)
         result = self._work.take(*q.shape, dtype=q.dtype)
-        for group, rows, segments in self._groups(op):
-            self._attend_group(op, group, q[rows], segments, result[rows])
+        self._attend_groups(op, q, result)
         return result
 
     def _write_tokens(self, op: Op, k: Tensor, v: Tensor) -> None:
         for place in self._cache.token_targets(op, self._slot(op, "cache_out")):
             ops.write_tokens(k, v, place)
 
-    def _groups(self, op: Op) -> Iterator[tuple[Group, slice, Sequence[Segment]]]:
-        """The sequences that the device attends to, which rows they are, and what it reads."""
+    def _attend_groups(self, op: Op, q: Tensor, out: Tensor) -> None:
+        """Decode attention of the sequences that the device attends to: their rows of q [B, H, D] to those of out."""
         for group, segments in self._cache.segments(op, self._slot(op, "cache"), self._slot(op, "cache_out")):
-            yield group, slice(group.first, group.stop), segments
+            self._attend_group(op, group, q[group.rows], segments, out[group.rows])
 
     def _attend_group(self, op: Op, group: Group, q: Tensor, segments: Sequence[Segment], out: Tensor) -> None:
         if self._plan.policy.attn_sparsity == 1:
@@ -261,14 +260,12 @@ class Block:
 
     def _store_query(self, op: Op) -> None:
         """d2h: Q, K and V of the sequences that the host attends to."""
-        rows = self._attended_rows(op.k)
+        rows = self._plan.groups[op.k].cache.attended.rows
         self._rows(op, "query").copy_(self._rows(op, "projected")[rows], non_blocking=True)
 
     @torch.inference_mode()
     def _attend_on_device(self, op: Op) -> None:
-        q, result = self._qkv(self._rows(op, "projected"))[0], self._rows(op, "result")
-        for group, rows, segments in self._groups(op):
-            self._attend_group(op, group, q[rows], segments, result[rows])
+        self._attend_groups(op, self._qkv(self._rows(op, "projected"))[0], self._rows(op, "result"))
 
     @torch.inference_mode()
     def _attend_on_host(self, op: Op) -> None:
@@ -287,7 +284,8 @@ class Block:
 
     def _load_attended(self, op: Op) -> None:
         """h2d: what the host made of them."""
-        self._rows(op, "result")[self._attended_rows(op.k)].copy_(self._rows(op, "answer"), non_blocking=True)
+        rows = self._plan.groups[op.k].cache.attended.rows
+        self._rows(op, "result")[rows].copy_(self._rows(op, "answer"), non_blocking=True)
 
     @torch.inference_mode()
     def _finish(self, op: Op) -> None:
@@ -296,10 +294,6 @@ class Block:
         w, layer = self._tensors(op), self._plan.layers[op.j]
         x = self._model.output(w, self._enter(op), self._rows(op, "result"), self._work)
         self._leave(op, self._run(op, w, x, layer.modules[1:]))
-
-    def _attended_rows(self, k: int) -> slice:
-        group = self._plan.groups[k].cache.attended
-        return slice(group.first, group.stop)
 
     def _rows(self, op: Op, ring: str) -> Tensor:
         """A ring's slot as rows of heads [n, H, D]: of all sequences, or in host memory of those it attends to."""
