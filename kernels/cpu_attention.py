@@ -37,6 +37,7 @@ from .cpu_jit import (
     widen,
 )
 from .cpu_lanes import (
+    EXP2_SERIES,
     LANES,
     add,
     exp2,
@@ -76,9 +77,7 @@ def _power_of_two(typingctx, n):
     return types.float32(types.float32), codegen
 
 
-# 2 ** f = exp(f ln 2) on -1/2..1/2 by its series, to the term below 2 ** -24
-_C1, _C2, _C3, _C4, _C5, _C6, _C7 = (np.float32(math.log(2) ** n / math.factorial(n)) for n in range(1, 8))
-_ONE = np.float32(1)
+_ONE, _C1, _C2, _C3, _C4, _C5, _C6, _C7 = map(np.float32, EXP2_SERIES)
 
 
 @compiled
@@ -720,15 +719,15 @@ def _attend(
     _pad_query(q, query.view(rows, width))
     factor = np.float32((dim**-0.5 if scale is None else scale) * LOG2E)
     filled = [s for s in segments if s.k[0].numel() and num_seqs]
-    work, state = (
-        (scratch.view(threads, size).numpy(), query.numpy(), width),
-        (best.numpy(), total.numpy(), acc.numpy()),
-    )
+    work = scratch.view(threads, size).numpy(), query.numpy(), width
+    state = best.numpy(), total.numpy(), acc.numpy()
     for n, segment in enumerate(filled):
         ends = n == 0, n + 1 == len(filled)
         launch(_decode_kernel, *work, *_stores(segment, width), *_sizes(segment), *state, factor, ends)
     if not filled:
-        best.fill_(float(LOWEST)), total.zero_(), acc.zero_()
+        best.fill_(float(LOWEST))
+        total.zero_()
+        acc.zero_()
     return acc.view(rows, width), best, total, query[:rows]
 
 

@@ -121,8 +121,8 @@ def multiply_add(typingctx, a, b, c):
     return numbers(numbers, numbers, numbers), codegen
 
 
-# 2 ** f = exp(f ln 2) on -1/2..1/2 by its series, to the term below 2 ** -24; the highest power first
-_SERIES = [math.log(2) ** n / math.factorial(n) for n in range(7, -1, -1)]
+# 2 ** f = exp(f ln 2) on -1/2..1/2 by its series, to the term below 2 ** -24; the lowest power first
+EXP2_SERIES = [math.log(2) ** n / math.factorial(n) for n in range(8)]
 
 
 @intrinsic
@@ -134,8 +134,8 @@ def exp2(typingctx, lanes):
         round_each = ir.FunctionType(_FLOATS, [_FLOATS])
         nearest = builder.call(cgutils.get_or_insert_function(builder.module, round_each, "llvm.rint.v16f32"), [x])
         rest = builder.fsub(x, nearest)
-        series = ir.Constant(_FLOATS, [_SERIES[0]] * LANES)
-        for factor in _SERIES[1:]:
+        series = ir.Constant(_FLOATS, [EXP2_SERIES[-1]] * LANES)
+        for factor in EXP2_SERIES[-2::-1]:
             series = _multiply_add(builder, series, rest, ir.Constant(_FLOATS, [factor] * LANES))
         biased = builder.add(builder.fptosi(nearest, _WORDS), ir.Constant(_WORDS, [127] * LANES))
         power = builder.bitcast(builder.shl(biased, ir.Constant(_WORDS, [23] * LANES)), _FLOATS)
