@@ -38,7 +38,8 @@ class Options:
     The matrices of LINEARS are quantised to P16 in groups of `weight_group` along K, or go through `transform`;
     embeddings and output projection stay. `sparsity` is the share of earlier tokens whose V counts in decode. With a
     `dtype` of 16 bits all weights and every operation's result are rounded to it, while sums stay in fp32: the
-    arithmetic of 16-bit kernels.
+    arithmetic of 16-bit kernels. In fp64 a result does not depend, even on the edge between two 4-bit codes, on how
+    many rows a product has and in which order this processor adds.
     """
 
     weight_group: int | None = None
@@ -50,6 +51,11 @@ class Options:
     def __post_init__(self) -> None:
         if self.weight_group and self.transform:
             raise ValueError("weight_group is a transform already; give one of the two")
+
+    @property
+    def sums(self) -> torch.dtype:
+        """The dtype that sums are made and results held in."""
+        return torch.promote_types(self.dtype, torch.float32)
 
 
 def grouped_along_k(weight: Tensor, group_size: int, ranges: Sequence[float] = SEARCHED) -> Tensor:
@@ -99,7 +105,7 @@ class ReferenceOPT:
     def __init__(self, state: Mapping[str, Tensor], config: OPTConfig, options: Options | None = None) -> None:
         self.config = config
         self.options = options or Options()
-        self.weights = {name.removeprefix("model."): self._stored(name, w.float()) for name, w in state.items()}
+        self.weights = {name.removeprefix("model."): self._stored(name, w) for name, w in state.items()}
         self._activation = ACT2FN[config.activation_function]
 
     @classmethod
@@ -153,10 +159,10 @@ class ReferenceOPT:
         return self._rounded(weight)
 
     def _cached(self, x: Tensor) -> Tensor:
-        return through_cache(x) if self.options.kv_quantised else x
+        return through_cache(x).to(x.dtype) if self.options.kv_quantised else x
 
     def _rounded(self, x: Tensor) -> Tensor:
-        return x.to(self.options.dtype).float()
+        return x.to(self.options.dtype).to(self.options.sums)
 
     def _forward(self, ids: Tensor, position: int, attend: Attend) -> Tensor:
         """Tokens [T] from `position` on -> logits [T, V]."""
