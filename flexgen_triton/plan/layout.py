@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, groupby
+from itertools import accumulate, groupby, pairwise
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from .policy import CACHE_GROUP
 from .spec import CODES_PER_WORD, STORED_BYTES, Batch, ModelSpec, cached
 
 BLOCK_TOKENS = (64, 32, 16, 8)
+NO_SHARE = 1e-9  # what is left of 100 % after rounding
 MAX_OPEN_SHARE = 8  # a sequence's last block is half empty in the mean: that may be an eighth of what it holds
 
 
@@ -34,21 +35,42 @@ def block_tokens_for(mean_len: float) -> int:
 
 
 def split_counts(sizes: Sequence[int], percents: Sequence[float]) -> list[tuple[int, ...]]:
-    """Sequences of each batch by share, and those left; the shares are exact to one sequence over all batches."""
-    counts: list[tuple[int, ...]] = []
-    given = [0] * len(percents)
-    seen = 0
-    for size in sizes:
-        seen += size
-        row: list[int] = []
-        wanted = 0.0
-        for n, percent in enumerate(percents):
-            wanted += percent
-            count = min(max(round(seen * wanted / 100) - sum(given[: n + 1]), 0), size - sum(row))
-            given[n] += count
-            row.append(count)
-        counts.append((*row, size - sum(row)))
+    """Return the sequences of each batch by share, and those left.
+
+    At the end of every batch, each share of all sequences so far is exact to one. `percents` add up to at most 100.
+    """
+    shares = [percent / 100 for percent in percents]
+    shares.append(max(1 - sum(shares), 0.0))
+    used = [n for n, share in enumerate(shares) if share > NO_SHARE]
+    totals = _split_totals(list(accumulate(sizes)), [shares[n] for n in used])
+    counts = []
+    for before, after in pairwise([(0,) * len(used), *totals]):
+        row = [0] * len(shares)
+        for n, low, high in zip(used, before, after, strict=True):
+            row[n] = high - low
+        counts.append(tuple(row))
     return counts
+
+
+def _split_totals(ends: Sequence[int], shares: Sequence[float]) -> list[tuple[int, ...]]:
+    """Divide 1, 2, ... items by `shares`, which are above 0 and add up to 1; return the parts at each of `ends`.
+
+    Rounding each part by itself would not add up, or take items back. So each item goes to the part that needs it
+    soonest among those it does not put too far ahead, which keeps every part within one of its share at every item
+    (R. Tijdeman, The chairman assignment problem, 1980).
+    """
+    num = len(shares)
+    if num == 1:
+        return [(end,) for end in ends]
+    slack = 1 / (2 * num - 2)
+    parts = [0] * num
+    history = [tuple(parts)]
+    for item in range(1, ends[-1] + 1):
+        due = [share * item - part for share, part in zip(shares, parts, strict=True)]
+        ready = [n for n in range(num) if due[n] >= slack - NO_SHARE]
+        parts[min(ready, key=lambda n: (1 - slack - due[n]) / shares[n])] += 1
+        history.append(tuple(parts))
+    return [history[end] for end in ends]
 
 
 @dataclass(frozen=True, slots=True)

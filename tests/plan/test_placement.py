@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from flexgen_triton.models.opt import SIZES, model_spec
@@ -74,11 +75,19 @@ def test_every_row_is_placed_once_and_read_whole(tensors, gpu, cpu, gap, parts):
 
 
 @settings(max_examples=200, deadline=None)
-@given(sizes=st.lists(st.integers(1, 50), min_size=1, max_size=6), gpu=st.integers(0, 100), cpu=st.integers(0, 100))
-def test_sequences_are_divided_to_one(sizes, gpu, cpu):
-    cpu = min(cpu, 100 - gpu)
-    counts = split_counts(sizes, (gpu, cpu))
+@given(
+    sizes=st.lists(st.integers(1, 50), min_size=1, max_size=6),
+    cuts=st.lists(st.floats(0, 100) | st.integers(0, 100), min_size=1, max_size=3),
+)
+@example(sizes=[1, 1, 15, 9], cuts=[2, 3])
+def test_sequences_are_divided_to_one(sizes, cuts):
+    """At the end of every GPU batch, and so of the last, each share of all sequences so far is exact to one."""
+    percents = [high - low for low, high in pairwise([0, *sorted(cuts)])]
+    counts = split_counts(sizes, percents)
     assert [sum(c) for c in counts] == sizes and all(n >= 0 for c in counts for n in c)
-    total = sum(sizes)
-    for column, percent in enumerate((gpu, cpu, 100 - gpu - cpu)):
-        assert abs(sum(c[column] for c in counts) - total * percent / 100) <= 1.01
+    for end in range(1, len(sizes) + 1):
+        total = sum(sizes[:end])
+        for column, percent in enumerate((*percents, 100 - sum(percents))):
+            given = sum(c[column] for c in counts[:end])
+            assert abs(given - total * percent / 100) < 1, (end, column)
+            assert given == 0 or percent > 0
