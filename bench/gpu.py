@@ -33,6 +33,7 @@ from flexgen_triton import LLM, Policy, SamplingParams
 from flexgen_triton.bench import random_prompts
 from flexgen_triton.figures import lanes_json, predicted_json, timing
 from flexgen_triton.memory.arena import Arena
+from flexgen_triton.memory.stripes import Folders
 from flexgen_triton.plan.hardware import Hardware
 from flexgen_triton.plan.schedule import Op
 from flexgen_triton.run.auto import predict_run
@@ -307,7 +308,7 @@ def engine(case: Case, store: Path, hardware: Hardware | None = None) -> rows.Ro
 def profile(scratch: Path) -> tuple[Hardware, rows.Row]:
     """The machine as `python -m flexgen_triton measure` sees it: what the runs below are predicted from."""
     began = time.perf_counter()
-    hardware = measure(CUDA, scratch)
+    hardware = measure(CUDA, Folders.of(scratch))
     took = time.perf_counter() - began
     return hardware, rows.Row("machine measured", took, "s", details={"profile": json.loads(hardware.to_json())})
 

@@ -93,7 +93,7 @@ def measure(
     }
 
 
-def run_demo(console: Console, offload_dir: Path) -> dict[str, Any]:
+def run_demo(console: Console, offload_dir: Sequence[Path]) -> dict[str, Any]:
     """The shipped model on the shipped prompts, weights on disk, cache on the host, under the three strategies."""
     prompts, gen_len = demo.prompts(), 32
     params = [SamplingParams(max_tokens=gen_len, temperature=0.7, seed=n, ignore_eos=True) for n in range(len(prompts))]
@@ -168,7 +168,7 @@ def command(context: click.Context, /, **options: Any) -> None:
     """Measure generation under one policy, with FlexGen's flags; without any, run the shipped demo."""
     console = Console(highlight=False)
     if all(context.get_parameter_source(name) is ParameterSource.DEFAULT for name in options):
-        run_demo(console, options["offload_dir"].expanduser())
+        run_demo(console, options["offload_dir"])
         return
     by_hand = is_by_hand(context, options["policy"])
     run(console, by_hand=by_hand, **options)
@@ -220,7 +220,7 @@ def find_policy(llm: LLM, prompts: Sequence[Prompt], o: Mapping[str, Any]) -> Se
 def profile_of(llm: LLM, asked: str | None, by_hand: bool) -> Hardware | None:
     """The profile to predict a run with; None where this machine was never measured and need not be."""
     if asked is None and by_hand:
-        return cached_profile(llm.offload_dir, llm.engine.device)
+        return cached_profile(llm.folders, llm.engine.device)
     return llm.hardware
 
 

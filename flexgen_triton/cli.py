@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import bench, generate_command, plan_command, run_batch
+from .memory.stripes import Folders
 from .options import DEVICE, OFFLOAD_DIR
 from .plan.hardware import GIB, Curve, Hardware, HardwareError
 from .progress import Display
@@ -42,16 +43,16 @@ cli.add_command(run_batch.command, "run-batch")
 @click.option("--quick", is_flag=True, help="In seconds, coarsely.")
 @DEVICE
 def measure_command(
-    offload_dir: Path, output: Path | None, run_file: Path | None, quick: bool, device: str | None
+    offload_dir: tuple[Path, ...], output: Path | None, run_file: Path | None, quick: bool, device: str | None
 ) -> None:
     """Measure what this machine can do, and keep it for planning."""
-    chosen, offload_dir = choose_device(device), offload_dir.expanduser()
+    chosen, folders = choose_device(device), Folders.of(offload_dir)
     if run_file:
-        found = refined(offload_dir, chosen, run_file)
+        found = refined(folders, chosen, run_file)
     else:
         with Display() as bars:
-            found = measure(chosen, offload_dir, quick=quick, progress=bars.phase)
-    path = output or profile_path(offload_dir, chosen)
+            found = measure(chosen, folders, quick=quick, progress=bars.phase)
+    path = output or profile_path(folders, chosen)
     save_profile(found, path)
     console = Console(highlight=False)
     print_hardware(console, found)
@@ -69,11 +70,11 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
-def refined(offload_dir: Path, device: torch.device, run_file: Path) -> Hardware:
+def refined(folders: Folders, device: torch.device, run_file: Path) -> Hardware:
     """The machine's profile, corrected by a run's figures; raises HardwareError where there is none yet."""
-    found = cached_profile(offload_dir, device)
+    found = cached_profile(folders, device)
     if found is None:
-        raise HardwareError(f"{offload_dir} holds no profile of this machine to correct; measure it first")
+        raise HardwareError(f"{folders.first} holds no profile of this machine to correct; measure it first")
     return refine(found, read_run(run_file))
 
 

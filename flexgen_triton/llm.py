@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import xxhash
 
+from .memory.stripes import Folders
 from .model_source import check_device, choose_dtype, find_model
 from .models.checkpoint import open_store
 from .models.opt import OPT, ModelError, model_spec
@@ -89,7 +90,8 @@ class LLM:
     "sparse". `gpu_memory`, `cpu_memory`, `disk_memory`: bytes (or "16GiB") that may be used in all; by default what is
     free. `hardware`: a machine's profile, its file or its name, in place of this machine's own, which "auto" measures
     on first use. `dtype`: "auto" (the checkpoint's), "float32", "bfloat16" or "float16". `offload_dir`: where converted
-    weights and the disk's share of cache and activations go. `path`: FlexGen's second argument, a directory or
+    weights and the disk's share of cache and activations go; of several, on a drive each, all are read and written at
+    once. `path`: FlexGen's second argument, a directory or
     "_DUMMY_" for random weights. `progress(phase, done, total)` is told of measuring ("measure"), conversion
     ("convert"), loading ("load") and token steps ("generate"). Raises ModelError,
     PolicyError, HardwareError, CheckpointError (all ValueError) or OSError, each in one sentence.
@@ -107,7 +109,7 @@ class LLM:
         disk_memory: int | str | None = None,
         hardware: Hardware | str | Path | None = None,
         dtype: str = "auto",
-        offload_dir: str | Path = DEFAULT_OFFLOAD_DIR,
+        offload_dir: str | Path | Sequence[str | Path] = DEFAULT_OFFLOAD_DIR,
         path: str | None = None,
         device: str | None = None,
         copies: bool | None = None,
@@ -117,7 +119,7 @@ class LLM:
         self.source = find_model(model, path)
         if isinstance(policy, str) and policy != AUTO:
             raise PolicyError(f"policy is {policy!r}; give a Policy, or {AUTO!r}")
-        self.offload_dir = Path(offload_dir).expanduser()
+        self.folders = Folders.of(offload_dir)
         self.spec: ModelSpec = model_spec(self.source.config, self.source.name, choose_dtype(dtype, self.source))
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         check_device(self.spec.dtype, self._device)
@@ -126,7 +128,7 @@ class LLM:
         self._limits = Limits(*(None if m is None else parse_size(m) for m in (gpu_memory, cpu_memory, disk_memory)))
         self._progress = progress
         self._tokenizer: PreTrainedTokenizerBase | None = None
-        self.offload_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.folders.make()
         self.last_report: RunReport | None = None  # of the last `generate`
         self.totals = Totals()  # of the last `stream`
         self._drawn = 0  # seeds given to requests without one
@@ -157,10 +159,10 @@ class LLM:
         self._engine = Engine(
             OPT(self.source.config),
             spec,
-            open_store(spec, self.source.directory, self.offload_dir, progress=progress, seed=self._seed),
+            open_store(spec, self.source.directory, self.folders.first, progress=progress, seed=self._seed),
             policy,
             device=self._device,
-            offload_dir=self.offload_dir,
+            folders=self.folders,
             copies=self._copies,
             limits=self._limits,
             progress=self._phase("load"),
@@ -171,7 +173,7 @@ class LLM:
         """The machine that is planned for: as given, or measured on first use; within the memory limits."""
         return machine(
             self._device,
-            self.offload_dir,
+            self.folders,
             self._limits,
             profile=self._profile,
             copies=self._copies,

@@ -39,9 +39,11 @@ def _words(context: click.Context, parameter: click.Parameter, value: str) -> fr
 OFFLOAD_DIR = click.option(
     "--offload-dir",
     type=click.Path(path_type=Path),
-    default=DEFAULT_OFFLOAD_DIR,
+    multiple=True,
+    default=(DEFAULT_OFFLOAD_DIR,),
     show_default=True,
-    help="Where converted weights, the disk's share of the cache and the machine's profile go.",
+    help="Where converted weights, the disk's share of the cache and the machine's profile go. Given several times, "
+    "for a drive each, all of them are read and written at once.",
 )
 ALLOW = click.option(
     "--allow",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .llm import DEFAULT_OFFLOAD_DIR
+from .memory.stripes import Folders
 from .model_source import DUMMY, ModelSource, choose_dtype, find_model
 from .models.opt import ModelError, OPTConfig, config_by_name, model_spec
 from .options import ALLOW, DTYPE, OFFLOAD_DIR, memory_options
@@ -142,7 +143,7 @@ def _remote_config(model: str) -> ModelSource:
     return ModelSource(model.rsplit("/", 1)[-1], OPTConfig.from_json(config), None, dtype)
 
 
-def bench_command(model: Model, problem: Problem, policy: Policy, offload_dir: Path) -> list[str]:
+def bench_command(model: Model, problem: Problem, policy: Policy, offload_dirs: Sequence[Path]) -> list[str]:
     """The benchmark's command for that policy: what it leaves out is the benchmark's default."""
     p, default = policy, Policy()
     percent = (p.w_gpu_percent, p.w_cpu_percent, p.cache_gpu_percent, p.cache_cpu_percent)
@@ -161,7 +162,8 @@ def bench_command(model: Model, problem: Problem, policy: Policy, offload_dir: P
     for flag in ("sep_layer", "overlap", "pin_weight"):
         command += [] if getattr(p, flag) else [f"--{flag.replace('_', '-')}", "false"]
     command += ["--num-prompts", str(problem.num_prompts)] if problem.num_prompts else []
-    return [*command, *(["--offload-dir", str(offload_dir)] if offload_dir != DEFAULT_OFFLOAD_DIR else [])]
+    given = [] if tuple(offload_dirs) == (DEFAULT_OFFLOAD_DIR,) else offload_dirs
+    return [*command, *(word for path in given for word in ("--offload-dir", str(path)))]
 
 
 def shell_lines(command: list[str], width: int = WIDTH) -> str:
@@ -398,8 +400,8 @@ def command(**options: Any) -> None:
     limits = Limits(options["gpu_mem"], options["cpu_mem"], options["disk_mem"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with Display() as bars:
-        offload_dir = options["offload_dir"].expanduser()
-        hardware = machine(device, offload_dir, limits, profile=options["hardware"], progress=bars.phase)
+        folders = Folders.of(options["offload_dir"])
+        hardware = machine(device, folders, limits, profile=options["hardware"], progress=bars.phase)
     searched = find_policies(model, hardware, options)
     told = list(islice(choices(searched), options["top"]))
     gains = worth(searched)

@@ -110,12 +110,12 @@ def test_the_printed_command_runs_the_best_policy(tmp_path, args):
 def test_every_field_of_a_policy_survives_the_command(policy, tmp_path):
     model = plan_command.Model.find("opt-30b", None, "auto")
     problem = Problem(plan_command.model_spec(model.source.config, "opt-30b", "float16"), 512, 32)
-    command = plan_command.bench_command(model, problem, policy, tmp_path / "a folder")
+    command = plan_command.bench_command(model, problem, policy, [tmp_path / "a folder", tmp_path / "b"])
     text = plan_command.shell_lines(command)
     assert all(len(line) <= plan_command.WIDTH for line in text.splitlines())
     options = parsed(shlex.split(text.replace("\\\n", " ")))
     assert flags_policy(options) == policy
-    assert options["offload_dir"] == tmp_path / "a folder"
+    assert options["offload_dir"] == (tmp_path / "a folder", tmp_path / "b")
 
 
 def test_a_checkpoint_directory_is_planned_by_its_config_alone(tiny, tmp_path):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from machines import TWO_CORES
 
+from flexgen_triton.memory.stripes import Folders
 from flexgen_triton.run.measure import profile_path, save_profile
 
 ROOT = Path(__file__).parents[1]
@@ -47,7 +48,7 @@ def test_there_are_four_ways_in():
 def test_each_runs_as_written(way, tmp_path):
     """In an empty directory of a user whose machine was measured before."""
     language, code = WAYS[way]
-    save_profile(TWO_CORES, profile_path(tmp_path / ".cache" / "flexgen_triton", torch.device("cpu")))
+    save_profile(TWO_CORES, profile_path(Folders.of(tmp_path / ".cache" / "flexgen_triton"), torch.device("cpu")))
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     env = {**os.environ, "HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "PATH": path}
     command = [sys.executable, "-c", code] if language == "python" else ["sh", "-ec", code]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +16,8 @@ from ..plan.placement import Tier
 from ..plan.plan import HOST_RINGS, Plan
 from ..plan.schedule import Slot
 from .arena import Arena
-from .disk import DiskFile
 from .scratch import Scratch, Uploads
+from .stripes import Folders
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +57,7 @@ class Buffers:
     Raises OSError when the scratch file does not fit the disk.
     """
 
-    def __init__(self, sizes: Sizes, *, device: torch.device, offload_dir: Path) -> None:
+    def __init__(self, sizes: Sizes, *, device: torch.device, folders: Folders) -> None:
         self.device, self.sizes = device, sizes
         rings, homes = sizes.rings, sizes.homes
         on_host = sum(rings[n] for n in HOST_RINGS)
@@ -82,7 +81,7 @@ class Buffers:
         self.work, self.hosted = Scratch(work, wide), Scratch(self._hosted.buffer)
         self.uploads = Uploads(self._uploads.buffer, None if device.type == "cpu" else uploads)
         self.landing = self._landing.buffer
-        self.scratch = DiskFile.scratch(offload_dir, homes[Tier.DISK]) if homes[Tier.DISK] else None
+        self.scratch = folders.scratch(homes[Tier.DISK]) if homes[Tier.DISK] else None
         self._scratch_used = 0
 
     def slot(self, slot: Slot) -> Tensor:

@@ -22,7 +22,7 @@ from ..plan.layout import Group, block_runs
 from ..plan.plan import Plan
 from ..plan.schedule import Op
 from .buffers import Buffers
-from .disk import DiskFile, DiskQueue, Read, Write
+from .disk import DiskQueue, Read, Readable, Write
 
 Home = tuple[int, int]  # layer, GPU batch
 Fields = tuple[Tensor, ...]  # of K and V, each [blocks, n, 2, Hkv, tokens, width], or of one, without the 2
@@ -187,7 +187,7 @@ class Cache:
     # Transfers
 
     @property
-    def _file(self) -> DiskFile:
+    def _file(self) -> Readable:
         assert self._buffers.scratch is not None
         return self._buffers.scratch
 

@@ -13,12 +13,12 @@ import os
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
@@ -40,6 +40,33 @@ def page_up(n: int) -> int:
 
 def page_down(n: int) -> int:
     return n // PAGE * PAGE
+
+
+class Piece(NamedTuple):
+    """Bytes [low, high) of a range, which lie together at `offset` of one file."""
+
+    file: DiskFile
+    offset: int
+    low: int
+    high: int
+
+
+class Readable(Protocol):
+    """An open file, or several that are read and written as one."""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+
+    def pieces(self, offset: int, nbytes: int, limit: int) -> Iterator[Piece]:
+        """Cut a range in pieces of at most `limit` bytes, the first of which may begin within a page."""
+
+    def close(self) -> None:
+        """Close the descriptors."""
 
 
 class DiskFile:
@@ -70,6 +97,12 @@ class DiskFile:
         with tempfile.TemporaryFile(dir=directory, buffering=0) as file:  # 0600, O_TMPFILE or unlinked at once
             preallocate(file.fileno(), page_up(nbytes), directory)
             return cls(os.dup(file.fileno()), f"scratch file in {directory}")
+
+    def pieces(self, offset: int, nbytes: int, limit: int) -> Iterator[Piece]:
+        """Cut where the range crosses a multiple of `limit` from the page it begins in."""
+        first = limit - (offset - page_down(offset))
+        for low, high in pairwise([0, *range(first, nbytes, limit), nbytes]):
+            yield Piece(self, offset + low, low, high)
 
     def close(self) -> None:
         if self.fd >= 0:
@@ -131,7 +164,7 @@ class Read:
     `check(offset, data)` is called on the worker as each extent completes; what it raises, `DiskQueue.read` raises.
     """
 
-    file: DiskFile
+    file: Readable
     offset: int
     buffer: Tensor
     check: Check | None = None
@@ -141,33 +174,32 @@ class Read:
 class Write:
     """Write `buffer`, [n] uint8 on the CPU, to `offset` of `file`, within its size."""
 
-    file: DiskFile
+    file: Readable
     offset: int
     buffer: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class _Extent:
-    """Bytes [low, high) of a request's buffer."""
+    """A piece of a request's buffer."""
 
     request: Read | Write
-    low: int
-    high: int
+    piece: Piece
 
     def run(self, bounce: Bytes) -> None:
-        r = self.request
-        data = r.buffer.numpy()[self.low : self.high]
-        if isinstance(r, Write):
-            (_write_direct if r.file.direct else _write_buffered)(r.file, r.offset + self.low, data, bounce)
+        file, offset, low, high = self.piece
+        data = self.request.buffer.numpy()[low:high]
+        if isinstance(self.request, Write):
+            (_write_direct if file.direct else _write_buffered)(file, offset, data, bounce)
             return
-        got = (_read_direct if r.file.direct else _read_buffered)(r.file, r.offset + self.low, data, bounce)
-        if r.check:
-            r.check(r.offset + self.low, data[:got].data)
+        got = (_read_direct if file.direct else _read_buffered)(file, offset, data, bounce)
+        if self.request.check:
+            self.request.check(self.request.offset + low, data[:got].data)
 
     def __str__(self) -> str:
         verb = "writing" if isinstance(self.request, Write) else "reading"
-        start, name = self.request.offset + self.low, self.request.file.name
-        return f"{verb} {self.high - self.low} bytes at offset {start} of {name}"
+        file, offset, low, high = self.piece
+        return f"{verb} {high - low} bytes at offset {offset} of {file.name}"
 
 
 class _Batch:
@@ -221,26 +253,26 @@ class DiskQueue:
             assert r.offset + len(r.buffer) <= r.file.size, (r.file.name, r.offset, len(r.buffer), r.file.size)
         self._run([[e] for r in requests for e in self._extents(r)])
 
-    def read_rows(self, file: DiskFile, offsets: Sequence[int], row_bytes: int, out: Tensor | None = None) -> Tensor:
+    def read_rows(self, file: Readable, offsets: Sequence[int], row_bytes: int, out: Tensor | None = None) -> Tensor:
         """Gather rows that start at any `offsets` of `file`: [len(offsets), row_bytes] uint8, in `out` if given."""
         rows = torch.empty(len(offsets), row_bytes, dtype=torch.uint8) if out is None else out
         for offset in offsets:
             if offset + row_bytes > file.size:
                 raise OSError(errno.EIO, f"{file.name} ends at {file.size}; a row lies at {offset}+{row_bytes}")
-        extents = [_Extent(Read(file, o, row), 0, row_bytes) for o, row in zip(offsets, rows, strict=True) if row_bytes]
+        reads = [Read(file, o, row) for o, row in zip(offsets, rows, strict=True) if row_bytes]
+        extents = [_Extent(r, p) for r in reads for p in file.pieces(r.offset, row_bytes, self._extent_bytes)]
         self._run([extents[n : n + ROWS_PER_JOB] for n in range(0, len(extents), ROWS_PER_JOB)])
         return rows
 
     def _extents(self, request: Read | Write) -> list[_Extent]:
-        """Cut a request where it crosses a multiple of the extent size from the page it begins in."""
+        """Cut a request into what one thread reads or writes at a time."""
         b, size, offset = request.buffer, len(request.buffer), request.offset
         assert b.dtype == torch.uint8 and b.ndim == 1 and b.is_contiguous(), (b.dtype, b.shape, b.stride())
         if size and not 0 <= offset < request.file.size:
             raise OSError(errno.EIO, f"{request.file.name} ends at {request.file.size}; asked for {offset}+{size}")
-        first = self._extent_bytes - (offset - page_down(offset))
-        cuts = [0, *range(first, size, self._extent_bytes), size]
         beyond = request.file.size - offset  # an aligned superset may reach past the end of the file
-        return [_Extent(request, low, high) for low, high in pairwise(cuts) if low < min(high, beyond)]
+        pieces = request.file.pieces(offset, size, self._extent_bytes)
+        return [_Extent(request, p) for p in pieces if p.low < min(p.high, beyond)]
 
     def _run(self, jobs: Sequence[Sequence[_Extent]]) -> None:
         """Submit jobs and wait until none is left or in flight: the caller's buffers are its own again."""

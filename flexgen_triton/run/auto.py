@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ..memory.stripes import Folders
 from ..plan.fit import fits
 from ..plan.hardware import Hardware, load_profile
 from ..plan.policy import Policy, PolicyError
@@ -22,7 +23,7 @@ KEEP = 0.9  # a policy in use this near to the best is kept: another one means l
 
 def machine(
     device: torch.device,
-    offload_dir: Path,
+    folders: Folders,
     limits: Limits,
     *,
     profile: Hardware | str | Path | None = None,
@@ -34,7 +35,7 @@ def machine(
     Raises HardwareError for a profile that cannot be read and PolicyError for a limit on a GPU that is not there.
     """
     if profile is None:
-        hardware = load_or_measure(device, offload_dir, progress)
+        hardware = load_or_measure(device, folders, progress)
     else:
         hardware = profile if isinstance(profile, Hardware) else load_profile(profile)
     if copies and not hardware.copies:  # on a CPU, as if host memory were apart: half of it is the device's

@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from pathlib import Path
 from types import TracebackType
 
 import torch
@@ -16,9 +15,10 @@ from torch import Tensor
 
 from ..memory.arena import host_available, rss
 from ..memory.buffers import Buffers, Sizes
-from ..memory.disk import DiskQueue, free_bytes
+from ..memory.disk import DiskQueue
 from ..memory.lanes import Lanes
 from ..memory.store import Store
+from ..memory.stripes import Folders
 from ..memory.weights import Weights
 from ..models import ops
 from ..models.opt import OPT
@@ -106,7 +106,7 @@ class Engine:
         policy: Policy,
         *,
         device: torch.device,
-        offload_dir: Path,
+        folders: Folders,
         copies: bool | None = None,
         limits: Limits = NO_LIMITS,
         progress: Progress | None = None,
@@ -114,13 +114,13 @@ class Engine:
         self._limits = limits
         self.model, self.spec, self.store, self.policy, self.device = model, spec, store, policy, device
         self.copies = device.type == "cuda" if copies is None else copies
-        self._offload_dir = offload_dir
+        self._folders = folders
         self._dtype = getattr(torch, spec.dtype)
         smallest = self.plan(Workload((Batch((1,), 2),)))
         fit.check(smallest, self._available())
         if device.type == "cpu" or policy.cpu_cache_compute:
             ops.prepare(spec, smallest.cache_layout.fields, sparse=policy.attn_sparsity < 1)
-        self._disk = DiskQueue()
+        self._disk = DiskQueue(folders.threads)
         try:
             self.weights = Weights(smallest, store, self._disk, device=device, dtype=self._dtype, progress=progress)
         except BaseException:
@@ -140,7 +140,7 @@ class Engine:
 
     def _available(self) -> dict[Tier, int]:
         """Bytes of each tier that are free, within the limits."""
-        free = {Tier.HOST: host_available(), Tier.DISK: free_bytes(self._offload_dir)}
+        free = {Tier.HOST: host_available(), Tier.DISK: self._folders.free_bytes()}
         used = {Tier.HOST: rss(), Tier.GPU: 0, Tier.DISK: 0}
         if self.device.type == "cuda":
             free[Tier.GPU], total = torch.cuda.mem_get_info(self.device)
@@ -270,7 +270,7 @@ class Engine:
         return plan, batches
 
     def _buffers(self, sizes: Sizes) -> Buffers:
-        return Buffers(sizes, device=self.device, offload_dir=self._offload_dir)
+        return Buffers(sizes, device=self.device, folders=self._folders)
 
     def _remaining(self) -> dict[Tier, int]:
         """Bytes there are for a plan, whose resident weights are already loaded."""

@@ -11,7 +11,8 @@ import os
 import platform
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, median
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 
 from ..memory.arena import host_available, rss
-from ..memory.disk import free_bytes
+from ..memory.stripes import Folders
 from ..models import ops
 from ..models.checkpoint import open_store
 from ..models.opt import OPT, OPTConfig, model_spec
@@ -51,13 +52,13 @@ LEAST_SHARE = 0.01  # of a run's makespan, for a lane to correct the profile
 
 
 def measure(
-    device: torch.device, directory: Path, *, quick: bool = False, progress: Progress | None = None
+    device: torch.device, folders: Folders, *, quick: bool = False, progress: Progress | None = None
 ) -> Hardware:
-    """Measure the machine: its device, its host, and the disk of `directory`, where a scratch file lies meanwhile.
+    """Measure the machine: its device, its host, and the disk of `folders`, where a scratch file lies meanwhile.
 
     `quick` takes seconds and gives coarse figures. Raises OSError when the disk has no room for half a GiB.
     """
-    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    folders.make()
     steps = _Steps(progress)
     share = 0.1 if quick else 1.0  # of the time each step gets
     copies = device.type == "cuda"
@@ -68,10 +69,10 @@ def measure(
         steps.done()
         with Workbench(device, quick=quick) as bench, Workbench(CPU, quick=quick, pin=copies) as host:
             figures = _device_figures(bench, host, steps, share)
-            disk = sweeps.disk(directory, host.arena.buffer[: 64 * MIB], quick=quick, budget_s=6 * share)
+            disk = sweeps.disk(folders, host.arena.buffer[: 64 * MIB], quick=quick, budget_s=6 * share)
             steps.done()
     hardware = Hardware(
-        name=machine_name(device),
+        name=machine_name(device, folders),
         source=source,
         copies=copies,
         gpu_bytes=0,
@@ -86,11 +87,11 @@ def measure(
         context_bytes=_context_bytes(device),
         **figures,
     )
-    hardware = replace(hardware, overhead=_overheads(hardware, device, directory, quick=quick))
+    hardware = replace(hardware, overhead=_overheads(hardware, device, folders, quick=quick))
     if not quick:
-        hardware = _corrected(hardware, device, directory)
+        hardware = _corrected(hardware, device, folders)
     steps.done()
-    return with_capacities(hardware, device, directory)
+    return with_capacities(hardware, device, folders)
 
 
 def _others() -> str:
@@ -162,27 +163,27 @@ def _context_bytes(device: torch.device) -> int:
     return total - free - torch.cuda.memory_reserved(device)
 
 
-def with_capacities(hardware: Hardware, device: torch.device, directory: Path) -> Hardware:
-    """The same machine with the bytes that this process can have now, and `directory` on disk.
+def with_capacities(hardware: Hardware, device: torch.device, folders: Folders) -> Hardware:
+    """The same machine with the bytes that this process can have now, and `folders` on disk.
 
     With what it takes already, so that what is left for a plan is without `process_bytes` and `context_bytes`.
     """
     gpu = 0
     if hardware.copies:
         gpu = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) + hardware.context_bytes
-    return hardware.limited(gpu, host_available() + rss(), free_bytes(directory))
+    return hardware.limited(gpu, host_available() + rss(), folders.free_bytes())
 
 
 # What any op costs its lane
 
 
-def _overheads(hardware: Hardware, device: torch.device, directory: Path, *, quick: bool) -> dict[str, float]:
+def _overheads(hardware: Hardware, device: torch.device, folders: Folders, *, quick: bool) -> dict[str, float]:
     """Seconds that an op of a tiny model takes beyond its bytes and its arithmetic, by lane."""
     steps = 8 if quick else 32
-    with tempfile.TemporaryDirectory(prefix=".measure-", dir=directory) as work:
-        alone = _run(TINY, Policy(), device, Path(work), copies=hardware.copies, steps=steps)
+    with _inside(folders) as work:
+        alone = _run(TINY, Policy(), device, work, copies=hardware.copies, steps=steps)
         spread = Policy(1, 2, 0, 50, 0, 50, 0, 50, cpu_cache_compute=True)
-        moved = _run(TINY, spread, device, Path(work), copies=True, steps=steps)
+        moved = _run(TINY, spread, device, work, copies=True, steps=steps)
     lanes = [lane for lane in Lane if lane is not Lane.COMPUTE]
     found = {lane.value: _excess((s for s in moved.timeline.spans if s.op.lane is lane), hardware) for lane in lanes}
     decoded = [s for s in alone.timeline.spans if s.op.i > 0]
@@ -192,15 +193,23 @@ def _overheads(hardware: Hardware, device: torch.device, directory: Path, *, qui
     return {lane: sweeps.rounded(excess) for lane, excess in found.items()}
 
 
+@contextmanager
+def _inside(folders: Folders) -> Iterator[Folders]:
+    """A temporary directory in each."""
+    with ExitStack() as stack:
+        made = (tempfile.TemporaryDirectory(prefix=".measure-", dir=path) for path in folders.paths)
+        yield Folders(tuple(Path(stack.enter_context(each)) for each in made))
+
+
 def _run(
-    config: OPTConfig, policy: Policy, device: torch.device, directory: Path, *, copies: bool, steps: int
+    config: OPTConfig, policy: Policy, device: torch.device, folders: Folders, *, copies: bool, steps: int
 ) -> RunReport:
     """Generate with random weights, a block of prompts of 16 tokens."""
     spec = model_spec(config, f"measure-{config.hidden_size}", "float16")
-    store = open_store(spec, None, directory)
+    store = open_store(spec, None, folders.first)
     params = SamplingParams(max_tokens=steps, ignore_eos=True, temperature=0)
     requests = [Request([5] * 16, params) for _ in range(policy.block_size)]
-    with Engine(OPT(config), spec, store, policy, device=device, offload_dir=directory, copies=copies) as engine:
+    with Engine(OPT(config), spec, store, policy, device=device, folders=folders, copies=copies) as engine:
         return engine.generate(requests)
 
 
@@ -210,22 +219,22 @@ def _excess(spans: Iterable[Span], hardware: Hardware) -> float:
     return max(excess, 0.0)
 
 
-def _corrected(hardware: Hardware, device: torch.device, directory: Path) -> Hardware:
+def _corrected(hardware: Hardware, device: torch.device, folders: Folders) -> Hardware:
     """With measured over predicted seconds of lanes, from short runs of the engine on layers of a real model's size.
 
     What is timed by itself is some 15 % quicker than the same between all that an engine does, and where the cores that
     compute also read the disk, computing takes longer while they do.
     """
     copies = hardware.copies
-    with tempfile.TemporaryDirectory(prefix=".measure-", dir=directory) as work:
+    with _inside(folders) as work:
         resident, streamed = (
-            _run(SAMPLE, policy, device, Path(work), copies=copies, steps=SAMPLE_STEPS)
+            _run(SAMPLE, policy, device, work, copies=copies, steps=SAMPLE_STEPS)
             for policy in (Policy(8), Policy(8, 1, 0, 0))
         )
         found = {Lane.COMPUTE: _ratio(resident, Lane.COMPUTE, hardware)}
         found[Lane.DISK_IN] = _ratio(streamed, Lane.DISK_IN, hardware)
         if copies:
-            beside = _run(SAMPLE, Policy(8, 2, 0, 100, 0, 100, 0, 100), device, Path(work), copies=True, steps=8)
+            beside = _run(SAMPLE, Policy(8, 2, 0, 100, 0, 100, 0, 100), device, work, copies=True, steps=8)
             found |= {lane: _ratio(beside, lane, hardware) for lane in (Lane.H2D, Lane.D2H)}
     more = _busy_s(streamed, Lane.COMPUTE) - _busy_s(resident, Lane.COMPUTE)
     read = sum(s.op.bytes for s in streamed.timeline.spans if s.op.lane is Lane.DISK_IN)
@@ -248,11 +257,12 @@ def _ratio(report: RunReport, lane: Lane, hardware: Hardware) -> float:
 # The file of a machine
 
 
-def machine_name(device: torch.device) -> str:
-    """What the speed of a machine depends on: its processor, the cores this process may use, its GPU."""
+def machine_name(device: torch.device, folders: Folders) -> str:
+    """What the speed of a machine depends on: its processor, the cores this process may use, its GPU, its drives."""
     cores = len(os.sched_getaffinity(0))
     gpu = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
-    return f"{_processor()}, {cores} cores{gpu}"
+    drives = f", {len(folders.paths)} drives" if len(folders.paths) > 1 else ""
+    return f"{_processor()}, {cores} cores{gpu}{drives}"
 
 
 def _processor() -> str:
@@ -264,29 +274,29 @@ def _processor() -> str:
     return next(named, platform.processor() or platform.machine())
 
 
-def profile_path(offload_dir: Path, device: torch.device) -> Path:
+def profile_path(folders: Folders, device: torch.device) -> Path:
     """Where this machine's profile is kept."""
-    name = machine_name(device)
+    name = machine_name(device, folders)
     words = re.sub(r"\((r|tm)\)|\b(cpu|processor)\b", "", name.lower())
     readable = re.sub(r"[^a-z0-9.]+", "-", words).strip("-.")[:64]
-    return offload_dir / f"machine-{readable}-{hashlib.sha256(name.encode()).hexdigest()[:8]}.json"
+    return folders.first / f"machine-{readable}-{hashlib.sha256(name.encode()).hexdigest()[:8]}.json"
 
 
-def cached_profile(offload_dir: Path, device: torch.device) -> Hardware | None:
+def cached_profile(folders: Folders, device: torch.device) -> Hardware | None:
     """This machine's profile with the capacities of now; None where there is none that this version can read."""
     try:
-        text = profile_path(offload_dir, device).read_text(encoding="utf-8")
-        return with_capacities(Hardware.from_json(text), device, offload_dir)
+        text = profile_path(folders, device).read_text(encoding="utf-8")
+        return with_capacities(Hardware.from_json(text), device, folders)
     except (FileNotFoundError, HardwareError):
         return None
 
 
-def load_or_measure(device: torch.device, offload_dir: Path, progress: Progress | None = None) -> Hardware:
+def load_or_measure(device: torch.device, folders: Folders, progress: Progress | None = None) -> Hardware:
     """This machine's profile, measured and kept where it was not yet; raises OSError as `measure` does."""
-    found = cached_profile(offload_dir, device)
+    found = cached_profile(folders, device)
     if found is None:
-        found = measure(device, offload_dir, progress=progress)
-        save_profile(found, profile_path(offload_dir, device))
+        found = measure(device, folders, progress=progress)
+        save_profile(found, profile_path(folders, device))
     return found
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import cycle
-from pathlib import Path
 from random import Random
 from statistics import median
 
@@ -20,7 +20,8 @@ from torch import Tensor
 
 from ..memory.arena import Arena, host_available
 from ..memory.cache import Fields, Segment
-from ..memory.disk import DiskFile, DiskQueue, Read, Write
+from ..memory.disk import DiskQueue, Read, Readable, Write
+from ..memory.stripes import Folders
 from ..memory.weights import BOUNCE_BYTES
 from ..models import ops
 from ..models.ops import Matrix, Matrix4
@@ -380,15 +381,15 @@ class DiskRates:
     table: tuple[tuple[float, float, float], ...]  # bytes of an extent, threads, bytes per second read
 
 
-def disk(directory: Path, buffer: Tensor, *, quick: bool, budget_s: float) -> DiskRates:
-    """Measure with a scratch file in `directory`; `buffer` [n] uint8 is what is read and written, pages of the host.
+def disk(folders: Folders, buffer: Tensor, *, quick: bool, budget_s: float) -> DiskRates:
+    """Measure with a scratch file in `folders`; `buffer` [n] uint8 is what is read and written, pages of the host.
 
     Raises OSError with the bytes needed when the file does not fit.
     """
     size = 64 * MIB if quick else 512 * MIB
     clock = Clock(CPU, quick=quick)
-    with DiskFile.scratch(directory, size) as file:
-        with DiskQueue() as queue:
+    with closing(folders.scratch(size)) as file:
+        with DiskQueue(folders.threads) as queue:
             for at in range(0, size, 16 * MIB):  # what was never written is read without the disk
                 queue.write([Write(file, at, buffer[: 16 * MIB])])
             both = clock.curves(_disk_tasks(queue, file, buffer, quick=quick), budget_s / 2)
@@ -397,7 +398,7 @@ def disk(directory: Path, buffer: Tensor, *, quick: bool, budget_s: float) -> Di
     return DiskRates(both["read"], both["write"], rows, table)
 
 
-def _disk_tasks(queue: DiskQueue, file: DiskFile, buffer: Tensor, *, quick: bool) -> dict[str, list[Task]]:
+def _disk_tasks(queue: DiskQueue, file: Readable, buffer: Tensor, *, quick: bool) -> dict[str, list[Task]]:
     sizes = [n for n in (DISK_BYTES[:-1] if quick else DISK_BYTES) if n <= len(buffer)]
     return {
         "read": [_disk_task(queue, file, buffer[:n], write=False) for n in sizes],
@@ -405,7 +406,7 @@ def _disk_tasks(queue: DiskQueue, file: DiskFile, buffer: Tensor, *, quick: bool
     }
 
 
-def _disk_task(queue: DiskQueue, file: DiskFile, buffer: Tensor, *, write: bool) -> Task:
+def _disk_task(queue: DiskQueue, file: Readable, buffer: Tensor, *, write: bool) -> Task:
     """One operation of the buffer's size at a time, from the file's start to its end and again."""
     size = len(buffer)
     starts = cycle(range(0, file.size - size + 1, size))
@@ -419,7 +420,7 @@ def _disk_task(queue: DiskQueue, file: DiskFile, buffer: Tensor, *, write: bool)
     return Task(size, size, run)
 
 
-def _rows_task(queue: DiskQueue, file: DiskFile, count: int = 1024) -> Task:
+def _rows_task(queue: DiskQueue, file: Readable, count: int = 1024) -> Task:
     """Rows at random places, as embeddings are looked up."""
     random = Random(0)
     places = [
@@ -429,7 +430,7 @@ def _rows_task(queue: DiskQueue, file: DiskFile, count: int = 1024) -> Task:
     return Task(count, count, lambda: queue.read_rows(file, next(turns), TABLE_ROW_BYTES))
 
 
-def _queue_rates(file: DiskFile, buffer: Tensor, clock: Clock, budget_s: float) -> Iterator[tuple[float, float, float]]:
+def _queue_rates(file: Readable, buffer: Tensor, clock: Clock, budget_s: float) -> Iterator[tuple[float, float, float]]:
     """Bytes per second read by queues of other extents and numbers of threads."""
     whole = buffer[: min(len(buffer), file.size // 2, 64 * MIB)]
     each = budget_s / (len(EXTENT_BYTES) * len(DISK_THREADS))

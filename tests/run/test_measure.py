@@ -10,6 +10,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
+from flexgen_triton.memory.stripes import Folders
 from flexgen_triton.plan.hardware import Curve, HardwareError, load_profile
 from flexgen_triton.run import measure as module
 from flexgen_triton.run.measure import (
@@ -39,7 +40,7 @@ def directory(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def machine(directory, told):
-    return measure(CPU, directory, quick=True, progress=lambda *args: told.append(args))
+    return measure(CPU, Folders.of(directory), quick=True, progress=lambda *args: told.append(args))
 
 
 def curves(machine) -> dict[str, Curve]:
@@ -91,9 +92,9 @@ def test_progress_ends_where_it_said(machine, told):
 
 
 def test_a_kept_profile_is_the_same_but_for_what_is_free_now(machine, directory):
-    path = profile_path(directory, CPU)
+    path = profile_path(Folders.of(directory), CPU)
     save_profile(replace(machine, host_bytes=1, disk_bytes=2), path)
-    found = cached_profile(directory, CPU)
+    found = cached_profile(Folders.of(directory), CPU)
     assert found.host_bytes > 1 << 20 and found.disk_bytes > 1 << 20
     assert replace(found, host_bytes=0, disk_bytes=0) == replace(machine, host_bytes=0, disk_bytes=0)
     assert [p.name for p in directory.iterdir()] == [path.name]  # written whole, then renamed
@@ -102,18 +103,19 @@ def test_a_kept_profile_is_the_same_but_for_what_is_free_now(machine, directory)
 def test_a_machine_is_measured_once(machine, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(module, "measure", lambda *args, **more: calls.append(args) or machine)
-    first, second = load_or_measure(CPU, tmp_path), load_or_measure(CPU, tmp_path)
+    folders = Folders.of(tmp_path)
+    first, second = load_or_measure(CPU, folders), load_or_measure(CPU, folders)
     assert len(calls) == 1 and first.matmul == second.matmul
-    profile_path(tmp_path, CPU).write_text('{"name": "of an older version"}')
-    load_or_measure(CPU, tmp_path)
+    profile_path(folders, CPU).write_text('{"name": "of an older version"}')
+    load_or_measure(CPU, folders)
     assert len(calls) == 2
 
 
 def test_each_machine_has_its_file(tmp_path, monkeypatch):
-    here = profile_path(tmp_path, CPU)
+    here = profile_path(Folders.of(tmp_path), CPU)
     assert here.parent == tmp_path and here.name.startswith("machine-") and here.suffix == ".json"
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(1000))
-    assert profile_path(tmp_path, CPU) != here
+    assert profile_path(Folders.of(tmp_path), CPU) != here
 
 
 # Corrections

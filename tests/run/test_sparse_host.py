@@ -13,6 +13,7 @@ from test_compression import check, make_policy
 from flexgen_triton.memory.buffers import Buffers, Sizes
 from flexgen_triton.memory.cache import Cache
 from flexgen_triton.memory.disk import DiskQueue
+from flexgen_triton.memory.stripes import Folders
 from flexgen_triton.models.opt import OPTConfig, model_spec
 from flexgen_triton.plan.plan import Plan, make_plan
 from flexgen_triton.plan.policy import Policy
@@ -36,7 +37,7 @@ def plan_of(percent: tuple[int, int], sparsity: float, *, is_4bit: bool) -> Plan
 def filled(plan: Plan, folder: Path) -> Iterator[tuple[Cache, Buffers]]:
     """A cache whose homes on the host hold nothing but K, V and OPEN."""
     disk = DiskQueue(threads=1)
-    buffers = Buffers(Sizes.of(plan), device=torch.device("cpu"), offload_dir=folder)
+    buffers = Buffers(Sizes.of(plan), device=torch.device("cpu"), folders=Folders.of(folder))
     cache = Cache(plan, buffers, disk, lambda k: [False] * plan.workload.batches[k].size)
     for home, buffer in cache._host.items():
         row = plan.groups[home[1]].cache.host.size * plan.cache_layout.half
