@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -23,7 +24,8 @@ FIVES = range(0, 101, 5)
     ("name", "sep_layer"), [("opt-6.7b", True), ("opt-6.7b", False), ("opt-30b", True), ("opt-175b", False)]
 )
 def test_asked_and_given_differ_by_at_most_one_percent(name, sep_layer):
-    spec = model_spec(SIZES[name], name, "float16")
+    """Two decoder layers stand for all: the next test looks at each of a whole model."""
+    spec = model_spec(replace(SIZES[name], num_hidden_layers=2), name, "float16")
     for gpu, cpu in itertools.product(FIVES, FIVES):
         if gpu + cpu > 100:
             continue
