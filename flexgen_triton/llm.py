@@ -90,9 +90,11 @@ class LLM:
     free. `hardware`: a machine's profile, its file or its name, in place of this machine's own, which "auto" measures
     on first use. `dtype`: "auto" (the checkpoint's), "float32", "bfloat16" or "float16". `offload_dir`: where converted
     weights and the disk's share of cache and activations go. `path`: FlexGen's second argument, a directory or
-    "_DUMMY_" for random weights. `progress(phase, done, total)` is told of measuring ("measure"), conversion
-    ("convert"), loading ("load") and token steps ("generate"). Raises ModelError,
-    PolicyError, HardwareError, CheckpointError (all ValueError) or OSError, each in one sentence.
+    "_DUMMY_" for random weights. `verify`: check every byte of a checkpoint that is read in place against checksums,
+    which are made the first time and kept in `offload_dir`; converted weights always are.
+    `progress(phase, done, total)` is told of measuring ("measure"), conversion and checksums ("convert"), loading
+    ("load") and token steps ("generate"). Raises ModelError, PolicyError, HardwareError, CheckpointError, StoreError
+    (all ValueError) or OSError, each in one sentence.
     """
 
     def __init__(
@@ -112,6 +114,7 @@ class LLM:
         device: str | None = None,
         copies: bool | None = None,
         seed: int = 0,
+        verify: bool = False,
         progress: Callable[[str, int, int], None] | None = None,
     ) -> None:
         self.source = find_model(model, path)
@@ -122,7 +125,7 @@ class LLM:
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         check_device(self.spec.dtype, self._device)
         self._base, self._allow, self._profile = base, frozenset(allow), hardware
-        self._copies, self._seed = copies, seed
+        self._copies, self._seed, self._verify = copies, seed, verify
         self._limits = Limits(*(None if m is None else parse_size(m) for m in (gpu_memory, cpu_memory, disk_memory)))
         self._progress = progress
         self._tokenizer: PreTrainedTokenizerBase | None = None
@@ -154,10 +157,13 @@ class LLM:
             self._engine = None
         spec = stored_as(self.spec, policy)
         progress = self._phase("convert")
+        store = open_store(
+            spec, self.source.directory, self.offload_dir, progress=progress, seed=self._seed, verify=self._verify
+        )
         self._engine = Engine(
             OPT(self.source.config),
             spec,
-            open_store(spec, self.source.directory, self.offload_dir, progress=progress, seed=self._seed),
+            store,
             policy,
             device=self._device,
             offload_dir=self.offload_dir,

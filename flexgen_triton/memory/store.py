@@ -8,17 +8,18 @@ from __future__ import annotations
 import base64
 import json
 import os
+import stat
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import chain, pairwise
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self, TypeVar
 
 import xxhash
 
 from ..plan.placement import PAGE, Extent
-from .disk import preallocate
+from .disk import open_regular, preallocate
 
 STORE_VERSION = 2
 MANIFEST = "manifest.json"
@@ -34,11 +35,34 @@ _BITS = {
     **dict.fromkeys(("I32", "U32", "F32"), 32),
     **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
 }
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)  # for JSON of any content
 SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int16": "I16"}
+
+T = TypeVar("T")
 
 
 class StoreError(ValueError):
     """Files that are not what they should be; the message says which and what to do."""
+
+
+class Stamp(NamedTuple):
+    """The state of a file, by which a change is told."""
+
+    nbytes: int
+    mtime_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, found: os.stat_result) -> Self:
+        return cls(found.st_size, found.st_mtime_ns, found.st_ino)
+
+    def change_to(self, now: Stamp) -> str:
+        """The change in words that follow the file's name; empty where there is none."""
+        if self.inode != now.inode:
+            return "was replaced by another file"
+        if self.nbytes != now.nbytes:
+            return f"has {now.nbytes} bytes instead of {self.nbytes}: it was changed"
+        return "was written to" if self.mtime_ns != now.mtime_ns else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +80,8 @@ class Store:
     dtype: str
     align: int  # read at multiples of this; checksums are per CHUNK
     checks: tuple[bytes | None, ...]  # of each file: 8 bytes of xxh3_64 per CHUNK, or None where nothing is known
+    stamps: tuple[Stamp, ...] = field(default=(), compare=False)  # of the files when they were found; (): not known
+    remedy: str = field(default="", compare=False)  # against damage; "": to have the store rebuilt
 
     @property
     def weight_bytes(self) -> int:
@@ -71,15 +97,15 @@ class Store:
             stop = min(start + CHUNK, size)
             at = start // CHUNK * HASH_BYTES
             if stop <= end and _hash(data[start - offset : stop - offset]) != checks[at : at + HASH_BYTES]:
+                remedy = self.remedy or f"delete {self.files[file].parent} and it will be rebuilt"
                 raise StoreError(
-                    f"{self.files[file]} is damaged: bytes {start} to {stop} do not match their checksum; delete "
-                    f"{self.files[file].parent} and it will be rebuilt"
+                    f"{self.files[file]} is damaged: bytes {start} to {stop} do not match their checksum; {remedy}"
                 )
 
     def save(self, directory: Path) -> None:
         """Write the manifest of a store whose files all lie in `directory`, and sync it to disk."""
         files = [
-            {"name": f.name, "bytes": size, "xxh3_64": None if check is None else base64.b64encode(check).decode()}
+            {"name": f.name, "bytes": size, "xxh3_64": None if check is None else pack_checks(check)}
             for f, size, check in zip(self.files, self.sizes, self.checks, strict=True)
         ]
         body = {
@@ -89,50 +115,114 @@ class Store:
             "files": files,
             "extents": {name: [list(asdict(e).values()) for e in extents] for name, extents in self.extents.items()},
         }
-        with (directory / MANIFEST).open("w", encoding="ascii") as file:
-            json.dump({"xxh3_64": _body_check(body), "store": body}, file)
-            file.flush()
-            os.fsync(file.fileno())
+        write_checked_json(directory / MANIFEST, body)
 
     @classmethod
     def load(cls, directory: Path) -> Store:
-        """Read the manifest in `directory`; raises StoreError unless it is whole and the files have their sizes."""
+        """Read the manifest in `directory`; raises StoreError unless it is whole and the files have their sizes.
+
+        Its files are plain ones of that directory: nothing outside is opened, whatever the manifest says.
+        """
         path = directory / MANIFEST
         try:
-            manifest = json.loads(path.read_text(encoding="ascii"))
-            body = manifest["store"]
-            if body["version"] != STORE_VERSION or manifest["xxh3_64"] != _body_check(body):
-                raise ValueError("version or checksum")
+            body = read_checked_json(path)
+            if body["version"] != STORE_VERSION:
+                raise ValueError(f"version {body['version']!r} instead of {STORE_VERSION}")
             store = cls._from_body(directory, body)
-            sizes = tuple(f.stat().st_size for f in store.files)
-        except (OSError, KeyError, TypeError, ValueError) as error:
+        except UNREADABLE as error:
             raise StoreError(
                 f"{path} is missing or damaged ({error}); delete {directory}, it will be rebuilt"
             ) from error
-        for file, size, found in zip(store.files, store.sizes, sizes, strict=True):
-            if size != found:
-                raise StoreError(f"{file} has {found} bytes instead of {size}; delete {directory}, it will be rebuilt")
+        for file, size, stamp in zip(store.files, store.sizes, store.stamps, strict=True):
+            if size != stamp.nbytes:
+                raise StoreError(
+                    f"{file} has {stamp.nbytes} bytes instead of {size}; delete {directory}, it will be rebuilt"
+                )
         return store
 
     @classmethod
     def _from_body(cls, directory: Path, body: Mapping[str, Any]) -> Store:
-        checks = [f["xxh3_64"] for f in body["files"]]
+        """The store that a manifest describes; raises one of UNREADABLE where a field is not what `save` writes."""
+        names = tuple(_typed(f["name"], str) for f in body["files"])
+        sizes = tuple(_typed(f["bytes"], int) for f in body["files"])
         return cls(
-            files=tuple(directory / f["name"] for f in body["files"]),
-            sizes=tuple(f["bytes"] for f in body["files"]),
-            extents={name: tuple(Extent(*e) for e in extents) for name, extents in body["extents"].items()},
-            dtype=body["dtype"],
-            align=body["align"],
-            checks=tuple(None if c is None else base64.b64decode(c) for c in checks),
+            files=tuple(directory / name for name in names),
+            sizes=sizes,
+            extents={name: tuple(_extent(e, sizes) for e in extents) for name, extents in body["extents"].items()},
+            dtype=_typed(body["dtype"], str),
+            align=_typed(body["align"], int),
+            checks=tuple(_unpacked_checks(f["xxh3_64"], f["bytes"]) for f in body["files"]),
+            stamps=tuple(_plain_file(directory, name) for name in names),
         )
+
+
+def _typed(value: Any, kind: type[T]) -> T:
+    if type(value) is not kind:  # a bool is an int, and 1.0 equals 1
+        raise TypeError(f"{value!r:.40} is no {kind.__name__}")
+    return value
+
+
+def _extent(fields: Any, sizes: Sequence[int]) -> Extent:
+    """An extent as `Store.save` writes it, within its file."""
+    name, *numbers = fields
+    found = Extent(_typed(name, str), *(_typed(n, int) for n in numbers))
+    if min(numbers) < 0 or found.end > sizes[found.file]:
+        raise ValueError(f"{found} lies outside of its file")
+    return found
+
+
+def pack_checks(checks: bytes) -> str:
+    return base64.b64encode(checks).decode()
+
+
+def _unpacked_checks(text: Any, nbytes: int) -> bytes | None:
+    """The checksums of a file of `nbytes` as a manifest holds them."""
+    return None if text is None else unpack_checks(text, nbytes)
+
+
+def unpack_checks(text: Any, nbytes: int) -> bytes:
+    """The checksums of a file of `nbytes` from what `pack_checks` made of them; raises ValueError."""
+    checks = base64.b64decode(text, validate=True)
+    if len(checks) != -(-nbytes // CHUNK) * HASH_BYTES:
+        raise ValueError(f"{len(checks)} bytes of checksums for {nbytes} bytes")
+    return checks
+
+
+def _plain_file(directory: Path, name: str) -> Stamp:
+    """The state of a file that lies in `directory` itself, by a name without a path and not by a link."""
+    if Path(name).name != name:
+        raise ValueError(f"{name!r:.80} is no name of a file in the store")
+    found = (directory / name).lstat()
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError(f"{name!r:.80} is no plain file")
+    return Stamp.of(found)
+
+
+# JSON with a checksum of its own: what tells whether others are damaged must be no less trusted than they
+
+
+def write_checked_json(path: Path, body: Mapping[str, Any]) -> None:
+    """Write a file that `read_checked_json` reads, and sync it to disk."""
+    with path.open("w", encoding="ascii") as file:
+        json.dump({"xxh3_64": _body_check(body), "store": body}, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_checked_json(path: Path) -> Any:
+    """What `write_checked_json` wrote; raises one of UNREADABLE where it is damaged or no file at all."""
+    with open(open_regular(path), encoding="ascii") as file:
+        whole = json.load(file)
+    if whole["xxh3_64"] != _body_check(whole["store"]):
+        raise ValueError("its checksum does not match")
+    return whole["store"]
 
 
 def _hash(data: memoryview) -> bytes:
     return xxhash.xxh3_64_digest(data)
 
 
-def _body_check(body: Mapping[str, Any]) -> str:
-    """Of a manifest, which is small but must be no less trusted than what it describes."""
+def _body_check(body: Any) -> str:
     return xxhash.xxh3_64_hexdigest(json.dumps(body).encode())
 
 
@@ -149,21 +239,30 @@ class TensorEntry:
     end: int
 
 
-def read_safetensors_header(path: Path) -> dict[str, TensorEntry]:
-    """The tensors of a safetensors file by name; raises StoreError where it breaks a rule of the format."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
+@dataclass(frozen=True, slots=True)
+class Header:
+    """The tensors of a safetensors file by name, where their data begins, and the file's state when it was read."""
+
+    entries: dict[str, TensorEntry]
+    start: int
+    stamp: Stamp
+
+
+def read_safetensors_header(path: Path) -> Header:
+    """Read a safetensors file's header; raises StoreError where it breaks a rule of the format, and OSError."""
+    with open(open_regular(path), "rb") as file:
+        stamp = Stamp.of(os.fstat(file.fileno()))
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise _broken(path, f"has {size} bytes, too few for its header: truncated")
+        if stamp.nbytes < 8 or length > stamp.nbytes - 8:
+            raise _broken(path, f"has {stamp.nbytes} bytes, too few for its header: truncated")
         if length > MAX_HEADER_BYTES:
             raise _broken(path, f"has a header of {length} bytes; at most {MAX_HEADER_BYTES} are allowed")
         raw = file.read(length)
     header = _parse_header(path, raw)
     header.pop("__metadata__", None)
     entries = {name: _entry(path, name, fields, 8 + length) for name, fields in header.items()}
-    _check_cover(path, entries, 8 + length, size)
-    return entries
+    _check_cover(path, entries, 8 + length, stamp.nbytes)
+    return Header(entries, 8 + length, stamp)
 
 
 def _parse_header(path: Path, raw: bytes) -> dict[str, Any]:
@@ -246,7 +345,7 @@ def write_safetensors(
     """
     header = pack_header(tensors)
     nbytes = sum(prod(shape) * _BITS[SAFETENSORS_DTYPES[dtype]] // 8 for _, dtype, shape in tensors)
-    checks = _Checksums()
+    checks = Checksums()
     with path.open("xb", buffering=0) as file:
         preallocate(file.fileno(), len(header) + nbytes, path.parent)
         for piece in chain([memoryview(header)], pieces):
@@ -263,7 +362,7 @@ def _write_all(fd: int, data: memoryview) -> None:
         data = data[os.write(fd, data) :]
 
 
-class _Checksums:
+class Checksums:
     """Hashes a stream of bytes per CHUNK."""
 
     def __init__(self) -> None:

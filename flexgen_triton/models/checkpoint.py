@@ -20,7 +20,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from ..memory.disk import free_bytes
+from ..memory.disk import free_bytes, open_regular
 from ..memory.store import (
     CHUNK,
     STORE_VERSION,
@@ -31,7 +31,7 @@ from ..memory.store import (
 )
 from ..plan.placement import Extent, packed_layout
 from ..plan.spec import BLOCK_ROWS, ModelSpec, ModuleSpec, Packing, TensorSpec
-from . import ops
+from . import kept_checks, ops
 from .sources import (
     BinWeights,
     CheckpointError,
@@ -51,21 +51,54 @@ Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 
 def open_store(
-    spec: ModelSpec, source: Path | None, offload_dir: Path, *, progress: Progress | None = None, seed: int = 0
+    spec: ModelSpec,
+    source: Path | None,
+    offload_dir: Path,
+    *,
+    progress: Progress | None = None,
+    seed: int = 0,
+    verify: bool = False,
 ) -> Store:
     """The weights of `spec` from the checkpoint directory `source`, or random ones if that is None.
 
-    A safetensors checkpoint of the same dtype is read where it lies. Anything else is converted into a directory in
-    `offload_dir`, once, and found there the next time. Raises CheckpointError.
+    A safetensors checkpoint of the same dtype is read where it lies; with `verify` its checksums are made once, kept in
+    `offload_dir`, and checked from then on. Anything else is converted into a directory in `offload_dir`, once, and
+    found there the next time; its checksums are always checked. Raises CheckpointError or StoreError.
     """
     files = find_weights(source) if source else ()
     if files and files[0].suffix == ".safetensors":
         weights = SafetensorsWeights(files)
         check_weights(spec, weights)
         if weights.usable_in_place(spec):
-            return weights.store_in_place(spec)
+            store = weights.store_in_place(spec)
+            return (
+                _verified(spec, store, offload_dir, [h.start for h in weights.headers], progress) if verify else store
+            )
     target = offload_dir / store_name(spec, files, seed)
-    return _existing(target) or _build(spec, files, seed, target, progress)
+    return _existing(target, spec) or _build(spec, files, seed, target, progress)
+
+
+# Checksums of files that are read in place
+
+
+def _verified(
+    spec: ModelSpec, store: Store, directory: Path, starts: Sequence[int], progress: Progress | None
+) -> Store:
+    """The store with the checksums that are kept of its files, made now if there are none; `starts`: of their data."""
+    paths = [str(f.resolve()) for f in store.files]
+    name = f"{_readable(spec)}-{hashlib.sha256(json.dumps(paths).encode()).hexdigest()[:16]}"
+    kept = directory / f"{name}.checks"
+    directory.mkdir(parents=True, exist_ok=True)
+    _sweep(directory)
+    with _lock(directory / f".{name}.lock"):
+        if not os.path.lexists(kept):
+            with _work_directory(directory / name) as work:
+                kept_checks.save(work / kept.name, store, kept_checks.make(store, progress))
+                (work / kept.name).rename(kept)
+            _sync(directory)
+    checked = kept_checks.load(kept, store)
+    kept_checks.check_starts(checked, starts)
+    return checked
 
 
 # Converting
@@ -76,24 +109,35 @@ def store_name(spec: ModelSpec, files: Sequence[Path], seed: int) -> str:
     model = [(m.name, [(t.name, t.shape, t.sources, t.source_rows, t.row) for t in m.tensors]) for m in spec.modules]
     origin: list[object] = [_fingerprint(f) for f in files] or [seed]
     digest = hashlib.sha256(json.dumps([STORE_VERSION, spec.dtype, model, origin]).encode()).hexdigest()
-    readable = re.sub(r"[^A-Za-z0-9._-]+", "-", spec.name.rsplit("/", 1)[-1]).strip(".-")[:48] or "model"
-    return f"{readable}-{digest[:16]}"
+    return f"{_readable(spec)}-{digest[:16]}"
+
+
+def _readable(spec: ModelSpec) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", spec.name.rsplit("/", 1)[-1]).strip(".-")[:48] or "model"
 
 
 def _fingerprint(file: Path) -> tuple[str, int, int, str]:
     """Name, size, time and a hash of the file's end, which in a .bin holds the checksums of all tensors."""
-    stat = file.stat()
-    with file.open("rb") as opened:
+    with open(open_regular(file), "rb") as opened:
+        stat = os.fstat(opened.fileno())
         opened.seek(max(0, stat.st_size - CHUNK))
         return file.name, stat.st_size, stat.st_mtime_ns, xxhash.xxh3_64_hexdigest(opened.read())
 
 
-def _existing(target: Path) -> Store | None:
-    """The store in `target`, if it is complete."""
+def _existing(target: Path, spec: ModelSpec) -> Store | None:
+    """The store in `target`, if it is complete and what a conversion of `spec` makes."""
     try:
-        return Store.load(target)
+        store = Store.load(target)
     except StoreError:
         return None
+    names = [f"{m.name}.safetensors" for m in spec.modules]
+    is_ours = (
+        [f.name for f in store.files] == names
+        and store.extents == _extents(spec)
+        and (store.dtype, store.align) == (spec.dtype, CHUNK)
+        and None not in store.checks
+    )
+    return store if is_ours else None
 
 
 def _build(spec: ModelSpec, files: Sequence[Path], seed: int, target: Path, progress: Progress | None) -> Store:
@@ -102,14 +146,16 @@ def _build(spec: ModelSpec, files: Sequence[Path], seed: int, target: Path, prog
     directory.mkdir(parents=True, exist_ok=True)
     _sweep(directory)
     with _lock(directory / f".{target.name}.lock"):
-        if store := _existing(target):
+        if store := _existing(target, spec):
             return store
         weights = _open_weights(spec, files, seed)
         check_weights(spec, weights)
         _check_space(spec, directory)
         with _full_disk_explained(spec.name), _work_directory(target) as work:
             _convert(spec, weights, work, progress)
-            _publish(work, target)
+            if store_name(spec, files, seed) != target.name:
+                raise CheckpointError(f"{weights.where} was changed while it was converted; try again")
+            _publish(work, target, spec)
     return Store.load(target)
 
 
@@ -169,15 +215,13 @@ def _convert(spec: ModelSpec, weights: Weights, work: Path, progress: Progress |
         done += sum(t.nbytes for t in module.tensors)
         if progress:
             progress(done, spec.weight_bytes)
-    extents = {m.name: e for m, e in zip(spec.modules, _layout(spec), strict=True)}
-    Store(tuple(files), tuple(sizes), extents, spec.dtype, CHUNK, tuple(checks)).save(work)
+    Store(tuple(files), tuple(sizes), _extents(spec), spec.dtype, CHUNK, tuple(checks)).save(work)
 
 
-def _layout(spec: ModelSpec) -> list[tuple[Extent, ...]]:
-    """packed_layout, moved where a header outgrows one page."""
-    layout = packed_layout(spec.modules, 0)
-    starts = [len(_module_header(m)) for m in spec.modules]
-    return [tuple(replace(e, offset=e.offset + n) for e in es) for es, n in zip(layout, starts, strict=True)]
+def _extents(spec: ModelSpec) -> dict[str, tuple[Extent, ...]]:
+    """By module: packed_layout, moved where a header outgrows one page."""
+    layout = zip(spec.modules, packed_layout(spec.modules, 0), strict=True)
+    return {m.name: tuple(replace(e, offset=e.offset + len(_module_header(m))) for e in es) for m, es in layout}
 
 
 def _module_bytes(module: ModuleSpec, weights: Weights) -> Iterator[memoryview]:
@@ -236,10 +280,10 @@ def _as_bytes(tensor: Tensor) -> memoryview:
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
-def _publish(work: Path, target: Path) -> None:
+def _publish(work: Path, target: Path, spec: ModelSpec) -> None:
     """Rename a finished store into place, over a damaged one but never over a complete one."""
     _sync(work)
-    if not _existing(target) and target.exists():
+    if not _existing(target, spec) and os.path.lexists(target):
         target.rename(work.with_name(f"{work.name}-damaged"))
     try:
         work.rename(target)
