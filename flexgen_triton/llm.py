@@ -91,10 +91,11 @@ class LLM:
     free. `hardware`: a machine's profile, its file or its name, in place of this machine's own, which "auto" measures
     on first use. `dtype`: "auto" (the checkpoint's), "float32", "bfloat16" or "float16". `offload_dir`: where converted
     weights and the disk's share of cache and activations go; of several, on a drive each, all are read and written at
-    once. `path`: FlexGen's second argument, a directory or
-    "_DUMMY_" for random weights. `progress(phase, done, total)` is told of measuring ("measure"), conversion
-    ("convert"), loading ("load") and token steps ("generate"). Raises ModelError,
-    PolicyError, HardwareError, CheckpointError (all ValueError) or OSError, each in one sentence.
+    once. `path`: FlexGen's second argument, a directory or "_DUMMY_" for random weights. `verify`: check every byte of
+    a checkpoint that is read in place against checksums, which are made the first time and kept in `offload_dir`;
+    converted weights always are. `progress(phase, done, total)` is told of measuring ("measure"), conversion and
+    checksums ("convert"), loading ("load") and token steps ("generate"). Raises ModelError, PolicyError, HardwareError,
+    CheckpointError, StoreError (all ValueError) or OSError, each in one sentence.
     """
 
     def __init__(
@@ -114,6 +115,7 @@ class LLM:
         device: str | None = None,
         copies: bool | None = None,
         seed: int = 0,
+        verify: bool = False,
         progress: Callable[[str, int, int], None] | None = None,
     ) -> None:
         self.source = find_model(model, path)
@@ -124,7 +126,7 @@ class LLM:
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         check_device(self.spec.dtype, self._device)
         self._base, self._allow, self._profile = base, frozenset(allow), hardware
-        self._copies, self._seed = copies, seed
+        self._copies, self._seed, self._verify = copies, seed, verify
         self._limits = Limits(*(None if m is None else parse_size(m) for m in (gpu_memory, cpu_memory, disk_memory)))
         self._progress = progress
         self._tokenizer: PreTrainedTokenizerBase | None = None
@@ -156,10 +158,19 @@ class LLM:
             self._engine = None
         spec = stored_as(self.spec, policy)
         progress = self._phase("convert")
+        store = open_store(
+            spec,
+            self.source.directory,
+            self.folders.paths,
+            progress=progress,
+            seed=self._seed,
+            verify=self._verify,
+            streamed=policy.w_gpu_percent + policy.w_cpu_percent < 100,
+        )
         self._engine = Engine(
             OPT(self.source.config),
             spec,
-            open_store(spec, self.source.directory, self.folders.first, progress=progress, seed=self._seed),
+            store,
             policy,
             device=self._device,
             folders=self.folders,
@@ -202,11 +213,17 @@ class LLM:
             num_prompts,
             self._allow,
             max_latency,
-            stored=self.source.is_stored and "4bit" not in self._allow and not base.compress_weight,
+            stored=self._is_read_in_place,
             prompt_lens=lens,
             base=base,
             alignment=2 * PAGE * len(self.spec.modules),
         )
+
+    @property
+    def _is_read_in_place(self) -> bool:
+        """Whether weights are surely read where they lie, so that they take no more of the disk."""
+        is_changed = "4bit" in self._allow or self._base.compress_weight or len(self.folders.paths) > 1
+        return self.source.is_stored and not is_changed
 
     def _settle(self, waiting: Sequence[PreparedPrompt], num_prompts: int | None, gen_len: int) -> Choice | None:
         """With an automatic policy: find the one for these prompts and load the weights as it says.

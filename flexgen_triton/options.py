@@ -108,6 +108,11 @@ MODEL: tuple[Option, ...] = (
     click.option("--seed", type=int, default=0, show_default=True, help="Of random weights and of sampling."),
     DTYPE,
     DEVICE,
+    click.option(
+        "--verify",
+        is_flag=True,
+        help="Check every byte of a checkpoint that is read in place against checksums, made and kept the first time.",
+    ),
     click.option("--copies/--in-place", default=None, help="On a CPU: really copy host bytes, as a GPU run does."),
 )
 
@@ -234,6 +239,7 @@ def load_model(options: Mapping[str, Any], policy: Policy | str, progress: Repor
         device=options["device"],
         copies=options["copies"],
         seed=options["seed"],
+        verify=options["verify"],
         progress=progress,
     )
 

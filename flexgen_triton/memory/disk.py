@@ -10,6 +10,7 @@ import errno
 import fcntl
 import mmap
 import os
+import stat
 import tempfile
 import threading
 from collections import deque
@@ -32,6 +33,14 @@ ROWS_PER_JOB = 16  # small reads are handed to a thread this many at a time: wak
 
 Bytes = NDArray[np.uint8]
 Check = Callable[[int, memoryview], None]
+
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 
 def page_up(n: int) -> int:
@@ -62,11 +71,21 @@ class Readable(Protocol):
     def size(self) -> int:
         """In bytes."""
 
+    @property
+    def parts(self) -> Sequence[DiskFile]:
+        """The files that it consists of."""
+
     def pieces(self, offset: int, nbytes: int, limit: int) -> Iterator[Piece]:
         """Cut a range in pieces of at most `limit` bytes, the first of which may begin within a page."""
 
     def close(self) -> None:
         """Close the descriptors."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None: ...
 
 
 class DiskFile:
@@ -85,7 +104,7 @@ class DiskFile:
     @classmethod
     def open(cls, path: Path) -> DiskFile:
         """Open an existing file for reading; raises OSError."""
-        return cls(os.open(path, os.O_RDONLY | os.O_CLOEXEC), str(path))
+        return cls(open_regular(path), str(path))
 
     @classmethod
     def scratch(cls, directory: Path, nbytes: int) -> DiskFile:
@@ -97,6 +116,10 @@ class DiskFile:
         with tempfile.TemporaryFile(dir=directory, buffering=0) as file:  # 0600, O_TMPFILE or unlinked at once
             preallocate(file.fileno(), page_up(nbytes), directory)
             return cls(os.dup(file.fileno()), f"scratch file in {directory}")
+
+    @property
+    def parts(self) -> Sequence[DiskFile]:
+        return (self,)
 
     def pieces(self, offset: int, nbytes: int, limit: int) -> Iterator[Piece]:
         """Cut where the range crosses a multiple of `limit` from the page it begins in."""
@@ -114,6 +137,20 @@ class DiskFile:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+def irregular(mode: int) -> str | None:
+    """The kind of file that a mode (os.stat) tells, "a FIFO" for one; None for a regular file."""
+    return None if stat.S_ISREG(mode) else _KINDS.get(stat.S_IFMT(mode), "no regular file")
+
+
+def open_regular(path: Path) -> int:
+    """A descriptor to read a regular file; raises OSError for anything else, and never waits for a writer."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    if kind := irregular(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, f"{path} is {kind}, not a file; put the file in its place")
+    return fd
 
 
 def _make_direct(fd: int, size: int) -> bool:
@@ -179,6 +216,34 @@ class Write:
     buffer: Tensor
 
 
+class _Task(Protocol):
+    """Part of a call that one thread does; its text says what it was about when it fails."""
+
+    def run(self, bounce: Bytes) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """Show `nbytes` from `offset` of `file`, as far as the file goes, to `check`; they are kept nowhere.
+
+    `offset` is a multiple of PAGE, `nbytes` at most BOUNCE_BYTES; they lie together in one file.
+    """
+
+    file: Readable
+    offset: int
+    nbytes: int
+    check: Check
+
+    def run(self, bounce: Bytes) -> None:
+        want = min(self.nbytes, self.file.size - self.offset)
+        ((file, offset, _, _),) = self.file.pieces(self.offset, want, BOUNCE_BYTES)
+        _read_exactly(file, offset, bounce[: page_up(want)], want)
+        self.check(self.offset, bounce[:want].data)
+
+    def __str__(self) -> str:
+        return f"checking {self.nbytes} bytes at offset {self.offset} of {self.file.name}"
+
+
 @dataclass(frozen=True, slots=True)
 class _Extent:
     """A piece of a request's buffer."""
@@ -205,7 +270,7 @@ class _Extent:
 class _Batch:
     """The jobs of one call; its caller waits until all are completed or dropped. Guarded by the queue's lock."""
 
-    def __init__(self, jobs: Sequence[Sequence[_Extent]]) -> None:
+    def __init__(self, jobs: Sequence[Sequence[_Task]]) -> None:
         self.waiting = deque(jobs)
         self.pending = len(self.waiting)
         self.error: BaseException | None = None
@@ -253,6 +318,12 @@ class DiskQueue:
             assert r.offset + len(r.buffer) <= r.file.size, (r.file.name, r.offset, len(r.buffer), r.file.size)
         self._run([[e] for r in requests for e in self._extents(r)])
 
+    def scan(self, scans: Sequence[Scan]) -> None:
+        """Do all scans and return. Raises as `read` does."""
+        for s in scans:
+            assert s.offset % PAGE == 0 and s.nbytes <= BOUNCE_BYTES, s
+        self._run([[s] for s in scans])
+
     def read_rows(self, file: Readable, offsets: Sequence[int], row_bytes: int, out: Tensor | None = None) -> Tensor:
         """Gather rows that start at any `offsets` of `file`: [len(offsets), row_bytes] uint8, in `out` if given."""
         rows = torch.empty(len(offsets), row_bytes, dtype=torch.uint8) if out is None else out
@@ -274,7 +345,7 @@ class DiskQueue:
         pieces = request.file.pieces(offset, size, self._extent_bytes)
         return [_Extent(request, p) for p in pieces if p.low < min(p.high, beyond)]
 
-    def _run(self, jobs: Sequence[Sequence[_Extent]]) -> None:
+    def _run(self, jobs: Sequence[Sequence[_Task]]) -> None:
         """Submit jobs and wait until none is left or in flight: the caller's buffers are its own again."""
         if not jobs:
             return
@@ -287,7 +358,7 @@ class DiskQueue:
         if batch.error:
             raise batch.error
 
-    def _take(self) -> tuple[_Batch, Sequence[_Extent]] | None:
+    def _take(self) -> tuple[_Batch, Sequence[_Task]] | None:
         """The next job, the batches in turn; None when the queue is closed and empty."""
         with self._changed:
             while not (self._batches and self._batches[0].waiting):
@@ -326,13 +397,13 @@ class DiskQueue:
         self.close()
 
 
-def _attempt(job: Sequence[_Extent], bounce: Bytes) -> BaseException | None:
+def _attempt(job: Sequence[_Task], bounce: Bytes) -> BaseException | None:
     """Run a job and hand back what it raised: an error is its caller's, and must not end the thread."""
-    for extent in job:
+    for task in job:
         try:
-            extent.run(bounce)
+            task.run(bounce)
         except BaseException as error:
-            error.add_note(f"while {extent}")
+            error.add_note(f"while {task}")
             return error
     return None
 

@@ -8,19 +8,21 @@ from __future__ import annotations
 import base64
 import json
 import os
+import stat
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import chain, pairwise
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self, TypeVar
 
 import xxhash
 
 from ..plan.placement import PAGE, Extent
-from .disk import preallocate
+from .disk import DiskFile, Readable, open_regular
+from .stripes import StripedFile, StripedWriter, part_bytes, part_paths
 
-STORE_VERSION = 2
+STORE_VERSION = 3
 MANIFEST = "manifest.json"
 CHUNK = 256 << 10  # bytes under one checksum
 HASH_BYTES = 8
@@ -34,11 +36,34 @@ _BITS = {
     **dict.fromkeys(("I32", "U32", "F32"), 32),
     **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
 }
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)  # for JSON of any content
 SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int16": "I16"}
+
+T = TypeVar("T")
 
 
 class StoreError(ValueError):
     """Files that are not what they should be; the message says which and what to do."""
+
+
+class Stamp(NamedTuple):
+    """The state of a file, by which a change is told."""
+
+    nbytes: int
+    mtime_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, found: os.stat_result) -> Self:
+        return cls(found.st_size, found.st_mtime_ns, found.st_ino)
+
+    def change_to(self, now: Stamp) -> str:
+        """The change in words that follow the file's name; empty where there is none."""
+        if self.inode != now.inode:
+            return "was replaced by another file"
+        if self.nbytes != now.nbytes:
+            return f"has {now.nbytes} bytes instead of {self.nbytes}: it was changed"
+        return "was written to" if self.mtime_ns != now.mtime_ns else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +81,27 @@ class Store:
     dtype: str
     align: int  # read at multiples of this; checksums are per CHUNK
     checks: tuple[bytes | None, ...]  # of each file: 8 bytes of xxh3_64 per CHUNK, or None where nothing is known
+    stamps: tuple[Stamp, ...] = field(default=(), compare=False)  # of `paths` when they were found; (): not known
+    remedy: str = field(default="", compare=False)  # against damage; "": to have the store rebuilt
+    others: tuple[Path, ...] = ()  # directories that hold the further parts of files that are striped
 
     @property
     def weight_bytes(self) -> int:
         return sum(e.nbytes for extents in self.extents.values() for e in extents)
+
+    def parts(self, file: int) -> tuple[Path, ...]:
+        """Where a file lies: itself, or its parts."""
+        return part_paths(self.files[file].name, (self.files[file].parent, *self.others))
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """All files and parts of files there are, in their order."""
+        return tuple(path for file in range(len(self.files)) for path in self.parts(file))
+
+    def open(self, file: int) -> Readable:
+        """Open a file for reading; raises OSError."""
+        parts = self.parts(file)
+        return DiskFile.open(parts[0]) if len(parts) == 1 else StripedFile.open(parts)
 
     def verify(self, file: int, offset: int, data: memoryview) -> None:
         """Check every chunk of `file` that lies whole in `data`, read at `offset`; raises StoreError."""
@@ -71,68 +113,145 @@ class Store:
             stop = min(start + CHUNK, size)
             at = start // CHUNK * HASH_BYTES
             if stop <= end and _hash(data[start - offset : stop - offset]) != checks[at : at + HASH_BYTES]:
+                remedy = self.remedy or f"delete {self.files[file].parent} and it will be rebuilt"
                 raise StoreError(
-                    f"{self.files[file]} is damaged: bytes {start} to {stop} do not match their checksum; delete "
-                    f"{self.files[file].parent} and it will be rebuilt"
+                    f"{self.files[file]} is damaged: bytes {start} to {stop} do not match their checksum; {remedy}"
                 )
 
     def save(self, directory: Path) -> None:
         """Write the manifest of a store whose files all lie in `directory`, and sync it to disk."""
         files = [
-            {"name": f.name, "bytes": size, "xxh3_64": None if check is None else base64.b64encode(check).decode()}
+            {"name": f.name, "bytes": size, "xxh3_64": None if check is None else pack_checks(check)}
             for f, size, check in zip(self.files, self.sizes, self.checks, strict=True)
         ]
         body = {
             "version": STORE_VERSION,
             "dtype": self.dtype,
             "align": self.align,
+            "parts": 1 + len(self.others),
             "files": files,
             "extents": {name: [list(asdict(e).values()) for e in extents] for name, extents in self.extents.items()},
         }
-        with (directory / MANIFEST).open("w", encoding="ascii") as file:
-            json.dump({"xxh3_64": _body_check(body), "store": body}, file)
-            file.flush()
-            os.fsync(file.fileno())
+        write_checked_json(directory / MANIFEST, body)
 
     @classmethod
-    def load(cls, directory: Path) -> Store:
-        """Read the manifest in `directory`; raises StoreError unless it is whole and the files have their sizes."""
+    def load(cls, directory: Path, others: Sequence[Path] = ()) -> Store:
+        """Read the manifest in `directory`; raises StoreError unless it is whole and the files have their sizes.
+
+        `others` are the directories of the further parts of its files, where they are striped.
+
+        Its files are plain ones of that directory: nothing outside is opened, whatever the manifest says.
+        """
         path = directory / MANIFEST
         try:
-            manifest = json.loads(path.read_text(encoding="ascii"))
-            body = manifest["store"]
-            if body["version"] != STORE_VERSION or manifest["xxh3_64"] != _body_check(body):
-                raise ValueError("version or checksum")
-            store = cls._from_body(directory, body)
-            sizes = tuple(f.stat().st_size for f in store.files)
-        except (OSError, KeyError, TypeError, ValueError) as error:
+            body = read_checked_json(path)
+            if body["version"] != STORE_VERSION:
+                raise ValueError(f"version {body['version']!r} instead of {STORE_VERSION}")
+            store = cls._from_body(directory, tuple(others), body)
+        except UNREADABLE as error:
             raise StoreError(
                 f"{path} is missing or damaged ({error}); delete {directory}, it will be rebuilt"
             ) from error
-        for file, size, found in zip(store.files, store.sizes, sizes, strict=True):
-            if size != found:
-                raise StoreError(f"{file} has {found} bytes instead of {size}; delete {directory}, it will be rebuilt")
+        num = 1 + len(store.others)
+        sizes = (part_bytes(size, num, part) for size in store.sizes for part in range(num))
+        for path, size, stamp in zip(store.paths, sizes, store.stamps, strict=True):
+            if size != stamp.nbytes:
+                raise StoreError(
+                    f"{path} has {stamp.nbytes} bytes instead of {size}; delete {directory}, it will be rebuilt"
+                )
         return store
 
     @classmethod
-    def _from_body(cls, directory: Path, body: Mapping[str, Any]) -> Store:
-        checks = [f["xxh3_64"] for f in body["files"]]
+    def _from_body(cls, directory: Path, others: tuple[Path, ...], body: Mapping[str, Any]) -> Store:
+        """The store that a manifest describes; raises one of UNREADABLE where a field is not what `save` writes."""
+        if body["parts"] != 1 + len(others):
+            raise ValueError(f"{body['parts']!r} parts instead of {1 + len(others)}")
+        names = tuple(_typed(f["name"], str) for f in body["files"])
+        sizes = tuple(_typed(f["bytes"], int) for f in body["files"])
         return cls(
-            files=tuple(directory / f["name"] for f in body["files"]),
-            sizes=tuple(f["bytes"] for f in body["files"]),
-            extents={name: tuple(Extent(*e) for e in extents) for name, extents in body["extents"].items()},
-            dtype=body["dtype"],
-            align=body["align"],
-            checks=tuple(None if c is None else base64.b64decode(c) for c in checks),
+            files=tuple(directory / name for name in names),
+            sizes=sizes,
+            extents={name: tuple(_extent(e, sizes) for e in extents) for name, extents in body["extents"].items()},
+            dtype=_typed(body["dtype"], str),
+            align=_typed(body["align"], int),
+            checks=tuple(_unpacked_checks(f["xxh3_64"], f["bytes"]) for f in body["files"]),
+            stamps=tuple(_plain_file(p) for name in names for p in part_paths(_plain(name), (directory, *others))),
+            others=others,
         )
+
+
+def _typed(value: Any, kind: type[T]) -> T:
+    if type(value) is not kind:  # a bool is an int, and 1.0 equals 1
+        raise TypeError(f"{value!r:.40} is no {kind.__name__}")
+    return value
+
+
+def _extent(fields: Any, sizes: Sequence[int]) -> Extent:
+    """An extent as `Store.save` writes it, within its file."""
+    name, *numbers = fields
+    found = Extent(_typed(name, str), *(_typed(n, int) for n in numbers))
+    if min(numbers) < 0 or found.end > sizes[found.file]:
+        raise ValueError(f"{found} lies outside of its file")
+    return found
+
+
+def pack_checks(checks: bytes) -> str:
+    return base64.b64encode(checks).decode()
+
+
+def _unpacked_checks(text: Any, nbytes: int) -> bytes | None:
+    """The checksums of a file of `nbytes` as a manifest holds them."""
+    return None if text is None else unpack_checks(text, nbytes)
+
+
+def unpack_checks(text: Any, nbytes: int) -> bytes:
+    """The checksums of a file of `nbytes` from what `pack_checks` made of them; raises ValueError."""
+    checks = base64.b64decode(text, validate=True)
+    if len(checks) != -(-nbytes // CHUNK) * HASH_BYTES:
+        raise ValueError(f"{len(checks)} bytes of checksums for {nbytes} bytes")
+    return checks
+
+
+def _plain(name: str) -> str:
+    """A file's name, which is one without a path."""
+    if Path(name).name != name:
+        raise ValueError(f"{name!r:.80} is no name of a file in the store")
+    return name
+
+
+def _plain_file(path: Path) -> Stamp:
+    """The state of a file that is not a link."""
+    found = path.lstat()
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError(f"{path.name!r:.80} is no plain file")
+    return Stamp.of(found)
+
+
+# JSON with a checksum of its own: what tells whether others are damaged must be no less trusted than they
+
+
+def write_checked_json(path: Path, body: Mapping[str, Any]) -> None:
+    """Write a file that `read_checked_json` reads, and sync it to disk."""
+    with path.open("w", encoding="ascii") as file:
+        json.dump({"xxh3_64": _body_check(body), "store": body}, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_checked_json(path: Path) -> Any:
+    """What `write_checked_json` wrote; raises one of UNREADABLE where it is damaged or no file at all."""
+    with open(open_regular(path), encoding="ascii") as file:
+        whole = json.load(file)
+    if whole["xxh3_64"] != _body_check(whole["store"]):
+        raise ValueError("its checksum does not match")
+    return whole["store"]
 
 
 def _hash(data: memoryview) -> bytes:
     return xxhash.xxh3_64_digest(data)
 
 
-def _body_check(body: Mapping[str, Any]) -> str:
-    """Of a manifest, which is small but must be no less trusted than what it describes."""
+def _body_check(body: Any) -> str:
     return xxhash.xxh3_64_hexdigest(json.dumps(body).encode())
 
 
@@ -149,21 +268,30 @@ class TensorEntry:
     end: int
 
 
-def read_safetensors_header(path: Path) -> dict[str, TensorEntry]:
-    """The tensors of a safetensors file by name; raises StoreError where it breaks a rule of the format."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
+@dataclass(frozen=True, slots=True)
+class Header:
+    """The tensors of a safetensors file by name, where their data begins, and the file's state when it was read."""
+
+    entries: dict[str, TensorEntry]
+    start: int
+    stamp: Stamp
+
+
+def read_safetensors_header(path: Path) -> Header:
+    """Read a safetensors file's header; raises StoreError where it breaks a rule of the format, and OSError."""
+    with open(open_regular(path), "rb") as file:
+        stamp = Stamp.of(os.fstat(file.fileno()))
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise _broken(path, f"has {size} bytes, too few for its header: truncated")
+        if stamp.nbytes < 8 or length > stamp.nbytes - 8:
+            raise _broken(path, f"has {stamp.nbytes} bytes, too few for its header: truncated")
         if length > MAX_HEADER_BYTES:
             raise _broken(path, f"has a header of {length} bytes; at most {MAX_HEADER_BYTES} are allowed")
         raw = file.read(length)
     header = _parse_header(path, raw)
     header.pop("__metadata__", None)
     entries = {name: _entry(path, name, fields, 8 + length) for name, fields in header.items()}
-    _check_cover(path, entries, 8 + length, size)
-    return entries
+    _check_cover(path, entries, 8 + length, stamp.nbytes)
+    return Header(entries, 8 + length, stamp)
 
 
 def _parse_header(path: Path, raw: bytes) -> dict[str, Any]:
@@ -238,32 +366,25 @@ def pack_header(tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> bytes:
 
 
 def write_safetensors(
-    path: Path, tensors: Sequence[tuple[str, str, tuple[int, ...]]], pieces: Iterable[memoryview]
+    paths: Sequence[Path], tensors: Sequence[tuple[str, str, tuple[int, ...]]], pieces: Iterable[memoryview]
 ) -> tuple[int, bytes]:
     """Write a new file whose data, the tensors' bytes in order, comes in `pieces` of any size, and sync it to disk.
 
-    Returns its size and its checksums (Store.checks). Its data begins at a multiple of PAGE. Raises OSError.
+    Of several `paths`, each holds its stripes. Returns the file's size and its checksums (Store.checks). Its data
+    begins at a multiple of PAGE. Raises OSError.
     """
     header = pack_header(tensors)
-    nbytes = sum(prod(shape) * _BITS[SAFETENSORS_DTYPES[dtype]] // 8 for _, dtype, shape in tensors)
-    checks = _Checksums()
-    with path.open("xb", buffering=0) as file:
-        preallocate(file.fileno(), len(header) + nbytes, path.parent)
+    nbytes = len(header) + sum(prod(shape) * _BITS[SAFETENSORS_DTYPES[dtype]] // 8 for _, dtype, shape in tensors)
+    checks = Checksums()
+    with StripedWriter(paths, nbytes) as file:
         for piece in chain([memoryview(header)], pieces):
-            _write_all(file.fileno(), piece)
+            file.write(piece)
             checks.add(piece)
-        assert checks.total == len(header) + nbytes, (path, checks.total, len(header), nbytes)
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # others have a better use for the page cache
+        assert checks.total == nbytes, (paths, checks.total, nbytes)
     return checks.total, checks.digests()
 
 
-def _write_all(fd: int, data: memoryview) -> None:
-    while data:
-        data = data[os.write(fd, data) :]
-
-
-class _Checksums:
+class Checksums:
     """Hashes a stream of bytes per CHUNK."""
 
     def __init__(self) -> None:

@@ -6,6 +6,7 @@ Moves bytes and hands out views of them by name; does not know what they mean.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 import numpy as np
 import numpy.typing as npt
@@ -15,14 +16,15 @@ from torch import Tensor
 from ..plan.placement import LayerPlacement, Run, Segment, Share
 from ..plan.plan import Part, Plan
 from .arena import Arena
-from .disk import DiskFile, DiskQueue, Read
+from .disk import DiskQueue
 from .scratch import Scratch, Uploads
 from .store import Store
+from .store_files import StoreFiles
 
 LOAD_CHUNK = 64 << 20
 BOUNCE_BYTES = 8 << 20
 
-Place = Tensor | tuple[DiskFile, int, int]  # resident rows, or file, offset and bytes per row
+Place = Tensor | tuple[int, int, int]  # resident rows, or file, offset and bytes per row
 Lookup = dict[str, list[tuple[int, int, Place]]]  # tensor name -> (first row, rows, place)
 Ids = npt.NDArray[np.int64]
 Segments = dict[str, list[tuple[int, Tensor]]]  # tensor name -> (first row, [rows, columns])
@@ -44,29 +46,29 @@ class Weights:
         dtype: torch.dtype,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        self._store, self._disk, self._dtype, self._device = store, disk, dtype, device
+        self._dtype, self._device = dtype, device
         self._dtypes = {t.name: getattr(torch, t.dtype) for layer in plan.layers for t in layer.tensors}
         self._placements, self._tables, self._copies = plan.placements, plan.tables, plan.copies
-        self._files = [DiskFile.open(path) for path in store.files]
-        self._verified: set[tuple[int, int]] = set()
         pin = device.type == "cuda" and plan.policy.pin_weight
-        self._gpu = Arena("gpu weights", sum(p.gpu.nbytes for p in self._all()), device)
-        self._host = Arena("host weights", sum(p.host.nbytes for p in self._all()), torch.device("cpu"), pin=pin)
         cpu, on_gpu = torch.device("cpu"), device.type == "cuda"
-        self._bounce = Arena("bounce", BOUNCE_BYTES, cpu, pin=True) if on_gpu and not pin else None
-        staging = Arena("load staging", LOAD_CHUNK if on_gpu else 0, cpu, pin=True)
-        self.gpu_bytes, self.host_bytes = self._gpu.nbytes, self._host.nbytes
         self.bytes_loaded = 0
         self._resident: list[tuple[Tensor, Tensor]] = []
-        self._lookup: Lookup = {}
-        try:
-            self._resident += [self._load_resident(p, staging.buffer, progress) for p in self._all()]
-        except BaseException:
-            self.close()
-            raise
-        finally:
-            staging.close()
+        with ExitStack() as opened:
+            self._files = opened.enter_context(StoreFiles(store, disk))
+            self._gpu = opened.enter_context(Arena("gpu weights", sum(p.gpu.nbytes for p in self._all()), device))
+            host_bytes = sum(p.host.nbytes for p in self._all())
+            self._host = opened.enter_context(Arena("host weights", host_bytes, cpu, pin=pin))
+            bounce_bytes = BOUNCE_BYTES if on_gpu and not pin else 0
+            self._bounce = opened.enter_context(Arena("bounce", bounce_bytes, cpu, pin=True))
+            self.gpu_bytes, self.host_bytes = self._gpu.nbytes, self._host.nbytes
+            with Arena("load staging", LOAD_CHUNK if on_gpu else 0, cpu, pin=True) as staging:
+                self._resident += [self._load_resident(p, staging.buffer, progress) for p in self._all()]
+            self._opened = opened.pop_all()
         self._lookup = self._build_lookup()
+
+    def check(self) -> None:
+        """Raise StoreError if anything of the store was ever found wrong, or its files are no longer those opened."""
+        self._files.check()
 
     def _all(self) -> Sequence[LayerPlacement]:
         return (*self._placements, self._tables)
@@ -90,26 +92,18 @@ class Weights:
     def _load_piece(self, run: Run, buffer: Tensor, staging: Tensor) -> None:
         target = buffer[run.at : run.at + run.nbytes]
         if target.device.type == "cpu":
-            self._disk.read([self._request(run, target)])
+            self._files.read([(run, target)])
             return
         staged = staging[: run.nbytes]
-        self._disk.read([self._request(run, staged)])
+        self._files.read([(run, staged)])
         target.copy_(staged)
-
-    def _request(self, run: Run, target: Tensor) -> Read:
-        """A read of one run, checked against the store's checksums the first time those bytes are seen."""
-        file = self._files[run.file]
-        if self._store.checks[run.file] is None or (run.file, run.offset) in self._verified:
-            return Read(file, run.offset, target)
-        self._verified.add((run.file, run.offset))
-        return Read(file, run.offset, target, lambda offset, data: self._store.verify(run.file, offset, data))
 
     # Streaming
 
     def read(self, part: Part, into: Tensor, *, staged: bool) -> None:
         """Read a part's share of the disk: into its place in a layer's slot, or to the start of a staging slot."""
         first = part.disk[0].at if part.disk and staged else 0
-        self._disk.read([self._request(r, into[r.at - first : r.at - first + r.nbytes]) for r in part.disk])
+        self._files.read([(r, into[r.at - first : r.at - first + r.nbytes]) for r in part.disk])
 
     def load(self, j: int, part: Part, staged: Tensor | None, into: Tensor) -> None:
         """Copy a part from its staging slot and from the host's resident share to layer j's slot on the device."""
@@ -122,7 +116,7 @@ class Weights:
             self._copy(source, into[base : base + part.host_bytes])
 
     def _copy(self, source: Tensor, target: Tensor) -> None:
-        if self._bounce is None:
+        if not self._bounce.nbytes:
             target.copy_(source, non_blocking=True)
             return
         for low in range(0, len(source), BOUNCE_BYTES):  # pageable: through a pinned buffer
@@ -164,8 +158,7 @@ class Weights:
                 for s in share.segments:
                     lookup.setdefault(s.tensor, []).append((s.row, s.rows, self._typed(buffer, s)))
             for e in placement.disk.extents:
-                place = (self._files[e.file], e.offset, e.row_bytes)
-                lookup.setdefault(e.tensor, []).append((e.row, e.rows, place))
+                lookup.setdefault(e.tensor, []).append((e.row, e.rows, (e.file, e.offset, e.row_bytes)))
         return lookup
 
     def rows(self, tensor: str, ids: Ids, scratch: Scratch, uploads: Uploads) -> Tensor:
@@ -193,7 +186,7 @@ class Weights:
             torch.index_select(place, 0, torch.from_numpy(local), out=on_host)
         else:
             file, offset, row_bytes = place
-            self._disk.read_rows(
+            self._files.read_rows(
                 file, [offset + r * row_bytes for r in local.tolist()], row_bytes, on_host.view(torch.uint8)
             )
         if on_host is not into:
@@ -202,11 +195,7 @@ class Weights:
     def close(self) -> None:
         self._resident.clear()
         self._lookup.clear()
-        for arena in (self._gpu, self._host, self._bounce):
-            if arena is not None:
-                arena.close()
-        for file in self._files:
-            file.close()
+        self._opened.close()
 
 
 def _width(place: Place, dtype: torch.dtype) -> int:

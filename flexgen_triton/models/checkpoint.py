@@ -11,7 +11,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from ..memory.disk import free_bytes
+from ..memory.disk import open_regular
 from ..memory.store import (
     CHUNK,
     STORE_VERSION,
@@ -29,9 +29,10 @@ from ..memory.store import (
     pack_header,
     write_safetensors,
 )
+from ..memory.stripes import Folders, part_paths
 from ..plan.placement import Extent, packed_layout
 from ..plan.spec import BLOCK_ROWS, ModelSpec, ModuleSpec, Packing, TensorSpec
-from . import ops
+from . import kept_checks, ops
 from .sources import (
     BinWeights,
     CheckpointError,
@@ -51,66 +52,121 @@ Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 
 def open_store(
-    spec: ModelSpec, source: Path | None, offload_dir: Path, *, progress: Progress | None = None, seed: int = 0
+    spec: ModelSpec,
+    source: Path | None,
+    offload_dir: Path | Sequence[Path],
+    *,
+    progress: Progress | None = None,
+    seed: int = 0,
+    verify: bool = False,
+    streamed: bool = True,
 ) -> Store:
     """The weights of `spec` from the checkpoint directory `source`, or random ones if that is None.
 
-    A safetensors checkpoint of the same dtype is read where it lies. Anything else is converted into a directory in
-    `offload_dir`, once, and found there the next time. Raises CheckpointError.
+    A safetensors checkpoint of the same dtype is read where it lies; with `verify` its checksums are made once, kept in
+    `offload_dir`, and checked from then on. Anything else is converted into a directory in `offload_dir`, once, and
+    found there the next time; its checksums are always checked. Of several directories each gets its stripes of it, and
+    a checkpoint is converted that could be read where it lies, unless it is not `streamed`: read once, at the start.
+    Raises CheckpointError or StoreError.
     """
+    folders = Folders.of(offload_dir)
     files = find_weights(source) if source else ()
     if files and files[0].suffix == ".safetensors":
         weights = SafetensorsWeights(files)
         check_weights(spec, weights)
-        if weights.usable_in_place(spec):
-            return weights.store_in_place(spec)
-    target = offload_dir / store_name(spec, files, seed)
-    return _existing(target) or _build(spec, files, seed, target, progress)
+        if weights.usable_in_place(spec) and not (streamed and len(folders.paths) > 1):
+            store = weights.store_in_place(spec)
+            return (
+                _verified(spec, store, folders.first, [h.start for h in weights.headers], progress) if verify else store
+            )
+    name = store_name(spec, files, seed, len(folders.paths))
+    return _existing(folders.directories(name), spec) or _build(spec, files, seed, folders, progress)
+
+
+# Checksums of files that are read in place
+
+
+def _verified(
+    spec: ModelSpec, store: Store, directory: Path, starts: Sequence[int], progress: Progress | None
+) -> Store:
+    """The store with the checksums that are kept of its files, made now if there are none; `starts`: of their data."""
+    paths = [str(f.resolve()) for f in store.files]
+    name = f"{_readable(spec)}-{hashlib.sha256(json.dumps(paths).encode()).hexdigest()[:16]}"
+    kept = directory / f"{name}.checks"
+    directory.mkdir(parents=True, exist_ok=True)
+    _sweep(directory)
+    with _lock(directory / f".{name}.lock"):
+        if not os.path.lexists(kept):
+            with _work_directory(directory / name) as work:
+                kept_checks.save(work / kept.name, store, kept_checks.make(store, progress))
+                (work / kept.name).rename(kept)
+            _sync(directory)
+    checked = kept_checks.load(kept, store)
+    kept_checks.check_starts(checked, starts)
+    return checked
 
 
 # Converting
 
 
-def store_name(spec: ModelSpec, files: Sequence[Path], seed: int) -> str:
-    """A readable name and a digest of all that decides a store's bytes: format, model, and source files or seed."""
+def store_name(spec: ModelSpec, files: Sequence[Path], seed: int, num_parts: int = 1) -> str:
+    """A readable name and a digest of all that decides a store's bytes: format, model, source files or seed, parts."""
     model = [(m.name, [(t.name, t.shape, t.sources, t.source_rows, t.row) for t in m.tensors]) for m in spec.modules]
     origin: list[object] = [_fingerprint(f) for f in files] or [seed]
-    digest = hashlib.sha256(json.dumps([STORE_VERSION, spec.dtype, model, origin]).encode()).hexdigest()
-    readable = re.sub(r"[^A-Za-z0-9._-]+", "-", spec.name.rsplit("/", 1)[-1]).strip(".-")[:48] or "model"
-    return f"{readable}-{digest[:16]}"
+    digest = hashlib.sha256(json.dumps([STORE_VERSION, spec.dtype, model, origin, num_parts]).encode()).hexdigest()
+    return f"{_readable(spec)}-{digest[:16]}"
+
+
+def _readable(spec: ModelSpec) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", spec.name.rsplit("/", 1)[-1]).strip(".-")[:48] or "model"
 
 
 def _fingerprint(file: Path) -> tuple[str, int, int, str]:
     """Name, size, time and a hash of the file's end, which in a .bin holds the checksums of all tensors."""
-    stat = file.stat()
-    with file.open("rb") as opened:
+    with open(open_regular(file), "rb") as opened:
+        stat = os.fstat(opened.fileno())
         opened.seek(max(0, stat.st_size - CHUNK))
         return file.name, stat.st_size, stat.st_mtime_ns, xxhash.xxh3_64_hexdigest(opened.read())
 
 
-def _existing(target: Path) -> Store | None:
-    """The store in `target`, if it is complete."""
+def _existing(targets: Sequence[Path], spec: ModelSpec) -> Store | None:
+    """The store in `targets`, if it is complete and what a conversion of `spec` makes."""
     try:
-        return Store.load(target)
+        store = Store.load(targets[0], targets[1:])
     except StoreError:
         return None
+    names = [f"{m.name}.safetensors" for m in spec.modules]
+    is_ours = (
+        [f.name for f in store.files] == names
+        and store.extents == _extents(spec)
+        and (store.dtype, store.align) == (spec.dtype, CHUNK)
+        and None not in store.checks
+    )
+    return store if is_ours else None
 
 
-def _build(spec: ModelSpec, files: Sequence[Path], seed: int, target: Path, progress: Progress | None) -> Store:
-    """Convert into a temporary directory and rename it to `target`; another process's store is used if it was first."""
-    directory = target.parent
-    directory.mkdir(parents=True, exist_ok=True)
-    _sweep(directory)
-    with _lock(directory / f".{target.name}.lock"):
-        if store := _existing(target):
+def _build(spec: ModelSpec, files: Sequence[Path], seed: int, folders: Folders, progress: Progress | None) -> Store:
+    """Convert into temporary directories and rename them; another process's store is used if it was first."""
+    name = store_name(spec, files, seed, len(folders.paths))
+    targets = folders.directories(name)
+    for target in targets:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(target.parent)
+    with ExitStack() as held:
+        for target in targets:
+            held.enter_context(_lock(target.parent / f".{name}.lock"))
+        if store := _existing(targets, spec):
             return store
         weights = _open_weights(spec, files, seed)
         check_weights(spec, weights)
-        _check_space(spec, directory)
-        with _full_disk_explained(spec.name), _work_directory(target) as work:
-            _convert(spec, weights, work, progress)
-            _publish(work, target)
-    return Store.load(target)
+        _check_space(spec, folders)
+        with _full_disk_explained(spec.name):
+            works = [held.enter_context(_work_directory(target)) for target in targets]
+            _convert(spec, weights, works, progress)
+            if store_name(spec, files, seed, len(targets)) != name:
+                raise CheckpointError(f"{weights.where} was changed while it was converted; try again")
+            _publish(works, targets, spec)
+    return Store.load(targets[0], targets[1:])
 
 
 @contextmanager
@@ -139,12 +195,12 @@ def _open_weights(spec: ModelSpec, files: Sequence[Path], seed: int) -> Weights:
     return SafetensorsWeights(files) if files[0].suffix == ".safetensors" else BinWeights(files)
 
 
-def _check_space(spec: ModelSpec, directory: Path) -> None:
+def _check_space(spec: ModelSpec, folders: Folders) -> None:
     headers = sum(len(_module_header(m)) for m in spec.modules)
-    needed, free = spec.weight_bytes + headers, free_bytes(directory)
+    needed, free = spec.weight_bytes + headers, folders.free_bytes()
     if needed > free:
         raise CheckpointError(
-            f"{spec.name} needs {needed} bytes in {directory} to be converted, which has {free} free; free "
+            f"{spec.name} needs {needed} bytes in {folders} to be converted, which has {free} free; free "
             f"{needed - free} or choose another offload directory"
         )
 
@@ -157,27 +213,27 @@ def _module_header(module: ModuleSpec) -> bytes:
     return pack_header(_tensor_table(module))
 
 
-def _convert(spec: ModelSpec, weights: Weights, work: Path, progress: Progress | None) -> None:
-    """Write one file per module, and the manifest last."""
+def _convert(spec: ModelSpec, weights: Weights, works: Sequence[Path], progress: Progress | None) -> None:
+    """Write one file per module, a part of it in each directory, and the manifest last."""
     done = 0
     files, sizes, checks = [], [], []
     for module in spec.modules:
-        files.append(work / f"{module.name}.safetensors")
-        size, check = write_safetensors(files[-1], _tensor_table(module), _module_bytes(module, weights))
+        files.append(works[0] / f"{module.name}.safetensors")
+        paths = part_paths(files[-1].name, works)
+        size, check = write_safetensors(paths, _tensor_table(module), _module_bytes(module, weights))
         sizes.append(size)
         checks.append(check)
         done += sum(t.nbytes for t in module.tensors)
         if progress:
             progress(done, spec.weight_bytes)
-    extents = {m.name: e for m, e in zip(spec.modules, _layout(spec), strict=True)}
-    Store(tuple(files), tuple(sizes), extents, spec.dtype, CHUNK, tuple(checks)).save(work)
+    store = Store(tuple(files), tuple(sizes), _extents(spec), spec.dtype, CHUNK, tuple(checks), others=tuple(works[1:]))
+    store.save(works[0])
 
 
-def _layout(spec: ModelSpec) -> list[tuple[Extent, ...]]:
-    """packed_layout, moved where a header outgrows one page."""
-    layout = packed_layout(spec.modules, 0)
-    starts = [len(_module_header(m)) for m in spec.modules]
-    return [tuple(replace(e, offset=e.offset + n) for e in es) for es, n in zip(layout, starts, strict=True)]
+def _extents(spec: ModelSpec) -> dict[str, tuple[Extent, ...]]:
+    """By module: packed_layout, moved where a header outgrows one page."""
+    layout = zip(spec.modules, packed_layout(spec.modules, 0), strict=True)
+    return {m.name: tuple(replace(e, offset=e.offset + len(_module_header(m))) for e in es) for m, es in layout}
 
 
 def _module_bytes(module: ModuleSpec, weights: Weights) -> Iterator[memoryview]:
@@ -236,18 +292,21 @@ def _as_bytes(tensor: Tensor) -> memoryview:
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
-def _publish(work: Path, target: Path) -> None:
-    """Rename a finished store into place, over a damaged one but never over a complete one."""
-    _sync(work)
-    if not _existing(target) and target.exists():
-        target.rename(work.with_name(f"{work.name}-damaged"))
-    try:
-        work.rename(target)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-    _sync(target.parent)
-    shutil.rmtree(work.with_name(f"{work.name}-damaged"), ignore_errors=True)
+def _publish(works: Sequence[Path], targets: Sequence[Path], spec: ModelSpec) -> None:
+    """Rename a finished store into place, over a damaged one but never over a complete one; its manifest last."""
+    is_complete = _existing(targets, spec) is not None
+    for work, target in reversed(list(zip(works, targets, strict=True))):
+        damaged = work.with_name(f"{work.name}-damaged")
+        _sync(work)
+        if not is_complete and os.path.lexists(target):
+            target.rename(damaged)
+        try:
+            work.rename(target)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        _sync(target.parent)
+        shutil.rmtree(damaged, ignore_errors=True)
 
 
 def _sync(directory: Path) -> None:

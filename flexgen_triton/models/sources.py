@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -17,13 +18,17 @@ import torch
 import xxhash
 from torch import Tensor
 
-from ..memory.store import SAFETENSORS_DTYPES, Store, StoreError, TensorEntry, read_safetensors_header
+from ..memory.disk import irregular, open_regular
+from ..memory.store import SAFETENSORS_DTYPES, Header, Stamp, Store, StoreError, TensorEntry, read_safetensors_header
 from ..plan.placement import PAGE, Extent
 from ..plan.spec import STORED_BYTES, ModelSpec, TensorSpec
+from .pickles import unsafe_globals
 
 PIECE = 2 << 20  # elements that are converted at a time
 MAPPED_BYTES = 256 << 20  # of a .bin file, before its mapping is dropped: mapped pages count as this process's memory
 RANDOM_STD = 0.02
+SHOWN_NAME = 80  # characters of a name that a message repeats
+SHOWN_GLOBALS = 3
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _UNREADABLE = (
@@ -44,16 +49,27 @@ def find_weights(source: Path) -> tuple[Path, ...]:
         raise CheckpointError(f"{source} is not a directory; give the directory of a checkpoint")
     for stem, suffix, shards in (("model", "safetensors", "*"), ("pytorch_model", "bin", "pytorch_model-*")):
         index = source / f"{stem}.{suffix}.index.json"
-        if (single := source / f"{stem}.{suffix}").is_file():
-            return (single,)
-        if index.is_file():
-            return _indexed(index)
+        if os.path.lexists(single := source / f"{stem}.{suffix}"):
+            return (_regular(single),)
+        if os.path.lexists(index):
+            return _indexed(_regular(index))
         if found := sorted(source.glob(f"{shards}.{suffix}")):
-            return tuple(found)
+            return tuple(map(_regular, found))
     names = ", ".join(sorted(p.name for p in source.iterdir())[:5]) or "nothing"
     raise CheckpointError(
         f"{source} has no model.safetensors, pytorch_model.bin or shards of them, only {names}; download them"
     )
+
+
+def _regular(path: Path) -> Path:
+    """The path, if it leads to a file; raises CheckpointError before anything else is opened, and waited for."""
+    try:
+        kind = irregular(path.stat().st_mode)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}); download it again") from error
+    if kind:
+        raise CheckpointError(f"{path} is {kind}, not a file; put the file in its place or remove it")
+    return path
 
 
 def _indexed(index: Path) -> tuple[Path, ...]:
@@ -61,16 +77,30 @@ def _indexed(index: Path) -> tuple[Path, ...]:
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         plain = all(Path(n).name == n for n in names)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is not an index of shards ({error!r}); download it again") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{index} is not an index of shards ({error!r:.200}); download it again") from error
     if not names or not plain:
         raise CheckpointError(f"{index} names no files of its own directory; download it again")
-    missing = [n for n in names if not (index.parent / n).is_file()]
+    missing = [n for n in names if not _exists(index.parent / n)]
     if missing:
-        raise CheckpointError(
-            f"{index.parent} lacks {len(missing)} of {len(names)} shards: {missing[0]}; download them"
-        )
-    return tuple(index.parent / n for n in names)
+        first = _shown(missing[0])
+        raise CheckpointError(f"{index.parent} lacks {len(missing)} of {len(names)} shards: {first}; download them")
+    return tuple(_regular(index.parent / n) for n in names)
+
+
+def _shown(name: str) -> str:
+    """A name from a file, as a message can show it."""
+    text = ascii(name)[1:-1]
+    return text if len(text) <= SHOWN_NAME else f"{text[:SHOWN_NAME]}... of {len(name)} characters"
+
+
+def _exists(path: Path) -> bool:
+    """Whether there is anything of that name, however long it may be."""
+    try:
+        path.stat()
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def plain_name(name: str) -> str:
@@ -96,6 +126,9 @@ class Weights(Protocol):
     def dtype(self, name: str) -> str:
         """For messages where it is not one of `_DTYPES`."""
 
+    def unfit(self, name: str) -> str:
+        """The form of a tensor that is no block of numbers, and the way out; empty for one that is."""
+
     def pieces(self, name: str, low: int, high: int) -> Iterator[Tensor]:
         """Elements [low, high) of the flattened tensor, in its own dtype, in pieces of at most PIECE."""
 
@@ -106,9 +139,10 @@ class SafetensorsWeights:
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = tuple(files)
         self.where = str(files[0].parent)
+        self.headers = tuple(_header(f) for f in files)
         self._found: dict[str, tuple[int, TensorEntry]] = {}
-        for n, file in enumerate(files):
-            for name, entry in _header(file).items():
+        for n, (file, header) in enumerate(zip(files, self.headers, strict=True)):
+            for name, entry in header.entries.items():
                 other = self._found.setdefault(plain_name(name), (n, entry))[0]
                 if other != n:
                     raise CheckpointError(f"{file} and {files[other]} both have tensor {name}; remove one of them")
@@ -119,15 +153,20 @@ class SafetensorsWeights:
     def dtype(self, name: str) -> str:
         return self._found[name][1].dtype
 
+    def unfit(self, name: str) -> str:
+        return ""
+
     def pieces(self, name: str, low: int, high: int) -> Iterator[Tensor]:
         n, entry = self._found[name]
         dtype = _DTYPES[entry.dtype]
-        with self.files[n].open("rb", buffering=0) as file:
+        with open(open_regular(self.files[n]), "rb", buffering=0) as file:
             for start in range(low, high, PIECE):
                 count = min(PIECE, high - start)
                 data = os.pread(file.fileno(), count * dtype.itemsize, entry.begin + start * dtype.itemsize)
                 if len(data) < count * dtype.itemsize:
                     raise CheckpointError(f"{self.files[n]} became shorter while it was read; download it again")
+                if change := self.headers[n].stamp.change_to(Stamp.of(os.fstat(file.fileno()))):
+                    raise CheckpointError(f"{self.files[n]} {change} while it was converted; try again")
                 yield torch.frombuffer(bytearray(data), dtype=dtype)
 
     def usable_in_place(self, spec: ModelSpec) -> bool:
@@ -140,8 +179,10 @@ class SafetensorsWeights:
     def store_in_place(self, spec: ModelSpec) -> Store:
         """A store that is these files."""
         extents = {m.name: tuple(e for t in m.tensors for e in self._extents(t)) for m in spec.modules}
-        sizes = tuple(f.stat().st_size for f in self.files)
-        return Store(self.files, sizes, extents, spec.dtype, PAGE, (None,) * len(sizes))
+        stamps = tuple(h.stamp for h in self.headers)
+        sizes = tuple(s.nbytes for s in stamps)
+        unknown = (None,) * len(sizes)
+        return Store(self.files, sizes, extents, spec.dtype, PAGE, unknown, stamps, "download the checkpoint again")
 
     def _extents(self, tensor: TensorSpec) -> Iterator[Extent]:
         """One extent per source; a vector is one row, numbered by its first element."""
@@ -159,9 +200,13 @@ class BinWeights:
     def __init__(self, files: Sequence[Path]) -> None:
         self.where = str(files[0].parent)
         self._found: dict[str, tuple[Path, str, tuple[int, ...], torch.dtype]] = {}
+        self._unfit: dict[str, str] = {}
         for file in files:
             for name, tensor in _load_bin(file).items():
-                self._found.setdefault(plain_name(name), (file, name, tuple(tensor.shape), tensor.dtype))
+                plain, unfit = plain_name(name), _unfit(tensor)
+                if unfit:
+                    self._unfit[plain] = unfit
+                self._found.setdefault(plain, (file, name, () if unfit else tuple(tensor.shape), tensor.dtype))
         self._mapped: dict[str, Tensor] = {}
         self._mapped_file: Path | None = None
         self._touched = 0  # bytes of the present mapping
@@ -172,6 +217,9 @@ class BinWeights:
     def dtype(self, name: str) -> str:
         dtype = self._found[name][3]
         return next((k for k, v in _DTYPES.items() if v == dtype), str(dtype).removeprefix("torch."))
+
+    def unfit(self, name: str) -> str:
+        return self._unfit.get(name, "")
 
     def pieces(self, name: str, low: int, high: int) -> Iterator[Tensor]:
         for start in range(low, high, PIECE):
@@ -200,6 +248,9 @@ class RandomWeights:
     def dtype(self, name: str) -> str:
         return "F32"
 
+    def unfit(self, name: str) -> str:
+        return ""
+
     def pieces(self, name: str, low: int, high: int) -> Iterator[Tensor]:
         """Each block of PIECE elements has a seed of its own, so that any range of rows can be made alone."""
         shape = self._shapes[name]
@@ -211,7 +262,7 @@ class RandomWeights:
             yield block[max(low - start, 0) : high - start]
 
 
-def _header(file: Path) -> dict[str, TensorEntry]:
+def _header(file: Path) -> Header:
     try:
         return read_safetensors_header(file)
     except StoreError as error:
@@ -220,20 +271,53 @@ def _header(file: Path) -> dict[str, TensorEntry]:
 
 def _load_bin(file: Path) -> dict[str, Tensor]:
     """The tensors of a .bin file, mapped, not read; raises CheckpointError. Runs no code from the file."""
-    with file.open("rb") as opened:
-        if opened.read(4) != b"PK\x03\x04":
-            raise CheckpointError(
-                f"{file} is not a zip archive as torch.save writes it since 1.6 (legacy or damaged); load and save it "
-                "with a current torch, or use safetensors"
-            )
+    with open(open_regular(file), "rb") as opened:
+        is_zip = opened.read(4) == b"PK\x03\x04"
+    if not is_zip:
+        raise CheckpointError(
+            _asks_for_code(file)
+            or f"{file} is not a zip archive as torch.save writes it since 1.6 (legacy or damaged); load and save it "
+            "with a current torch, or use safetensors"
+        )
     try:
-        loaded = torch.load(str(file), weights_only=True, mmap=True, map_location="cpu")
-    except _UNREADABLE as error:
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise CheckpointError(f"{file} cannot be read ({reason}): truncated or damaged; download it again") from error
+        with warnings.catch_warnings():  # of kinds of tensors that are refused in a sentence
+            warnings.simplefilter("ignore")
+            loaded = torch.load(str(file), weights_only=True, mmap=True, map_location="cpu")
+    except _UNREADABLE as error:  # whose text, and traceback, may say how to load a dangerous file all the same
+        raise CheckpointError(
+            _asks_for_code(file) or f"{file} cannot be read ({_reason(error)}): truncated or damaged; download it again"
+        ) from None
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{file} holds a {type(loaded).__name__}, not tensors by name; save a state_dict")
-    return {name: t for name, t in loaded.items() if isinstance(name, str) and isinstance(t, Tensor)}
+    return {name: t.detach() for name, t in loaded.items() if isinstance(name, str) and isinstance(t, Tensor)}
+
+
+def _asks_for_code(file: Path) -> str:
+    """The sentence for a pickle that runs more than tensors need; empty for any other file."""
+    names = unsafe_globals(file)
+    if not names:
+        return ""
+    shown = ", ".join(map(_shown, names[:SHOWN_GLOBALS])) + (" ..." if len(names) > SHOWN_GLOBALS else "")
+    return (
+        f"{file} asks to run code when it is loaded ({shown}) and was not loaded; do not load it by other means "
+        "either: take safetensors from a source that you trust"
+    )
+
+
+def _reason(error: BaseException) -> str:
+    text = str(error).splitlines()[0] if str(error) and not isinstance(error, pickle.PickleError) else ""
+    return text[:200] if text and "weights_only" not in text else type(error).__name__
+
+
+def _unfit(tensor: Tensor) -> str:
+    """The form of a tensor that is no block of numbers, and the way out; empty for one that is."""
+    if tensor.is_nested:
+        return "a nested tensor; save it as one tensor of numbers (torch.nested.to_padded_tensor)"
+    if tensor.is_meta:
+        return "a meta tensor, which has a shape but no numbers; save the model after its weights were loaded"
+    if tensor.is_quantized:
+        return "a quantised tensor; save what its dequantize() returns, or use an unquantised checkpoint"
+    return "" if tensor.layout == torch.strided else "a sparse tensor; save what its to_dense() returns"
 
 
 # What the model needs of them
@@ -266,6 +350,8 @@ def check_weights(spec: ModelSpec, weights: Weights) -> None:
                 f"{weights.where} has no tensor {name} among its {len(found)} ({some}, ...); is it a complete "
                 f"{spec.family} model?"
             )
+        if unfit := weights.unfit(name):
+            raise CheckpointError(f"{weights.where} has {name} as {unfit}")
         if found[name] != shape:
             raise CheckpointError(
                 f"{weights.where} has {name} of shape {list(found[name])}, its config asks for {list(shape)}; use the "

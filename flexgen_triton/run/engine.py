@@ -292,6 +292,7 @@ class Engine:
         keep_logits: KeepLogits | None = None,
     ) -> Generator[None, None, BlockReport]:
         """Run one block, yielding as its ops are issued; `watched` keeps them from running ahead of its token steps."""
+        self.weights.check()
         buffers.reset()
         started = time.time()
         for request in itertools.chain.from_iterable(batches):

@@ -206,7 +206,7 @@ def _run(
 ) -> RunReport:
     """Generate with random weights, a block of prompts of 16 tokens."""
     spec = model_spec(config, f"measure-{config.hidden_size}", "float16")
-    store = open_store(spec, None, folders.first)
+    store = open_store(spec, None, folders.paths)
     params = SamplingParams(max_tokens=steps, ignore_eos=True, temperature=0)
     requests = [Request([5] * 16, params) for _ in range(policy.block_size)]
     with Engine(OPT(config), spec, store, policy, device=device, folders=folders, copies=copies) as engine:

@@ -35,7 +35,8 @@ def table_bytes() -> bytes:
 
 def make_store(directory: Path, data: bytes, piece: int = 77777) -> Store:
     file = directory / "x.safetensors"
-    size, checks = write_safetensors(file, TABLE, (memoryview(data)[n : n + piece] for n in range(0, len(data), piece)))
+    pieces = (memoryview(data)[n : n + piece] for n in range(0, len(data), piece))
+    size, checks = write_safetensors([file], TABLE, pieces)
     extents = {"x": (Extent("a.weight", 0, 300, 2000, 0, PAGE), Extent("a.bias", 0, 1, 14, 0, PAGE + 600000))}
     return Store((file,), (size,), extents, "float16", CHUNK, (checks,))
 
@@ -48,7 +49,9 @@ def test_a_written_file_is_one_that_safetensors_reads(tmp_path: Path) -> None:
     assert found["a.weight"].dtype == torch.float16
     assert found["a.weight"].view(torch.uint8).numpy().tobytes() == data[:600000]
     assert found["a.bias"].view(torch.uint8).numpy().tobytes() == data[600000:]
-    assert read_safetensors_header(store.files[0])["a.bias"] == TensorEntry("F16", (7,), PAGE + 600000, PAGE + 600014)
+    assert read_safetensors_header(store.files[0]).entries["a.bias"] == TensorEntry(
+        "F16", (7,), PAGE + 600000, PAGE + 600014
+    )
     assert store.weight_bytes == len(data)
 
 
@@ -160,7 +163,7 @@ GOOD = {"a": tensor(0, 4), "b": tensor(4, 10, shape=[3, 1]), "e": tensor(4, 4, s
 
 def test_a_file_within_the_rules_passes(tmp_path: Path) -> None:
     header = json.dumps({"__metadata__": {"k": "v"}, **GOOD}).encode() + b"   "
-    found = read_safetensors_header(raw_file(tmp_path / "f", header, bytes(10)))
+    found = read_safetensors_header(raw_file(tmp_path / "f", header, bytes(10))).entries
     start = 8 + len(header)
     assert found["b"] == TensorEntry("F16", (3, 1), start + 4, start + 10)
     assert set(found) == {"a", "b", "e"}
@@ -168,7 +171,7 @@ def test_a_file_within_the_rules_passes(tmp_path: Path) -> None:
 
 def test_sub_byte_types_are_counted_in_bits(tmp_path: Path) -> None:
     header = json.dumps({"a": tensor(0, 3, "F4", [6])}).encode()
-    assert read_safetensors_header(raw_file(tmp_path / "f", header, bytes(3)))["a"].shape == (6,)
+    assert read_safetensors_header(raw_file(tmp_path / "f", header, bytes(3))).entries["a"].shape == (6,)
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from tiny_models import NEW_TOKENS, Tiny
 
 from flexgen_triton import LLM, Policy, SamplingParams
 from flexgen_triton.memory.disk import DiskQueue, Read, Write
+from flexgen_triton.memory.store import StoreError
 from flexgen_triton.memory.stripes import STRIPE, Folders, StripedFile, part_bytes
 
 GREEDY = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True, temperature=0)
@@ -108,7 +110,7 @@ def on_drives(folders: Folders) -> list[int]:
 @pytest.mark.parametrize("copies", [False, True], ids=["in place", "copies"])
 def test_tokens_do_not_depend_on_the_number_of_drives(tiny: Tiny, tmp_path, copies):
     """Cache and hidden states on three drives, each of which holds a third of them while they are computed."""
-    folders, policy = folders_of(tmp_path, 3), Policy(3, 2, 20, 30, 10, 20, 10, 20)
+    folders, policy = folders_of(tmp_path, 3), Policy(3, 2, 60, 40, 10, 20, 10, 20)
     with LLM(str(tiny.path), policy=policy, dtype="float32", offload_dir=folders.paths, copies=copies) as llm:
         stream = llm.stream((p, GREEDY) for p in tiny.prompts)
         first = next(stream)
@@ -137,3 +139,56 @@ def test_a_file_that_does_not_fit_leaves_nothing_open(tmp_path):
     with pytest.raises(OSError, match="bytes are needed in"):
         folders.scratch(1 << 60)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+# Converted weights
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model whose layers have several stripes; its weights are random."""
+    path = tmp_path_factory.mktemp("model")
+    sizes = {"hidden_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8, "ffn_dim": 2048, "vocab_size": 1000}
+    (path / "config.json").write_text(json.dumps({"model_type": "opt", "dtype": "float32", **sizes}))
+    return str(path)
+
+
+def generated(model: str, policy: Policy, folders: Sequence[Path]) -> list[list[int]]:
+    with LLM(model, path="_DUMMY_", policy=policy, offload_dir=folders) as llm:
+        return [o.outputs[0].token_ids for o in llm.generate([[5, 6, 7], [8] * 20, [9, 10]], GREEDY)]
+
+
+def test_weights_are_striped_and_found_again(model, tmp_path):
+    """Whatever the order of the directories; tokens are those of one directory."""
+    folders, policy = folders_of(tmp_path, 3), Policy(3, 1, 0, 20)
+    expected = generated(model, policy, [tmp_path / "alone"])
+    assert generated(model, policy, folders.paths) == expected
+    parts = [sorted(p.rglob("*-of-3")) for p in folders.paths]
+    for files in zip(*parts, strict=True):
+        sizes = [f.stat().st_size for f in files]
+        assert sizes == [part_bytes(sum(sizes), 3, n) for n in range(3)]
+    assert min(sum(f.stat().st_size for f in files) for files in parts) > STRIPE
+    times = [f.stat().st_mtime_ns for files in parts for f in files]
+    assert generated(model, policy, folders.paths[::-1]) == expected
+    assert [f.stat().st_mtime_ns for files in parts for f in files] == times
+
+
+def test_a_damaged_or_lost_part_is_found(model, tmp_path):
+    """Bytes are checked as in one directory; where a part is gone the store is made anew."""
+    folders, policy = folders_of(tmp_path, 2), Policy(3, 1, 0, 0)
+    expected = generated(model, policy, folders.paths)
+    (part,) = (f for p in folders.paths for f in p.rglob("mlp.1.safetensors.2-of-2"))
+    whole = part.read_bytes()
+    part.write_bytes(whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:])
+    with pytest.raises(StoreError, match="damaged"):
+        generated(model, policy, folders.paths)
+    part.unlink()
+    assert generated(model, policy, folders.paths) == expected
+    assert part.read_bytes() == whole
+
+
+def test_weights_that_do_not_stream_are_read_where_they_lie(tiny: Tiny, tmp_path):
+    folders = folders_of(tmp_path, 2)
+    with LLM(str(tiny.path), policy=Policy(3, 2), dtype="float32", offload_dir=folders.paths) as llm:
+        assert [o.outputs[0].token_ids for o in llm.generate(tiny.prompts, GREEDY)] == tiny.tokens
+    assert not [f for p in folders.paths for f in p.iterdir()]
