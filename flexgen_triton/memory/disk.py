@@ -102,7 +102,7 @@ def open_regular(path: Path) -> int:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     if kind := irregular(os.fstat(fd).st_mode):
         os.close(fd)
-        raise OSError(errno.EINVAL, f"{path} is {kind}, not a file; put the file in its place")
+        raise OSError(f"{path} is {kind}, not a file; put the file in its place")
     return fd
 
 

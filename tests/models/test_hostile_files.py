@@ -36,6 +36,7 @@ from torch import Tensor
 from flexgen_triton.memory.store import MANIFEST, Store, StoreError
 from flexgen_triton.models.checkpoint import CheckpointError, open_store
 from flexgen_triton.models.sources import BinWeights
+from flexgen_triton.run_batch import files_digest
 
 SECONDS = 2.0
 DEEP = "[" * 100_000
@@ -248,6 +249,16 @@ def test_what_is_no_file_is_refused_at_once(tmp_path: Path, name: str, kind: str
     assert time.monotonic() - start < SECONDS
     is_missing = kind == "cannot be read" and f"lacks 1 of 3 shards: {name}" in message
     assert name in message and (kind in message or is_missing)
+
+
+def test_nor_does_a_job_wait_for_it_when_it_tells_models_apart(tmp_path: Path) -> None:
+    make_fifo(tmp_path / "model.safetensors")
+    start = time.monotonic()
+    with pytest.raises(
+        OSError, match=f"^{tmp_path}/model.safetensors is a FIFO, not a file; put the file in its place$"
+    ):
+        files_digest(tmp_path)
+    assert time.monotonic() - start < SECONDS
 
 
 @pytest.mark.parametrize("kind", KINDS)
