@@ -236,7 +236,7 @@ def test_rows_on_disk_cost_each_chunk_once(
     scan = disk_module.Scan.run
 
     def noted(self: disk_module.Scan, bounce: disk_module.Bytes) -> None:
-        scanned.append((self.file.name, self.offset))
+        scanned.extend((self.file.name, at) for at in range(self.offset, self.offset + self.nbytes, CHUNK))
         scan(self, bounce)
 
     monkeypatch.setattr(disk_module.Scan, "run", noted)
