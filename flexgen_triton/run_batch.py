@@ -22,6 +22,7 @@ from . import batch_answers, batch_format, progress
 from .batch_format import ChatRequest, CompletionRequest, LineError, SeenIds
 from .journal import MAX_LINE, Journal, JournalError, Line, read_lines
 from .llm import LLM, PreparedPrompt
+from .memory.disk import open_regular
 from .model_source import DEMO, choose_dtype, find_model
 from .options import LOG_JSON, base_policy, is_by_hand, model_options, open_model
 from .outputs import RequestOutput
@@ -234,7 +235,7 @@ def files_digest(directory: Path) -> str:
         size = path.stat().st_size
         digest.update(f"{path.name} {size} ".encode())
         step = max((size - SAMPLE) // (SAMPLES - 1), SAMPLE)
-        with path.open("rb") as file:
+        with open(open_regular(path), "rb") as file:
             for start in range(0, size, step):
                 file.seek(start)
                 digest.update(file.read(SAMPLE))

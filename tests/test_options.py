@@ -69,6 +69,10 @@ def test_the_demo_under_an_automatic_policy_by_default(opened):
     assert found["cpu_memory"] == 2 << 30 and found["seed"] == 3
 
 
+def test_checksums_are_asked_for(opened):
+    assert opened("--verify")["verify"] is True and opened()["verify"] is False
+
+
 @pytest.mark.parametrize(
     ("args", "policy"),
     [

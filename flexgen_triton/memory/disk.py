@@ -149,7 +149,7 @@ def open_regular(path: Path) -> int:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     if kind := irregular(os.fstat(fd).st_mode):
         os.close(fd)
-        raise OSError(errno.EINVAL, f"{path} is {kind}, not a file; put the file in its place")
+        raise OSError(f"{path} is {kind}, not a file; put the file in its place")
     return fd
 
 
@@ -226,7 +226,7 @@ class _Task(Protocol):
 class Scan:
     """Show `nbytes` from `offset` of `file`, as far as the file goes, to `check`; they are kept nowhere.
 
-    `offset` is a multiple of PAGE, `nbytes` at most BOUNCE_BYTES; they lie together in one file.
+    `offset` is a multiple of PAGE, `nbytes` at most BOUNCE_BYTES.
     """
 
     file: Readable
@@ -236,8 +236,8 @@ class Scan:
 
     def run(self, bounce: Bytes) -> None:
         want = min(self.nbytes, self.file.size - self.offset)
-        ((file, offset, _, _),) = self.file.pieces(self.offset, want, BOUNCE_BYTES)
-        _read_exactly(file, offset, bounce[: page_up(want)], want)
+        for file, offset, low, high in self.file.pieces(self.offset, want, BOUNCE_BYTES):
+            _read_exactly(file, offset, bounce[low : page_up(high)], high - low)
         self.check(self.offset, bounce[:want].data)
 
     def __str__(self) -> str:

@@ -15,7 +15,7 @@ from typing import NoReturn, Self
 from torch import Tensor
 
 from ..plan.placement import Run
-from .disk import DiskQueue, Read, Readable, Scan
+from .disk import BOUNCE_BYTES, DiskQueue, Read, Readable, Scan
 from .store import CHUNK, HASH_BYTES, Stamp, Store, StoreError
 
 
@@ -92,8 +92,9 @@ class StoreFiles:
         if flags is None or 0 not in flags:
             return
         held = {c for o in offsets for c in range(o // CHUNK, -(-(o + row_bytes) // CHUNK))}
-        verify = partial(self._verify, n)
-        self._disk.scan([Scan(self._files[n], c * CHUNK, CHUNK, verify) for c in sorted(held) if not flags[c]])
+        unknown = _stretches(sorted(c for c in held if not flags[c]), BOUNCE_BYTES // CHUNK)
+        file, verify = self._files[n], partial(self._verify, n)
+        self._disk.scan([Scan(file, first * CHUNK, count * CHUNK, verify) for first, count in unknown])
 
     def _verify(self, n: int, offset: int, data: memoryview) -> None:
         """Check the chunks that lie whole in `data`, and note that they are right. Called on the queue's threads."""
@@ -133,3 +134,14 @@ class StoreFiles:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+def _stretches(numbers: Sequence[int], most: int) -> list[tuple[int, int]]:
+    """Rising numbers as stretches (first, count) of consecutive ones, at most so many in each."""
+    found: list[tuple[int, int]] = []
+    for n in numbers:
+        if found and n == sum(found[-1]) and found[-1][1] < most:
+            found[-1] = found[-1][0], found[-1][1] + 1
+        else:
+            found.append((n, 1))
+    return found

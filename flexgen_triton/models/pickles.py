@@ -64,9 +64,10 @@ def _pickles(file: Path) -> Iterator[io.BytesIO]:
                         yield io.BytesIO(archive.open(member).read(MAX_BYTES))
             return
         opened.seek(0)
-        stream = io.BytesIO(opened.read(MAX_BYTES))
-        if stream.getbuffer()[:2] == b"PK":  # a zip archive without its end
+        if opened.read(2) == b"PK":  # a zip archive without its end
             return
+        opened.seek(0)
+        stream = io.BytesIO(opened.read(MAX_BYTES))
         for _ in range(MAX_PICKLES):  # the reader of one leaves the stream behind it
             yield stream
 

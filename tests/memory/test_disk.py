@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from flexgen_triton.memory import disk as disk_module
 from flexgen_triton.memory.arena import PAGE, Arena
-from flexgen_triton.memory.disk import BOUNCE_BYTES, DiskFile, DiskQueue, Read, Write
+from flexgen_triton.memory.disk import BOUNCE_BYTES, DiskFile, DiskQueue, Read, Scan, Write, page_down
 
 EXTENT = 4 * PAGE
 SIZE = 11 * EXTENT + 1234  # ends in the middle of a page
@@ -168,6 +168,24 @@ def test_what_a_check_raises_reaches_the_caller_with_its_place(queue: DiskQueue,
         queue.read([Read(file, 0, aligned(3 * EXTENT), check)])
     assert caught.value.__notes__ == [f"while reading {EXTENT} bytes at offset {EXTENT} of {file.name}"]
     queue.read([Read(file, 0, aligned(EXTENT))])  # the threads survived it
+
+
+def test_scans_show_what_a_plain_read_would_up_to_the_end_of_the_file(
+    queue: DiskQueue, file: DiskFile, content: torch.Tensor
+) -> None:
+    seen: dict[int, bytes] = {}
+    places = [(0, EXTENT), (3 * PAGE, 100), (2 * EXTENT, 3 * PAGE + 1), (page_down(SIZE), EXTENT)]
+    queue.scan([Scan(file, offset, n, lambda o, data: seen.update({o: bytes(data)})) for offset, n in places])
+    assert seen == {offset: content[offset : offset + n].numpy().tobytes() for offset, n in places}
+
+
+def test_what_a_scan_finds_wrong_reaches_the_caller_with_its_place(queue: DiskQueue, file: DiskFile) -> None:
+    def check(offset: int, data: memoryview) -> None:
+        raise ZeroDivisionError("bad bytes")
+
+    with pytest.raises(ZeroDivisionError, match="bad bytes") as caught:
+        queue.scan([Scan(file, EXTENT, EXTENT, check)])
+    assert caught.value.__notes__ == [f"while checking {EXTENT} bytes at offset {EXTENT} of {file.name}"]
 
 
 def test_the_first_error_drops_what_has_not_begun(path: Path) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tiny_models import NEW_TOKENS, Tiny
 
 from flexgen_triton import LLM, Policy, SamplingParams
-from flexgen_triton.memory.disk import DiskQueue, Read, Write
+from flexgen_triton.memory.disk import DiskQueue, Read, Scan, Write
 from flexgen_triton.memory.store import StoreError
 from flexgen_triton.memory.stripes import STRIPE, Folders, StripedFile, part_bytes
 
@@ -69,6 +69,14 @@ def test_any_range_reads_back_as_written(queue, file, content, ranges):
     assert sum(len(data) for _, data in seen) == sum(nbytes for _, nbytes in asked)
     for at, data in seen:
         assert data == content[at : at + len(data)].numpy().tobytes()
+
+
+@pytest.mark.parametrize("stripes", [(0, 1), (0.5, 1.5), (6.75, 7)], ids=str)
+def test_a_scan_shows_what_lies_across_stripes(queue, file, content, stripes):
+    low, high = (int(n * STRIPE) for n in stripes)
+    seen = []
+    queue.scan([Scan(file, low, high - low, lambda at, data: seen.append((at, bytes(data))))])
+    assert seen == [(low, content[low:high].numpy().tobytes())]
 
 
 def test_writes_change_only_their_range(tmp_path, content):
