@@ -27,7 +27,7 @@ from .plan.placement import PAGE
 from .plan.policy import Policy, PolicyError
 from .plan.search import Problem
 from .plan.spec import ModelSpec, stored_as
-from .run.auto import choose, machine, typical_length
+from .run.auto import choose, here, machine, typical_length
 from .run.engine import MIN_WAITING, Engine, Limits, RunReport
 from .run.request import Request
 from .run.totals import Choice, Totals
@@ -181,8 +181,11 @@ class LLM:
 
     @cached_property
     def hardware(self) -> Hardware:
-        """The machine that is planned for: as given, or measured on first use; within the memory limits."""
-        return machine(
+        """The machine that is planned for: as given, or measured on first use; within the memory limits.
+
+        With what this process had taken of the host's memory when it was first asked for.
+        """
+        found = machine(
             self._device,
             self.folders,
             self._limits,
@@ -190,6 +193,7 @@ class LLM:
             copies=self._copies,
             progress=self._progress,
         )
+        return here(found, self.spec, self._base, self._device)
 
     def problem(
         self,

@@ -22,6 +22,7 @@ ALIGNMENT = 16 << 10  # what the temporaries of a computation lose by starting a
 DECODE_PROGRAMS = 16 * 304  # that attention is split for at most: 16 for each multiprocessor of the largest chip
 MIN_SPLIT_TOKENS, MAX_SPLITS = 128, 64  # of a sequence, in attention on a GPU
 HOST_THREADS, HOST_CHUNK = 128, 32  # that attend on the host at most, and tokens that each widens at a time
+HUGE_PAGE = 2 << 20  # that large buffers are made of, where the system has them
 SEGMENTS = 3  # that a sequence's cache is in at most: full blocks, the open one, the newest token
 
 
@@ -186,12 +187,18 @@ def _head_bytes(plan: Plan) -> int:
 
 
 def _unfilled_bytes(plan: Plan) -> int:
-    """Bytes of the cache's homes in memory that are first written after the prompts."""
+    """Bytes of the cache's homes in memory that are certainly first written after the prompts.
+
+    Of a layer's home the blocks behind its longest prompt, without the huge pages that also hold what is written
+    earlier: they become resident as a whole.
+    """
     layout, layers, total = plan.cache_layout, sum(layer.has_cache for layer in plan.layers), 0
     for batch, groups in zip(plan.workload.batches, plan.groups, strict=True):
         blocks = layout.blocks(batch.max_len)
         for group in groups.cache[:2]:
-            total += sum(layout.dense(blocks - layout.blocks(n), 1) for n in group.prompt_lens)
+            filled = max(map(layout.blocks, group.prompt_lens), default=blocks)
+            pages = layout.dense(blocks - filled, group.size) // HUGE_PAGE
+            total += max(pages - 1, 0) * HUGE_PAGE
     return layers * total
 
 

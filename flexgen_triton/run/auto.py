@@ -8,16 +8,21 @@ from pathlib import Path
 
 import torch
 
+from ..memory.arena import rss
 from ..memory.stripes import Folders
-from ..plan.fit import fits
+from ..models import ops
+from ..plan.fit import amount, fits
 from ..plan.hardware import Hardware, load_profile
+from ..plan.layout import cache_fields
 from ..plan.policy import Policy, PolicyError
 from ..plan.predict import DECODE, PREFILL, Prediction, predict
 from ..plan.search import Problem, available, modest, search
+from ..plan.spec import ModelSpec, stored_as
 from .engine import Limits, RunReport
-from .measure import load_or_measure
+from .measure import MEASURING_BYTES, cached_profile, load_or_measure
 from .totals import Choice
 
+SEARCH_BYTES = 5 << 20  # that looking for a policy leaves in the process
 KEEP = 0.9  # a policy in use this near to the best is kept: another one means loading all weights anew
 
 
@@ -32,9 +37,12 @@ def machine(
 ) -> Hardware:
     """The machine to plan for: a profile as given, or this machine's, measured on first use; within the limits.
 
-    Raises HardwareError for a profile that cannot be read and PolicyError for a limit on a GPU that is not there.
+    Raises HardwareError for a profile that cannot be read, PolicyError for a limit on a GPU that is not there and for
+    one on the host's memory that leaves no room to measure in.
     """
     if profile is None:
+        if limits.host is not None and cached_profile(folders, device) is None:
+            _check_room(limits.host)
         hardware = load_or_measure(device, folders, progress)
     else:
         hardware = profile if isinstance(profile, Hardware) else load_profile(profile)
@@ -44,6 +52,27 @@ def machine(
     if limits.gpu is not None and not hardware.copies:
         raise PolicyError("a limit on GPU memory was given, but there is no GPU here; limit the host's memory")
     return hardware.capped(limits.gpu, limits.host, limits.disk)
+
+
+def _check_room(limit: int) -> None:
+    """Raise PolicyError where measuring the machine takes more than the limit."""
+    takes = rss() + MEASURING_BYTES
+    if takes > limit:
+        raise PolicyError(
+            f"this machine was not measured yet, which takes {amount(takes)} of memory once, and the limit is "
+            f"{amount(limit)}; run `python -m flexgen_triton measure` first, or name a profile with --hardware"
+        )
+
+
+def here(hardware: Hardware, model: ModelSpec, base: Policy, device: torch.device) -> Hardware:
+    """The machine as a run in this process finds it: with what the process has taken by now, its kernels loaded.
+
+    A profile knows only what another process took, which had compiled them for every format.
+    """
+    if device.type == "cpu" or base.cpu_cache_compute:
+        spec = stored_as(model, base)
+        ops.prepare(spec, cache_fields(spec, is_4bit=base.is_cache_4bit), sparse=base.attn_sparsity < 1)
+    return replace(hardware, process_bytes=rss() + SEARCH_BYTES)
 
 
 def choose(problem: Problem, hardware: Hardware, current: Policy | None = None) -> Choice:

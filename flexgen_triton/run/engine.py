@@ -25,7 +25,7 @@ from ..models.opt import OPT
 from ..plan import fit
 from ..plan.link import Span
 from ..plan.placement import Tier
-from ..plan.plan import Plan, make_plan
+from ..plan.plan import LIBRARY_BYTES, Plan, make_plan
 from ..plan.policy import Policy, PolicyError
 from ..plan.spec import Batch, ModelSpec, Workload
 from .batching import Batches, Pool, divide, make_batches, workload
@@ -117,9 +117,11 @@ class Engine:
         self._folders = folders
         self._dtype = getattr(torch, spec.dtype)
         smallest = self.plan(Workload((Batch((1,), 2),)))
+        self._taken: int | None = None  # bytes of the process beside its weights, when its first run began
         fit.check(smallest, self._available())
         if device.type == "cpu" or policy.cpu_cache_compute:
             ops.prepare(spec, smallest.cache_layout.fields, sparse=policy.attn_sparsity < 1)
+            fit.check(smallest, self._available())  # a compiler and its kernels have joined the process
         self._disk = DiskQueue(folders.threads)
         try:
             self.weights = Weights(smallest, store, self._disk, device=device, dtype=self._dtype, progress=progress)
@@ -140,8 +142,9 @@ class Engine:
 
     def _available(self) -> dict[Tier, int]:
         """Bytes of each tier that are free, within the limits."""
-        free = {Tier.HOST: host_available(), Tier.DISK: self._folders.free_bytes()}
-        used = {Tier.HOST: rss(), Tier.GPU: 0, Tier.DISK: 0}
+        libraries = self._libraries
+        free = {Tier.HOST: host_available() + libraries, Tier.DISK: self._folders.free_bytes()}
+        used = {Tier.HOST: rss() - libraries, Tier.GPU: 0, Tier.DISK: 0}
         if self.device.type == "cuda":
             free[Tier.GPU], total = torch.cuda.mem_get_info(self.device)
             used[Tier.GPU] = total - free[Tier.GPU]
@@ -149,6 +152,22 @@ class Engine:
             free[Tier.GPU] = free[Tier.HOST]
         allowed = {Tier.GPU: self._limits.gpu, Tier.HOST: self._limits.host, Tier.DISK: self._limits.disk}
         return {t: n if (a := allowed[t]) is None else max(min(n, a - used[t]), 0) for t, n in free.items()}
+
+    @property
+    def _resident_bytes(self) -> int:
+        """Bytes of the weights that lie in this process's memory."""
+        return self.weights.host_bytes + (self.weights.gpu_bytes if self.device.type == "cpu" else 0)
+
+    @property
+    def _libraries(self) -> int:
+        """Bytes that libraries have taken since the first run began, of those that every plan sets aside for them."""
+        if self._taken is None:
+            return 0
+        return min(max(rss() - self._resident_bytes - self._taken, 0), LIBRARY_BYTES)
+
+    def _begin(self) -> None:
+        if self._taken is None:
+            self._taken = rss() - self._resident_bytes
 
     def generate(
         self,
@@ -162,6 +181,7 @@ class Engine:
         `keep_logits(requests of a GPU batch, logits [B, V])` is called at every token step. Raises PolicyError when the
         prompts do not fit the model's positions or the memory there is; OSError when the disk cannot hold the cache.
         """
+        self._begin()
         blocks = divide(requests, self.policy.gpu_batch_size, self.policy.num_gpu_batches)
         plans = [self.plan(workload(batches)) for batches in blocks]
         for plan in plans:
@@ -194,6 +214,7 @@ class Engine:
         than memory holds; one that does not fit by itself is handed back with its `error`. `totals` is kept up to date,
         `progress` is told of each block's token steps. Raises OSError when the disk cannot hold the cache.
         """
+        self._begin()
         policy = self.policy
         pool = Pool(requests, size=max(MIN_WAITING, WAITING_BLOCKS * policy.block_size))
         room = _Room()
