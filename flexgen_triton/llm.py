@@ -7,7 +7,7 @@ import time
 from array import array
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -42,6 +42,7 @@ DEFAULT_OFFLOAD_DIR = Path("~/.cache/flexgen_triton")
 
 Prompt = str | Sequence[int]
 Progress = Callable[[int, int], None]
+Report = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,6 +81,18 @@ def _earliest(times: Iterable[float | None]) -> float | None:
     return min((t for t in times if t is not None), default=None)
 
 
+def _checked(progress: Report | None, check: Callable[[], None] | None) -> Report:
+    """What is told of work on the caller's own thread: there `check` is called too."""
+
+    def report(phase: str, done: int, total: int) -> None:
+        if check:
+            check()
+        if progress:
+            progress(phase, done, total)
+
+    return report
+
+
 class LLM:
     """A model ready to generate. Use as a context manager, or `close()` it.
 
@@ -91,8 +104,9 @@ class LLM:
     on first use. `dtype`: "auto" (the checkpoint's), "float32", "bfloat16" or "float16". `offload_dir`: where converted
     weights and the disk's share of cache and activations go. `path`: FlexGen's second argument, a directory or
     "_DUMMY_" for random weights. `progress(phase, done, total)` is told of measuring ("measure"), conversion
-    ("convert"), loading ("load") and token steps ("generate"). Raises ModelError,
-    PolicyError, HardwareError, CheckpointError (all ValueError) or OSError, each in one sentence.
+    ("convert"), loading ("load") and token steps ("generate"). `check` is asked whether to go on: it is called all the
+    time while weights are loaded and text is generated, on the thread that asked for it, and what it raises ends that.
+    Raises ModelError, PolicyError, HardwareError, CheckpointError (all ValueError) or OSError, each in one sentence.
     """
 
     def __init__(
@@ -112,7 +126,8 @@ class LLM:
         device: str | None = None,
         copies: bool | None = None,
         seed: int = 0,
-        progress: Callable[[str, int, int], None] | None = None,
+        progress: Report | None = None,
+        check: Callable[[], None] | None = None,
     ) -> None:
         self.source = find_model(model, path)
         if isinstance(policy, str) and policy != AUTO:
@@ -124,7 +139,8 @@ class LLM:
         self._base, self._allow, self._profile = base, frozenset(allow), hardware
         self._copies, self._seed = copies, seed
         self._limits = Limits(*(None if m is None else parse_size(m) for m in (gpu_memory, cpu_memory, disk_memory)))
-        self._progress = progress
+        self._progress, self._check = progress, check
+        self._prepared = _checked(progress, check)
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self.offload_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.last_report: RunReport | None = None  # of the last `generate`
@@ -153,17 +169,23 @@ class LLM:
             self._engine.close()
             self._engine = None
         spec = stored_as(self.spec, policy)
-        progress = self._phase("convert")
         self._engine = Engine(
             OPT(self.source.config),
             spec,
-            open_store(spec, self.source.directory, self.offload_dir, progress=progress, seed=self._seed),
+            open_store(
+                spec,
+                self.source.directory,
+                self.offload_dir,
+                progress=partial(self._prepared, "convert"),
+                seed=self._seed,
+            ),
             policy,
             device=self._device,
             offload_dir=self.offload_dir,
             copies=self._copies,
             limits=self._limits,
-            progress=self._phase("load"),
+            progress=partial(self._prepared, "load"),
+            check=self._check,
         )
 
     @cached_property
@@ -175,7 +197,7 @@ class LLM:
             self._limits,
             profile=self._profile,
             copies=self._copies,
-            progress=self._progress,
+            progress=self._prepared,
         )
 
     def problem(
@@ -221,8 +243,7 @@ class LLM:
         return choice
 
     def _phase(self, name: str) -> Progress | None:
-        progress = self._progress
-        return (lambda done, total: progress(name, done, total)) if progress else None
+        return partial(self._progress, name) if self._progress else None
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

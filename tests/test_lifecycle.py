@@ -53,6 +53,45 @@ def test_a_stream_that_is_given_up_leaves_nothing_running(tiny, tmp_path):
     assert threading.active_count() == before
 
 
+class Enough(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["generate", "stream"])
+def test_a_run_is_asked_at_every_op_whether_to_go_on(tiny, tmp_path, streamed):
+    """On the thread that wants the answers; what is raised there ends the run, and the next one is as good as ever."""
+    asked: list[threading.Thread] = []
+    stop_at = [None]
+
+    def check() -> None:
+        asked.append(threading.current_thread())
+        if len(asked) == stop_at[0]:
+            raise Enough
+
+    def answers() -> list[list[int]]:
+        if not streamed:
+            return [o.outputs[0].token_ids for o in llm.generate(tiny.prompts, GREEDY)]
+        outputs = llm.stream((p, GREEDY) for p in tiny.prompts)
+        return [o.outputs[0].token_ids for o in sorted(outputs, key=lambda o: o.request_id)]
+
+    before = threading.active_count()
+    with LLM(str(tiny.path), policy=SPREAD, dtype="float32", offload_dir=tmp_path, copies=True, check=check) as llm:
+        assert asked, "loading asks too"
+        idle, loaded = threading.active_count(), len(asked)
+        right = answers()
+        ops = 100 if streamed else len(llm.last_report.timeline.spans)
+        assert len(asked) - loaded >= ops
+        assert right == [t[:4] for t in tiny.tokens]
+        for more in (1, 40, 150):
+            stop_at[0] = len(asked) + more
+            with pytest.raises(Enough):
+                answers()
+            assert threading.active_count() == idle
+        assert answers() == right
+    assert set(asked) == {threading.current_thread()}
+    assert threading.active_count() == before
+
+
 def test_a_hundred_engines_leave_no_threads_files_or_memory(tiny, tmp_path):
     def held() -> tuple[int, int, int]:
         gc.collect()

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..memory.arena import host_available, rss
 from ..memory.buffers import Buffers, Sizes
 from ..memory.disk import DiskQueue, free_bytes
-from ..memory.lanes import Lanes
+from ..memory.lanes import Check, Lanes
 from ..memory.store import Store
 from ..memory.weights import Weights
 from ..models import ops
@@ -95,7 +95,8 @@ class Engine:
 
     `copies` says whether host memory is apart from the device's; on the CPU it is not, and True makes the engine move
     bytes as if it were. `limits` are the bytes that this process may use of a tier, with all that it takes already;
-    without one it is what is free. Raises PolicyError before allocating when weights, or later a workload, do not fit.
+    without one it is what is free. `check` is called on the caller's thread whenever an op is issued, and what it
+    raises ends the run. Raises PolicyError before allocating when weights, or later a workload, do not fit.
     """
 
     def __init__(
@@ -110,8 +111,9 @@ class Engine:
         copies: bool | None = None,
         limits: Limits = NO_LIMITS,
         progress: Progress | None = None,
+        check: Check | None = None,
     ) -> None:
-        self._limits = limits
+        self._limits, self._check = limits, check
         self.model, self.spec, self.store, self.policy, self.device = model, spec, store, policy, device
         self.copies = device.type == "cuda" if copies is None else copies
         self._offload_dir = offload_dir
@@ -169,7 +171,7 @@ class Engine:
         total = sum(p.workload.steps for p in plans)
         reports: list[BlockReport] = []
         buffers = self._buffers(reduce(Sizes.__or__, map(Sizes.of, plans)))
-        lanes = open_lanes(self.device, copies=self.copies)
+        lanes = open_lanes(self.device, copies=self.copies, check=self._check)
         try:
             for plan, batches in zip(plans, blocks, strict=True):
                 before = sum(p.workload.steps for p in plans[: len(reports)])
@@ -197,7 +199,7 @@ class Engine:
         policy = self.policy
         pool = Pool(requests, size=max(MIN_WAITING, WAITING_BLOCKS * policy.block_size))
         room = _Room()
-        lanes = open_lanes(self.device, copies=self.copies)
+        lanes = open_lanes(self.device, copies=self.copies, check=self._check)
         try:
             while waiting := pool.take(policy.block_size):
                 try:
