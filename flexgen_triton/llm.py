@@ -29,6 +29,7 @@ from .plan.spec import ModelSpec, stored_as
 from .run.auto import choose, machine, typical_length
 from .run.engine import MIN_WAITING, Engine, Limits, RunReport
 from .run.request import Request
+from .run.running import CLOSED, ClosedError, check_process
 from .run.totals import Choice, Totals
 from .sizes import parse_size
 from .text import TextStream
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 AUTO = "auto"
 BASE = Policy()
 DEFAULT_OFFLOAD_DIR = Path("~/.cache/flexgen_triton")
+
+REPLACED = "the weights were loaded anew, as use() was told, while this was generated; begin it again"
 
 Prompt = str | Sequence[int]
 Progress = Callable[[int, int], None]
@@ -94,7 +97,10 @@ def _checked(progress: Report | None, check: Callable[[], None] | None) -> Repor
 
 
 class LLM:
-    """A model ready to generate. Use as a context manager, or `close()` it.
+    """A model ready to generate. Use as a context manager, or `close()` it; one that is dropped is closed too.
+
+    It may be used from several threads, and several streams may be under way at once. It cannot be used in a fork of
+    the process that loaded it, nor can another be made there: fork before the first model is loaded, or use spawn.
 
     `model`: a checkpoint's directory, a hub id, or "demo". `policy`: where its bytes live; "auto" finds the fastest for
     the prompts of the first `generate`, and loads the weights then; what it does not choose (neither block size nor
@@ -147,6 +153,7 @@ class LLM:
         self.totals = Totals()  # of the last `stream`
         self._drawn = 0  # seeds given to requests without one
         self._engine: Engine | None = None
+        self._closed = False
         self._automatic = isinstance(policy, str)
         if isinstance(policy, Policy):
             self.use(policy)
@@ -154,6 +161,7 @@ class LLM:
     @property
     def engine(self) -> Engine:
         """The engine with its weights loaded; with an automatic policy there is none before the first `generate`."""
+        self._check_usable()
         if self._engine is None:
             raise PolicyError("the policy is automatic and no prompts were seen yet; generate first, or give a Policy")
         return self._engine
@@ -163,10 +171,22 @@ class LLM:
         """The policy in use."""
         return self.engine.policy
 
-    def use(self, policy: Policy) -> None:
-        """Load the weights as `policy` says, in place of what is loaded. Raises PolicyError when they do not fit."""
+    def _check_usable(self) -> None:
+        """Raise ClosedError after `close`, ForkedError in a fork of the process that loaded the weights."""
+        if self._closed:
+            raise ClosedError(CLOSED)
         if self._engine is not None:
-            self._engine.close()
+            self._engine.check_usable()
+
+    def use(self, policy: Policy) -> None:
+        """Load the weights as `policy` says, in place of what is loaded; ends what is being generated.
+
+        Raises PolicyError when they do not fit.
+        """
+        self._check_usable()
+        check_process()
+        if self._engine is not None:
+            self._engine.close(REPLACED)
             self._engine = None
         spec = stored_as(self.spec, policy)
         self._engine = Engine(
@@ -187,6 +207,9 @@ class LLM:
             progress=partial(self._prepared, "load"),
             check=self._check,
         )
+        if self._closed:  # by another thread, while they were loaded
+            self._engine.close()
+            raise ClosedError(CLOSED)
 
     @cached_property
     def hardware(self) -> Hardware:
@@ -231,9 +254,10 @@ class LLM:
     def _settle(self, waiting: Sequence[PreparedPrompt], num_prompts: int | None, gen_len: int) -> Choice | None:
         """With an automatic policy: find the one for these prompts and load the weights as it says.
 
-        `num_prompts` is how many sequences there are, None where more will follow. Returns what is predicted.
+        `num_prompts` is how many sequences there are, None where more will follow. Returns what is predicted. While
+        something else is being generated its policy stays.
         """
-        if not self._automatic:
+        if not self._automatic or (self._engine is not None and self._engine.is_busy):
             return None
         problem = self.problem([len(p.token_ids) for p in waiting], gen_len, num_prompts)
         current = self._engine.policy if self._engine else None
@@ -263,8 +287,10 @@ class LLM:
     ) -> list[RequestOutput]:
         """Complete every prompt (text or token ids), in the order given, whatever order they were computed in.
 
-        Raises ValueError for an empty prompt, a token id outside the vocabulary, or one that leaves no position.
+        Raises ValueError for an empty prompt, a token id outside the vocabulary, or one that leaves no position, and
+        ClosedError (a ValueError) when the model is closed.
         """
+        self._check_usable()
         each = _prompts(prompts)
         params = sampling_params or SamplingParams()
         params = [params] * len(each) if isinstance(params, SamplingParams) else list(params)
@@ -290,8 +316,16 @@ class LLM:
 
         A bounded number of them is read ahead, so there may be any number; `request_id` counts them from 0. One that
         does not fit the memory comes back with its `error`. With `partial`, what there is so far comes back after every
-        token step too. `totals` is kept up to date. Raises what `request` raises.
+        token step too. `totals` is kept up to date. Raises what `request` raises, and ClosedError (a ValueError) when
+        the model was closed.
         """
+        self._check_usable()
+        return self._stream(prompts, partial=partial)
+
+    def _stream(
+        self, prompts: Iterable[PreparedPrompt | tuple[Prompt, SamplingParams]], *, partial: bool
+    ) -> Generator[RequestOutput, None, None]:
+        self._check_usable()
         self.totals = totals = Totals()
         owners: dict[int, _Answer] = {}  # by the identity of a request that has not been handed back
 
@@ -434,7 +468,8 @@ class LLM:
         return directory is not None and any((directory / name).exists() for name in names)
 
     def close(self) -> None:
-        """Free the model's memory, files and threads."""
+        """Free the model's memory, files and threads; what is being generated then raises ClosedError."""
+        self._closed = True
         if self._engine is not None:
             self._engine.close()
 

@@ -134,16 +134,20 @@ class Lanes:
             self._on_done(tag, self._base.elapsed_time(start) / 1e3, self._base.elapsed_time(end) / 1e3)
         self._stream_times.clear()
 
-    def close(self) -> None:
-        """Stop every lane after its current piece of work and join the threads."""
+    def close(self, error: BaseException | None = None) -> None:
+        """Stop every lane after its current piece of work and join the threads; who still waits is raised `error`.
+
+        From any thread, a lane's own too, which then ends a little later.
+        """
         with self._changed:
-            self._error = self._error or LaneStoppedError("the lanes were closed")
+            self._error = self._error or error or LaneStoppedError("the lanes were closed")
             self._changed.notify_all()
         for lane in self._lanes.values():
             lane.queue.put(None)
         for lane in self._lanes.values():
             assert lane.thread is not None
-            lane.thread.join()
+            if lane.thread is not threading.current_thread():
+                lane.thread.join()
             if lane.stream is not None:
                 lane.stream.synchronize()  # nothing may still read or write memory that is about to be freed
 
