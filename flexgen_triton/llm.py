@@ -355,7 +355,8 @@ class LLM:
             if request.finished:
                 del owners[id(request)]
                 totals.answer(len(request.prompt), len(request.tokens))
-            if partial or not any(id(r) in owners for r in answer.requests):
+            has_failed = any(r.error for r in answer.requests)  # which is told once, when the others have ended too
+            if (partial and not has_failed) or not any(id(r) in owners for r in answer.requests):
                 yield self._output(answer)
 
     def token_ids(self, prompt: Prompt) -> list[int]:
@@ -405,17 +406,17 @@ class LLM:
 
     def _output(self, answer: _Answer) -> RequestOutput:
         requests, prepared = answer.requests, answer.prepared
-        errors = [r.error for r in requests if r.error]
+        failed = next((r for r in requests if r.error), None)
         outputs = [self._completion(n, r, t) for n, (r, t) in enumerate(zip(requests, answer.texts, strict=True))]
         first = requests[0]
         scored = None
-        if prepared.params.prompt_logprobs is not None:
+        if prepared.params.prompt_logprobs is not None and failed is None:
             scored = [None, *(self._named(p) for p in first.prompt_logprobs)]
         return RequestOutput(
             answer.number,
             prepared.prompt,
             list(prepared.token_ids),
-            [] if errors else outputs,
+            [] if failed else outputs,
             scored,
             RequestMetrics(
                 answer.arrival_time,
@@ -423,7 +424,8 @@ class LLM:
                 _earliest(r.first_token_time for r in requests),
                 max(r.finished_time or 0.0 for r in requests) if answer.finished else None,
             ),
-            errors[0] if errors else None,
+            failed.error if failed else None,
+            failed.error_code if failed else None,
         )
 
     def _completion(self, index: int, request: Request, text: TextStream | None) -> CompletionOutput:

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import cached_property, partial, reduce
 from pathlib import Path
 from types import TracebackType
 
@@ -23,6 +23,7 @@ from ..memory.lanes import Check
 from ..memory.store import Store
 from ..memory.weights import Weights
 from ..models import ops
+from ..models.diagnosis import diagnose
 from ..models.opt import OPT
 from ..plan import fit
 from ..plan.link import Span
@@ -33,7 +34,7 @@ from ..plan.spec import Batch, ModelSpec, Workload
 from .batching import Batches, Pool, divide, make_batches, workload
 from .block import Block
 from .executor import execute, open_lanes
-from .request import Request
+from .request import NOT_FINITE, Request
 from .running import CLOSED, Holdings, Run, check_process
 from .totals import Totals
 from .trace import Timeline
@@ -202,6 +203,8 @@ class Engine:
 
                 block = self._run_block(plan, batches, run, on_step=on_step, keep_logits=keep_logits)
                 reports.append(_exhaust(block))
+            for request in requests:
+                self._explained(request)
         return RunReport.of(reports)
 
     def stream(
@@ -270,9 +273,19 @@ class Engine:
                 report: BlockReport = end.value
                 break
             while news:
-                yield news.popleft()
-        yield from news
+                yield self._explained(news.popleft())
+        yield from map(self._explained, news)
         return report.timeline
+
+    def _explained(self, request: Request) -> Request:
+        """The same; where what was computed is not finite its error tells the likely cause too."""
+        if request.error_code == NOT_FINITE:
+            request.error = f"{request.error}; {self._diagnosis}"
+        return request
+
+    @cached_property
+    def _diagnosis(self) -> str:
+        return diagnose(self.spec, self.store, self._check or (lambda: None))
 
     def _fitting(self, requests: Sequence[Request], run: Run) -> tuple[Plan, Batches]:
         """The first of the requests, as many as the policy lets and as fit; `run` gets buffers for them.
