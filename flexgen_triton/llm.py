@@ -12,9 +12,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import xxhash
+from numpy.typing import NDArray
 
+from .arguments import AUTO as AUTO
+from .arguments import as_allowed, as_device, as_folder, as_model, as_pair, as_params, check_others, check_policy
 from .model_source import check_device, choose_dtype, find_model
 from .models.checkpoint import open_store
 from .models.opt import OPT, ModelError, model_spec
@@ -26,6 +30,8 @@ from .plan.placement import PAGE
 from .plan.policy import Policy, PolicyError
 from .plan.search import Problem
 from .plan.spec import ModelSpec, stored_as
+from .prompts import Prompt as Prompt
+from .prompts import as_prompt, as_prompts
 from .run.auto import choose, machine, typical_length
 from .run.engine import MIN_WAITING, Engine, Limits, RunReport
 from .run.request import Request
@@ -37,13 +43,12 @@ from .text import TextStream
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-AUTO = "auto"
 BASE = Policy()
 DEFAULT_OFFLOAD_DIR = Path("~/.cache/flexgen_triton")
 
 REPLACED = "the weights were loaded anew, as use() was told, while this was generated; begin it again"
 
-Prompt = str | Sequence[int]
+Prompts = Prompt | Sequence[Prompt] | NDArray[np.integer[Any]] | torch.Tensor
 Progress = Callable[[int, int], None]
 Report = Callable[[str, int, int], None]
 
@@ -70,14 +75,6 @@ class _Answer:
     @property
     def finished(self) -> bool:
         return all(r.finished for r in self.requests)
-
-
-def _prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt, text or token ids, or several, as a list of them."""
-    if isinstance(prompts, str):
-        return [prompts]
-    found: list[Any] = list(prompts)
-    return [found] if found and isinstance(found[0], int) else found
 
 
 def _earliest(times: Iterable[float | None]) -> float | None:
@@ -135,20 +132,18 @@ class LLM:
         progress: Report | None = None,
         check: Callable[[], None] | None = None,
     ) -> None:
-        self.source = find_model(model, path)
-        if isinstance(policy, str) and policy != AUTO:
-            raise PolicyError(f"policy is {policy!r}; give a Policy, or {AUTO!r}")
-        self.offload_dir = Path(offload_dir).expanduser()
-        self.spec: ModelSpec = model_spec(self.source.config, self.source.name, choose_dtype(dtype, self.source))
-        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        check_device(self.spec.dtype, self._device)
-        self._base, self._allow, self._profile = base, frozenset(allow), hardware
-        self._copies, self._seed = copies, seed
+        check_policy(policy, automatic=True)
+        check_others(base=base, dtype=dtype, seed=seed, copies=copies, progress=progress, check=check)
+        self._allow, self._device = as_allowed(allow), as_device(device)
         self._limits = Limits(*(None if m is None else parse_size(m) for m in (gpu_memory, cpu_memory, disk_memory)))
+        self.source = find_model(as_model(model), path)
+        self.spec: ModelSpec = model_spec(self.source.config, self.source.name, choose_dtype(dtype, self.source))
+        check_device(self.spec.dtype, self._device)
+        self._base, self._profile, self._copies, self._seed = base, hardware, copies, seed
         self._progress, self._check = progress, check
         self._prepared = _checked(progress, check)
         self._tokenizer: PreTrainedTokenizerBase | None = None
-        self.offload_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.offload_dir = as_folder(offload_dir)
         self.last_report: RunReport | None = None  # of the last `generate`
         self.totals = Totals()  # of the last `stream`
         self._drawn = 0  # seeds given to requests without one
@@ -184,6 +179,7 @@ class LLM:
         Raises PolicyError when they do not fit.
         """
         self._check_usable()
+        check_policy(policy, automatic=False)
         check_process()
         if self._engine is not None:
             self._engine.close(REPLACED)
@@ -282,7 +278,7 @@ class LLM:
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompts,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
         """Complete every prompt (text or token ids), in the order given, whatever order they were computed in.
@@ -291,12 +287,8 @@ class LLM:
         ClosedError (a ValueError) when the model is closed.
         """
         self._check_usable()
-        each = _prompts(prompts)
-        params = sampling_params or SamplingParams()
-        params = [params] * len(each) if isinstance(params, SamplingParams) else list(params)
-        if len(each) != len(params):
-            raise ValueError(f"{len(each)} prompts but {len(params)} sampling parameters; give one, or one each")
-        pairs = zip(each, params, strict=True)
+        each = as_prompts(prompts)
+        pairs = zip(each, as_params(sampling_params, len(each)), strict=True)
         prepared = [self._prepare(prompt, p, f"prompt {n}") for n, (prompt, p) in enumerate(pairs)]
         answers = [self._answer(n, p) for n, p in enumerate(prepared)]
         requests = [r for a in answers for r in a.requests]
@@ -307,7 +299,8 @@ class LLM:
 
     def request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> PreparedPrompt:
         """Check that a prompt can be run, and turn it into token ids; raises ValueError where it cannot."""
-        return self._prepare(prompt, sampling_params or SamplingParams(), "the prompt")
+        (params,) = as_params(sampling_params, 1)
+        return self._prepare(prompt, params, "the prompt")
 
     def stream(
         self, prompts: Iterable[PreparedPrompt | tuple[Prompt, SamplingParams]], *, partial: bool = False
@@ -331,7 +324,7 @@ class LLM:
 
         def answers() -> Iterator[_Answer]:
             for number, item in enumerate(prompts):
-                prepared = item if isinstance(item, PreparedPrompt) else self.request(*item)
+                prepared = item if isinstance(item, PreparedPrompt) else self.request(*as_pair(item))
                 yield self._answer(number, prepared, partial=partial)
 
         def requests(source: Iterable[_Answer]) -> Iterator[Request]:
@@ -359,19 +352,26 @@ class LLM:
             if (partial and not has_failed) or not any(id(r) in owners for r in answer.requests):
                 yield self._output(answer)
 
-    def token_ids(self, prompt: Prompt) -> list[int]:
-        """A prompt's token ids, by the model's own tokenizer where it is text."""
+    def token_ids(self, prompt: Prompt, name: str = "the prompt") -> list[int]:
+        """A prompt's token ids, by the model's own tokenizer where it is text.
+
+        Raises PromptError (a ValueError), which calls it by `name`, for what is no prompt.
+        """
+        prompt = as_prompt(prompt, name)
         if not isinstance(prompt, str):
-            return [int(t) for t in prompt]
+            return list(prompt)
         return list(self.tokenizer(prompt, verbose=False)["input_ids"])  # length is checked here, not warned of
 
     def _prepare(self, prompt: Prompt, params: SamplingParams, name: str) -> PreparedPrompt:
-        ids = self.token_ids(prompt)
+        ids = self.token_ids(prompt, name)
         if not ids:
             raise ValueError(f"{name} is empty; give it at least one token")
         bad = next((t for t in ids if not 0 <= t < self.spec.vocab), None)
         if bad is not None:
             raise ValueError(f"{name} has token id {bad}; the vocabulary has {self.spec.vocab}")
+        bad = next((t for t in params.stop_token_ids if t >= self.spec.vocab), None)
+        if bad is not None:
+            raise ValueError(f"stop_token_ids holds {bad}, which never comes; the vocabulary has {self.spec.vocab}")
         room = self.spec.max_positions - len(ids)
         if params.max_tokens > room:
             raise PolicyError(
