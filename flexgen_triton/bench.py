@@ -20,7 +20,7 @@ from .model_source import DEMO, choose_dtype, find_model
 from .models.opt import model_spec
 from .models.sampling_params import SamplingParams
 from .options import flags_policy, is_by_hand, load_model, model_options
-from .outputs import RequestOutput
+from .outputs import RequestOutput, answered
 from .plan.hardware import Hardware
 from .plan.plan import Plan, make_plan
 from .plan.policy import Policy
@@ -60,7 +60,7 @@ def measure(
     base = rss() - weights.host_bytes - (0 if on_gpu else weights.gpu_bytes)  # what is no part of the plan
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    outputs = llm.generate(prompts, params)
+    outputs = answered(llm.generate(prompts, params))
     report = llm.last_report
     assert report is not None
     timeline, plans = report.timeline, report.plans

@@ -21,6 +21,7 @@ from .model_source import DUMMY
 from .models.opt import config_by_name
 from .models.sampling_params import SamplingParams
 from .opt_config import OptConfig, get_opt_config
+from .outputs import answered
 from .plan.policy import CompressionConfig, Policy
 
 __all__ = ["CompressionConfig", "ExecutionEnv", "OptConfig", "OptLM", "Policy", "get_opt_config", "str2bool"]
@@ -101,7 +102,7 @@ class OptLM:
         )
         seeds = torch.randint(1 << 62, (len(prompts),)).tolist() if do_sample else [0] * len(prompts)
         each = [replace(params, seed=seed) for seed in seeds]
-        for row, answer in zip(rows, self._llm.generate(prompts, each), strict=True):
+        for row, answer in zip(rows, answered(self._llm.generate(prompts, each)), strict=True):
             tokens = answer.outputs[0].token_ids
             output[row, width : width + len(tokens)] = tokens
         return output

@@ -7,15 +7,18 @@ import time
 from array import array
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import xxhash
+from numpy.typing import NDArray
 
-from .memory.stripes import Folders
+from .arguments import AUTO as AUTO
+from .arguments import as_allowed, as_device, as_folders, as_model, as_pair, as_params, check_others, check_policy
 from .model_source import check_device, choose_dtype, find_model
 from .models.checkpoint import open_store
 from .models.opt import OPT, ModelError, model_spec
@@ -27,9 +30,12 @@ from .plan.placement import PAGE
 from .plan.policy import Policy, PolicyError
 from .plan.search import Problem
 from .plan.spec import ModelSpec, stored_as
+from .prompts import Prompt as Prompt
+from .prompts import as_prompt, as_prompts
 from .run.auto import choose, here, machine, typical_length
 from .run.engine import MIN_WAITING, Engine, Limits, RunReport
 from .run.request import Request
+from .run.running import CLOSED, ClosedError, check_process
 from .run.totals import Choice, Totals
 from .sizes import parse_size
 from .text import TextStream
@@ -37,12 +43,14 @@ from .text import TextStream
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-AUTO = "auto"
 BASE = Policy()
 DEFAULT_OFFLOAD_DIR = Path("~/.cache/flexgen_triton")
 
-Prompt = str | Sequence[int]
+REPLACED = "the weights were loaded anew, as use() was told, while this was generated; begin it again"
+
+Prompts = Prompt | Sequence[Prompt] | NDArray[np.integer[Any]] | torch.Tensor
 Progress = Callable[[int, int], None]
+Report = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,20 +77,27 @@ class _Answer:
         return all(r.finished for r in self.requests)
 
 
-def _prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt, text or token ids, or several, as a list of them."""
-    if isinstance(prompts, str):
-        return [prompts]
-    found: list[Any] = list(prompts)
-    return [found] if found and isinstance(found[0], int) else found
-
-
 def _earliest(times: Iterable[float | None]) -> float | None:
     return min((t for t in times if t is not None), default=None)
 
 
+def _checked(progress: Report | None, check: Callable[[], None] | None) -> Report:
+    """What is told of work on the caller's own thread: there `check` is called too."""
+
+    def report(phase: str, done: int, total: int) -> None:
+        if check:
+            check()
+        if progress:
+            progress(phase, done, total)
+
+    return report
+
+
 class LLM:
-    """A model ready to generate. Use as a context manager, or `close()` it.
+    """A model ready to generate. Use as a context manager, or `close()` it; one that is dropped is closed too.
+
+    It may be used from several threads, and several streams may be under way at once. It cannot be used in a fork of
+    the process that loaded it, nor can another be made there: fork before the first model is loaded, or use spawn.
 
     `model`: a checkpoint's directory, a hub id, or "demo". `policy`: where its bytes live; "auto" finds the fastest for
     the prompts of the first `generate`, and loads the weights then; what it does not choose (neither block size nor
@@ -94,8 +109,10 @@ class LLM:
     once. `path`: FlexGen's second argument, a directory or "_DUMMY_" for random weights. `verify`: check every byte of
     a checkpoint that is read in place against checksums, which are made the first time and kept in `offload_dir`;
     converted weights always are. `progress(phase, done, total)` is told of measuring ("measure"), conversion and
-    checksums ("convert"), loading ("load") and token steps ("generate"). Raises ModelError, PolicyError, HardwareError,
-    CheckpointError, StoreError (all ValueError) or OSError, each in one sentence.
+    checksums ("convert"), loading ("load") and token steps ("generate"). `check` is asked whether to go on: it is
+    called all the time while weights are loaded and text is generated, on the thread that asked for it, and what it
+    raises ends that. Raises ModelError, PolicyError, HardwareError, CheckpointError, StoreError (all ValueError) or
+    OSError, each in one sentence.
     """
 
     def __init__(
@@ -116,25 +133,27 @@ class LLM:
         copies: bool | None = None,
         seed: int = 0,
         verify: bool = False,
-        progress: Callable[[str, int, int], None] | None = None,
+        progress: Report | None = None,
+        check: Callable[[], None] | None = None,
     ) -> None:
-        self.source = find_model(model, path)
-        if isinstance(policy, str) and policy != AUTO:
-            raise PolicyError(f"policy is {policy!r}; give a Policy, or {AUTO!r}")
-        self.folders = Folders.of(offload_dir)
-        self.spec: ModelSpec = model_spec(self.source.config, self.source.name, choose_dtype(dtype, self.source))
-        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        check_device(self.spec.dtype, self._device)
-        self._base, self._allow, self._profile = base, frozenset(allow), hardware
-        self._copies, self._seed, self._verify = copies, seed, verify
+        check_policy(policy, automatic=True)
+        check_others(base=base, dtype=dtype, seed=seed, copies=copies, verify=verify, progress=progress, check=check)
+        self._allow, self._device = as_allowed(allow), as_device(device)
         self._limits = Limits(*(None if m is None else parse_size(m) for m in (gpu_memory, cpu_memory, disk_memory)))
-        self._progress = progress
+        self.source = find_model(as_model(model), path)
+        self.spec: ModelSpec = model_spec(self.source.config, self.source.name, choose_dtype(dtype, self.source))
+        check_device(self.spec.dtype, self._device)
+        self._base, self._profile, self._copies = base, hardware, copies
+        self._seed, self._verify = seed, verify
+        self._progress, self._check = progress, check
+        self._prepared = _checked(progress, check)
         self._tokenizer: PreTrainedTokenizerBase | None = None
-        self.folders.make()
+        self.folders = as_folders(offload_dir)
         self.last_report: RunReport | None = None  # of the last `generate`
         self.totals = Totals()  # of the last `stream`
         self._drawn = 0  # seeds given to requests without one
         self._engine: Engine | None = None
+        self._closed = False
         self._automatic = isinstance(policy, str)
         if isinstance(policy, Policy):
             self.use(policy)
@@ -142,6 +161,7 @@ class LLM:
     @property
     def engine(self) -> Engine:
         """The engine with its weights loaded; with an automatic policy there is none before the first `generate`."""
+        self._check_usable()
         if self._engine is None:
             raise PolicyError("the policy is automatic and no prompts were seen yet; generate first, or give a Policy")
         return self._engine
@@ -151,18 +171,30 @@ class LLM:
         """The policy in use."""
         return self.engine.policy
 
-    def use(self, policy: Policy) -> None:
-        """Load the weights as `policy` says, in place of what is loaded. Raises PolicyError when they do not fit."""
+    def _check_usable(self) -> None:
+        """Raise ClosedError after `close`, ForkedError in a fork of the process that loaded the weights."""
+        if self._closed:
+            raise ClosedError(CLOSED)
         if self._engine is not None:
-            self._engine.close()
+            self._engine.check_usable()
+
+    def use(self, policy: Policy) -> None:
+        """Load the weights as `policy` says, in place of what is loaded; ends what is being generated.
+
+        Raises PolicyError when they do not fit.
+        """
+        self._check_usable()
+        check_policy(policy, automatic=False)
+        check_process()
+        if self._engine is not None:
+            self._engine.close(REPLACED)
             self._engine = None
         spec = stored_as(self.spec, policy)
-        progress = self._phase("convert")
         store = open_store(
             spec,
             self.source.directory,
             self.folders.paths,
-            progress=progress,
+            progress=partial(self._prepared, "convert"),
             seed=self._seed,
             verify=self._verify,
             streamed=policy.w_gpu_percent + policy.w_cpu_percent < 100,
@@ -176,8 +208,12 @@ class LLM:
             folders=self.folders,
             copies=self._copies,
             limits=self._limits,
-            progress=self._phase("load"),
+            progress=partial(self._prepared, "load"),
+            check=self._check,
         )
+        if self._closed:  # by another thread, while they were loaded
+            self._engine.close()
+            raise ClosedError(CLOSED)
 
     @cached_property
     def hardware(self) -> Hardware:
@@ -191,7 +227,7 @@ class LLM:
             self._limits,
             profile=self._profile,
             copies=self._copies,
-            progress=self._progress,
+            progress=self._prepared,
         )
         return here(found, self.spec, self._base, self._device)
 
@@ -232,9 +268,10 @@ class LLM:
     def _settle(self, waiting: Sequence[PreparedPrompt], num_prompts: int | None, gen_len: int) -> Choice | None:
         """With an automatic policy: find the one for these prompts and load the weights as it says.
 
-        `num_prompts` is how many sequences there are, None where more will follow. Returns what is predicted.
+        `num_prompts` is how many sequences there are, None where more will follow. Returns what is predicted. While
+        something else is being generated its policy stays.
         """
-        if not self._automatic:
+        if not self._automatic or (self._engine is not None and self._engine.is_busy):
             return None
         problem = self.problem([len(p.token_ids) for p in waiting], gen_len, num_prompts)
         current = self._engine.policy if self._engine else None
@@ -244,8 +281,7 @@ class LLM:
         return choice
 
     def _phase(self, name: str) -> Progress | None:
-        progress = self._progress
-        return (lambda done, total: progress(name, done, total)) if progress else None
+        return partial(self._progress, name) if self._progress else None
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -260,19 +296,17 @@ class LLM:
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompts,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
         """Complete every prompt (text or token ids), in the order given, whatever order they were computed in.
 
-        Raises ValueError for an empty prompt, a token id outside the vocabulary, or one that leaves no position.
+        Raises ValueError for an empty prompt, a token id outside the vocabulary, or one that leaves no position, and
+        ClosedError (a ValueError) when the model is closed.
         """
-        each = _prompts(prompts)
-        params = sampling_params or SamplingParams()
-        params = [params] * len(each) if isinstance(params, SamplingParams) else list(params)
-        if len(each) != len(params):
-            raise ValueError(f"{len(each)} prompts but {len(params)} sampling parameters; give one, or one each")
-        pairs = zip(each, params, strict=True)
+        self._check_usable()
+        each = as_prompts(prompts)
+        pairs = zip(each, as_params(sampling_params, len(each)), strict=True)
         prepared = [self._prepare(prompt, p, f"prompt {n}") for n, (prompt, p) in enumerate(pairs)]
         answers = [self._answer(n, p) for n, p in enumerate(prepared)]
         requests = [r for a in answers for r in a.requests]
@@ -283,7 +317,8 @@ class LLM:
 
     def request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> PreparedPrompt:
         """Check that a prompt can be run, and turn it into token ids; raises ValueError where it cannot."""
-        return self._prepare(prompt, sampling_params or SamplingParams(), "the prompt")
+        (params,) = as_params(sampling_params, 1)
+        return self._prepare(prompt, params, "the prompt")
 
     def stream(
         self, prompts: Iterable[PreparedPrompt | tuple[Prompt, SamplingParams]], *, partial: bool = False
@@ -292,14 +327,22 @@ class LLM:
 
         A bounded number of them is read ahead, so there may be any number; `request_id` counts them from 0. One that
         does not fit the memory comes back with its `error`. With `partial`, what there is so far comes back after every
-        token step too. `totals` is kept up to date. Raises what `request` raises.
+        token step too. `totals` is kept up to date. Raises what `request` raises, and ClosedError (a ValueError) when
+        the model was closed.
         """
+        self._check_usable()
+        return self._stream(prompts, partial=partial)
+
+    def _stream(
+        self, prompts: Iterable[PreparedPrompt | tuple[Prompt, SamplingParams]], *, partial: bool
+    ) -> Generator[RequestOutput, None, None]:
+        self._check_usable()
         self.totals = totals = Totals()
         owners: dict[int, _Answer] = {}  # by the identity of a request that has not been handed back
 
         def answers() -> Iterator[_Answer]:
             for number, item in enumerate(prompts):
-                prepared = item if isinstance(item, PreparedPrompt) else self.request(*item)
+                prepared = item if isinstance(item, PreparedPrompt) else self.request(*as_pair(item))
                 yield self._answer(number, prepared, partial=partial)
 
         def requests(source: Iterable[_Answer]) -> Iterator[Request]:
@@ -323,22 +366,30 @@ class LLM:
             if request.finished:
                 del owners[id(request)]
                 totals.answer(len(request.prompt), len(request.tokens))
-            if partial or not any(id(r) in owners for r in answer.requests):
+            has_failed = any(r.error for r in answer.requests)  # which is told once, when the others have ended too
+            if (partial and not has_failed) or not any(id(r) in owners for r in answer.requests):
                 yield self._output(answer)
 
-    def token_ids(self, prompt: Prompt) -> list[int]:
-        """A prompt's token ids, by the model's own tokenizer where it is text."""
+    def token_ids(self, prompt: Prompt, name: str = "the prompt") -> list[int]:
+        """A prompt's token ids, by the model's own tokenizer where it is text.
+
+        Raises PromptError (a ValueError), which calls it by `name`, for what is no prompt.
+        """
+        prompt = as_prompt(prompt, name)
         if not isinstance(prompt, str):
-            return [int(t) for t in prompt]
+            return list(prompt)
         return list(self.tokenizer(prompt, verbose=False)["input_ids"])  # length is checked here, not warned of
 
     def _prepare(self, prompt: Prompt, params: SamplingParams, name: str) -> PreparedPrompt:
-        ids = self.token_ids(prompt)
+        ids = self.token_ids(prompt, name)
         if not ids:
             raise ValueError(f"{name} is empty; give it at least one token")
         bad = next((t for t in ids if not 0 <= t < self.spec.vocab), None)
         if bad is not None:
             raise ValueError(f"{name} has token id {bad}; the vocabulary has {self.spec.vocab}")
+        bad = next((t for t in params.stop_token_ids if t >= self.spec.vocab), None)
+        if bad is not None:
+            raise ValueError(f"stop_token_ids holds {bad}, which never comes; the vocabulary has {self.spec.vocab}")
         room = self.spec.max_positions - len(ids)
         if params.max_tokens > room:
             raise PolicyError(
@@ -373,17 +424,17 @@ class LLM:
 
     def _output(self, answer: _Answer) -> RequestOutput:
         requests, prepared = answer.requests, answer.prepared
-        errors = [r.error for r in requests if r.error]
+        failed = next((r for r in requests if r.error), None)
         outputs = [self._completion(n, r, t) for n, (r, t) in enumerate(zip(requests, answer.texts, strict=True))]
         first = requests[0]
         scored = None
-        if prepared.params.prompt_logprobs is not None:
+        if prepared.params.prompt_logprobs is not None and failed is None:
             scored = [None, *(self._named(p) for p in first.prompt_logprobs)]
         return RequestOutput(
             answer.number,
             prepared.prompt,
             list(prepared.token_ids),
-            [] if errors else outputs,
+            [] if failed else outputs,
             scored,
             RequestMetrics(
                 answer.arrival_time,
@@ -391,7 +442,8 @@ class LLM:
                 _earliest(r.first_token_time for r in requests),
                 max(r.finished_time or 0.0 for r in requests) if answer.finished else None,
             ),
-            errors[0] if errors else None,
+            failed.error if failed else None,
+            failed.error_code if failed else None,
         )
 
     def _completion(self, index: int, request: Request, text: TextStream | None) -> CompletionOutput:
@@ -436,7 +488,8 @@ class LLM:
         return directory is not None and any((directory / name).exists() for name in names)
 
     def close(self) -> None:
-        """Free the model's memory, files and threads."""
+        """Free the model's memory, files and threads; what is being generated then raises ClosedError."""
+        self._closed = True
         if self._engine is not None:
             self._engine.close()
 

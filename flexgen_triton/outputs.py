@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .models.sampling import Logprobs
@@ -43,7 +44,8 @@ class RequestOutput:
     """The answer to one prompt. `prompt` is None when token ids were given.
 
     `request_id` is the prompt's number in the call. `prompt_logprobs`, where asked for, has an entry for each token of
-    the prompt, None for the first. `error` says, in one sentence, why there is no answer; `outputs` is then empty.
+    the prompt, None for the first. `error` says, in one sentence, why there is no answer; `outputs` is then empty, and
+    `error_code` is "not_run" (it does not fit) or "not_finite" (what was computed is no number).
     """
 
     request_id: int
@@ -53,7 +55,21 @@ class RequestOutput:
     prompt_logprobs: list[Logprobs | None] | None = None
     metrics: RequestMetrics | None = None
     error: str | None = None
+    error_code: str | None = None
 
     @property
     def finished(self) -> bool:
         return all(o.finished for o in self.outputs)
+
+
+class OutputError(ValueError):
+    """A prompt that got no answer, where one is needed."""
+
+
+def answered(outputs: Sequence[RequestOutput]) -> Sequence[RequestOutput]:
+    """The same outputs; raises OutputError, in one sentence, when a prompt has no answer."""
+    failed = [o for o in outputs if o.error]
+    if failed:
+        more = f" (and {len(failed) - 1} of the other prompts have no answer)" if len(failed) > 1 else ""
+        raise OutputError(f"prompt {failed[0].request_id}: {failed[0].error}{more}")
+    return outputs

@@ -164,9 +164,9 @@ class Job:
         outputs = [o for o in pending.outputs if o is not None]
         if pending.missing:
             return
-        error = next((o.error for o in outputs if o.error), None)
-        if error is not None:
-            self._fail(pending.line, pending.custom_id, "not_run", error)
+        failed = next((o for o in outputs if o.error), None)
+        if failed is not None:
+            self._fail(pending.line, pending.custom_id, str(failed.error_code), str(failed.error))
         else:
             request_id = f"req_{pending.line.tag}"
             body = self._body(pending.request, outputs, pending.line.tag)

@@ -17,7 +17,7 @@ UNITS = {"": 1, "b": 1} | {
 def parse_size(size: int | str) -> int:
     """Bytes of "16GiB", "208 GB" or a plain number; raises ValueError in one sentence."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(size).lower())
-    if not found or found[2] not in UNITS:
+    if not found or found[2] not in UNITS or len(found[1]) > 30:
         raise ValueError(f"{size!r} is no amount of memory; write it as 16GiB, 208GB, 1600MB or in bytes")
     return int(float(found[1]) * UNITS[found[2]])
 

@@ -387,7 +387,8 @@ class DiskQueue:
             self._closed = True
             self._changed.notify_all()
         for thread in self._threads:
-            thread.join()
+            if thread is not threading.current_thread():  # which may be the one that collects the queue's owner
+                thread.join()
         self._bounce.close()
 
     def __enter__(self) -> Self:

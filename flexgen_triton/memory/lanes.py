@@ -19,6 +19,9 @@ import torch
 LaneName = Hashable
 LaneWait = tuple[LaneName, int]  # a lane and the position of one of its pieces of work
 OnDone = Callable[[Any, float, float], None]  # tag, and the seconds at which it began and ended
+Check = Callable[[], None]
+
+CHECK_S = 0.1  # between two checks of whoever waits
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +57,9 @@ class Lanes:
     """A set of lanes that wait for each other by position. The first error stops them all and is raised to the user.
 
     `on_done(tag, start, end)` is called with seconds since `restart`, on the lane's thread for host lanes and from
-    `finish` for streams. At most `window` pieces of work are outstanding; `submit` blocks beyond that. A context
-    manager, which closes them.
+    `finish` for streams. At most `window` pieces of work are outstanding; `submit` blocks beyond that. `check` is
+    called by `submit`, `wait` and `finish`, on the thread that calls them, at the least every CHECK_S seconds while
+    they wait for a lane; what it raises, they raise. A context manager, which closes them.
     """
 
     def __init__(
@@ -65,9 +69,10 @@ class Lanes:
         device: torch.device,
         streams: Iterable[LaneName] = (),
         on_done: OnDone = lambda tag, start, end: None,
+        check: Check | None = None,
         window: int = 1024,
     ) -> None:
-        self._device, self._window = device, window
+        self._device, self._window, self._check = device, window, check
         self._changed = threading.Condition()
         self._error: BaseException | None = None
         self._outstanding = 0
@@ -98,10 +103,11 @@ class Lanes:
 
     def submit(self, name: LaneName, run: Callable[[], None], waits: Sequence[LaneWait], tag: Any) -> int:
         """Queue work on a lane behind what is there; returns its position. Raises the first error of any lane."""
+        if self._check is not None:
+            self._check()
         lane = self._lanes[name]
         with self._changed:
-            self._changed.wait_for(lambda: self._error or self._outstanding < self._window)
-            self._raise_error()
+            self._wait_for(lambda: self._outstanding < self._window)
             self._outstanding += 1
             position = lane.submitted
             lane.submitted += 1
@@ -112,16 +118,14 @@ class Lanes:
         """Block until that piece of work has been run (on a stream: has finished)."""
         lane = self._lanes[name]
         with self._changed:
-            self._changed.wait_for(lambda: self._error or lane.done > position)
-            self._raise_error()
+            self._wait_for(lambda: lane.done > position)
         if lane.stream is not None:
             lane.event(position).synchronize()
 
     def finish(self) -> None:
         """Wait for everything submitted; raises the first error."""
         with self._changed:
-            self._changed.wait_for(lambda: self._error or self._outstanding == 0)
-            self._raise_error()
+            self._wait_for(lambda: self._outstanding == 0)
         for lane in self._lanes.values():
             if lane.stream is not None:
                 lane.stream.synchronize()
@@ -130,16 +134,20 @@ class Lanes:
             self._on_done(tag, self._base.elapsed_time(start) / 1e3, self._base.elapsed_time(end) / 1e3)
         self._stream_times.clear()
 
-    def close(self) -> None:
-        """Stop every lane after its current piece of work and join the threads."""
+    def close(self, error: BaseException | None = None) -> None:
+        """Stop every lane after its current piece of work and join the threads; who still waits is raised `error`.
+
+        From any thread, a lane's own too, which then ends a little later.
+        """
         with self._changed:
-            self._error = self._error or LaneStoppedError("the lanes were closed")
+            self._error = self._error or error or LaneStoppedError("the lanes were closed")
             self._changed.notify_all()
         for lane in self._lanes.values():
             lane.queue.put(None)
         for lane in self._lanes.values():
             assert lane.thread is not None
-            lane.thread.join()
+            if lane.thread is not threading.current_thread():
+                lane.thread.join()
             if lane.stream is not None:
                 lane.stream.synchronize()  # nothing may still read or write memory that is about to be freed
 
@@ -150,6 +158,13 @@ class Lanes:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def _wait_for(self, is_so: Callable[[], bool]) -> None:
+        """Wait, on a caller's thread, until it is so; raises the first error of any lane, and what `check` raises."""
+        while not self._changed.wait_for(lambda: self._error or is_so(), CHECK_S if self._check else None):
+            assert self._check is not None
+            self._check()
+        self._raise_error()
 
     def _raise_error(self) -> None:
         if self._error is not None:

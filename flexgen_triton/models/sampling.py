@@ -14,9 +14,10 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,10 +41,14 @@ Logprobs = dict[int, Logprob]  # by token id
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """One token for each sequence and, for those that asked, log-probabilities at its position."""
+    """One token for each sequence and, for those that asked, log-probabilities at its position.
+
+    `wrong` are the rows whose logits are not finite; their tokens mean nothing.
+    """
 
     tokens: list[int]
     logprobs: list[Logprobs | None]
+    wrong: list[int] = field(default_factory=list)
 
 
 class Sampler:
@@ -92,23 +97,29 @@ class Sampler:
         self._generators = [torch.Generator(device).manual_seed(_spread(seeds[b])) for b, _ in random]
         self._logged = [(b, p.logprobs) for b, p in batch if p.logprobs is not None]
         self._logged_rows = _rows(self._logged, device)
-        self._tokens = torch.empty(len(batch), dtype=torch.int64, device=device)
+        self._found = _Found(len(batch), device)
 
     @torch.inference_mode()
     def sample(self, logits: Tensor) -> Drawn:
         """logits [B, V] fp32, which it overwrites -> a token each and, of the logits as they came, log-probabilities.
 
-        Waits for the device.
+        Waits for the device, once unless log-probabilities are asked for.
         """
+        self._found.note_range(logits)
         raw = logits[self._logged_rows] if self._logged else logits[:0]
         self.process(logits)
         self._race(logits)
-        tokens = torch.argmax(logits, -1, out=self._tokens)
+        tokens = torch.argmax(logits, -1, out=self._found.tokens)
         self._note(tokens)
         logprobs: list[Logprobs | None] = [None] * len(logits)
         for (b, _), found in zip(self._logged, self._tables(raw, tokens), strict=True):
             logprobs[b] = found
-        return Drawn(tokens.tolist(), logprobs)
+        drawn, wrong = self._found.fetch()
+        return Drawn(drawn, logprobs, wrong)
+
+    def describe(self, row: int, logits: Tensor) -> str:
+        """In what a row of the last step was wrong; logits [B, V] as `sample` left them."""
+        return self._found.describe(row, logits[row])
 
     def process(self, logits: Tensor) -> Tensor:
         """logits [B, V] fp32, which it overwrites -> those that the next token is drawn from, -inf for excluded ones.
@@ -119,7 +130,7 @@ class Sampler:
             penalty(logits)
         if num_forbidden := bisect_left(self._forbidden_until, -self._num_drawn):
             rows, tokens = self._forbidden[:, :num_forbidden]
-            logits[rows, tokens] = -torch.inf
+            logits[rows, tokens] -= torch.inf  # what is no number stays none
         for warper in self._warpers:
             warper(logits)
         return logits
@@ -152,6 +163,33 @@ class Sampler:
             found = logits.log_softmax(1).gather(1, ids)
             for num, *row in zip(nums, ids.tolist(), found.tolist(), ranks.tolist(), strict=True):
                 yield {t: Logprob(p, r) for t, p, r in zip(*(column[: 1 + num] for column in row), strict=True)}
+
+
+class _Found:
+    """What a step finds out about each row, in one stretch of memory, so that the host fetches it at once."""
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self._bytes = torch.empty(16 * rows, dtype=torch.uint8, device=device)
+        self.tokens = self._bytes[: 8 * rows].view(torch.int64)
+        self._low, self._high = self._bytes[8 * rows :].view(torch.float32).view(2, rows)
+
+    def note_range(self, logits: Tensor) -> None:
+        """Keep the smallest and the largest logit of each row: NaN where one is NaN."""
+        torch.amin(logits, -1, out=self._low)
+        torch.amax(logits, -1, out=self._high)
+
+    def fetch(self) -> tuple[list[int], list[int]]:
+        """Each row's token, and the rows whose logits are not finite. Waits for the device."""
+        found = self._bytes.cpu().numpy()
+        size = len(self.tokens) * self.tokens.itemsize
+        finite = np.isfinite(found[size:].view(np.float32)).reshape(2, -1).all(0)
+        return found[:size].view(np.int64).tolist(), np.flatnonzero(~finite).tolist()
+
+    def describe(self, row: int, logits: Tensor) -> str:
+        """In what logits [V], which may have been processed since, are not finite."""
+        if self._high[row].isnan():
+            return f"{int(logits.isnan().sum())} of {len(logits)} are NaN"
+        return f"the {len(logits)} reach from {float(self._low[row]):.3g} to {float(self._high[row]):.3g}"
 
 
 def ranks_among(top: Tensor, values: Tensor) -> Tensor:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 MAX_LOGPROBS = 100  # alternatives a position; a table of the whole vocabulary is not what they are for
 MAX_SEED = 1 << 64
@@ -14,7 +16,8 @@ MIN_TEMPERATURE = 1e-5  # below it there is no chance left to speak of, and logi
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How one request is generated. Immutable; raises ValueError, in one sentence, for values out of range.
+    """How one request is generated. Immutable; numpy's numbers become Python's. Raises ValueError, in one
+    sentence, for values of another type or out of range.
 
     `n` completions of at most `max_tokens` tokens each. temperature 0 (any below 1e-5) is greedy. `top_k` 0 (or -1),
     `top_p` 1 and `min_p` 0 leave all tokens in. `repetition_penalty` counts prompt and output, the other two penalties
@@ -48,14 +51,26 @@ class SamplingParams:
             value = getattr(self, name)
             if value is None and name in ("seed", "logprobs", "prompt_logprobs"):
                 continue
-            if not isinstance(value, int) or isinstance(value, bool):
+            if not isinstance(value, int | np.integer) or isinstance(value, bool):
                 raise ValueError(f"{name} is {value!r}; it must be a whole number")
-            _check_range(name, value, low, high)
+            self._settle(name, int(value), low, high)
         for name, low, high in _REAL:
             value = getattr(self, name)
-            if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= sys.float_info.max:
+            number = (
+                value
+                if isinstance(value, int)
+                else float(value)
+                if isinstance(value, float | np.integer | np.floating)
+                else None
+            )
+            if number is None or isinstance(value, bool) or not abs(number) <= sys.float_info.max:
                 raise ValueError(f"{name} is {value!r}; it must be a finite number")
-            _check_range(name, value, low, high)
+            self._settle(name, number, low, high)
+        for name in _YES_OR_NO:
+            value = getattr(self, name)
+            if not isinstance(value, bool | np.bool_):
+                raise ValueError(f"{name} is {value!r}; it must be True or False")
+            object.__setattr__(self, name, bool(value))
         for name in ("top_p", "repetition_penalty"):
             if getattr(self, name) == 0:
                 raise ValueError(f"{name} is 0; it must be above 0")
@@ -65,20 +80,25 @@ class SamplingParams:
             )
         self._settle_stops()
 
+    def _settle(self, name: str, value: float, low: float, high: float) -> None:
+        """Check a number's range, and keep it as Python's own, so that equal parameters are equal."""
+        _check_range(name, value, low, high)
+        object.__setattr__(self, name, value)
+
     def _settle_stops(self) -> None:
         """Make tuples of `stop` and `stop_token_ids`, so that they cannot change and do compare."""
         for name in ("stop", "stop_token_ids"):
             value = getattr(self, name)
-            if value is not None and not isinstance(value, Iterable):
+            if value is not None and (not isinstance(value, Iterable) or isinstance(value, bytes | Mapping)):
                 raise ValueError(f"{name} is {value!r}; it must be a sequence")
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(() if self.stop is None else self.stop)
         if not all(isinstance(s, str) and s for s in stop):
             raise ValueError(f"stop is {self.stop!r}; it must be a text, or several, none of them empty")
-        ids = tuple(self.stop_token_ids or ())
-        if not all(isinstance(t, int) and not isinstance(t, bool) and t >= 0 for t in ids):
+        ids = tuple(() if self.stop_token_ids is None else self.stop_token_ids)
+        if not all(isinstance(t, int | np.integer) and not isinstance(t, bool) and t >= 0 for t in ids):
             raise ValueError(f"stop_token_ids is {self.stop_token_ids!r}; it must be token ids")
         object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", ids)
+        object.__setattr__(self, "stop_token_ids", tuple(map(int, ids)))
 
     @property
     def is_greedy(self) -> bool:
@@ -94,6 +114,7 @@ _WHOLE = (
     ("logprobs", 0, MAX_LOGPROBS),
     ("prompt_logprobs", 0, MAX_LOGPROBS),
 )
+_YES_OR_NO = ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens")
 _REAL = (
     ("temperature", 0, math.inf),
     ("top_p", 0, 1),

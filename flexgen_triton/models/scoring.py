@@ -38,6 +38,12 @@ class PromptScorer:
             self._add_top(logits, at, token)
 
     @torch.inference_mode()
+    def wrong(self) -> str | None:
+        """In what the logits are no numbers; None where they are, as `result` asks for. Waits for the device."""
+        count = int(self._sum.isfinite().logical_not_().sum())  # a NaN stays in a sum, an infinite logit makes one
+        return f"at {count} of {len(self._sum)} positions" if count else None
+
+    @torch.inference_mode()
     def result(self) -> list[Logprobs]:
         """A table for each position: its target first, then the likeliest by rank. Waits for the device.
 

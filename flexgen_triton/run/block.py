@@ -26,7 +26,7 @@ from ..plan.plan import Plan
 from ..plan.schedule import Op, Slot
 from ..plan.spec import ModuleSpec
 from ..plan.workspace import SCORED_ROWS
-from .request import Request
+from .request import NOT_FINITE, Request
 
 
 class Block:
@@ -326,12 +326,22 @@ class Block:
         if self._keep_logits:
             self._keep_logits(op.k, logits.clone())
         for scored in self._scorers.pop(op.k, ()):
-            scored.request.prompt_logprobs = scored.scorer.result()
+            scored.finish()
         drawn = self._samplers[op.k].sample(logits)
         self._next[op.k] = drawn.tokens
+        for row in drawn.wrong:
+            self._fail(op, row, logits)
         for sequence, token, logprobs in zip(self._batches[op.k], drawn.tokens, drawn.logprobs, strict=True):
             sequence.append(token, logprobs, self._model.config.eos_token_id)
         self._on_step(op.i, op.k)
+
+    def _fail(self, op: Op, row: int, logits: Tensor) -> None:
+        """End a sequence whose logits are not finite, if it has not ended."""
+        sequence = self._batches[op.k][row]
+        if not sequence.finished:
+            wrong = self._samplers[op.k].describe(row, logits)
+            where = f"the output projection's logits at token step {op.i}"
+            sequence.fail(f"{where} are not all numbers: {wrong}", NOT_FINITE)
 
     # Log-probabilities of prompts
 
@@ -364,3 +374,10 @@ class _Scored(NamedTuple):
     request: Request
     scorer: PromptScorer
     rows: Tensor
+
+    def finish(self) -> None:
+        """Hand the request its prompt's log-probabilities, or have it fail where there are none."""
+        if wrong := self.scorer.wrong():
+            self.request.fail(f"the output projection's logits of the prompt are not all numbers: {wrong}", NOT_FINITE)
+        else:
+            self.request.prompt_logprobs = self.scorer.result()

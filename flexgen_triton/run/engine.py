@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, partial, reduce
 from types import TracebackType
 
 import torch
@@ -16,11 +18,12 @@ from torch import Tensor
 from ..memory.arena import host_available, rss
 from ..memory.buffers import Buffers, Sizes
 from ..memory.disk import DiskQueue
-from ..memory.lanes import Lanes
+from ..memory.lanes import Check
 from ..memory.store import Store
 from ..memory.stripes import Folders
 from ..memory.weights import Weights
 from ..models import ops
+from ..models.diagnosis import diagnose
 from ..models.opt import OPT
 from ..plan import fit
 from ..plan.link import Span
@@ -31,7 +34,8 @@ from ..plan.spec import Batch, ModelSpec, Workload
 from .batching import Batches, Pool, divide, make_batches, workload
 from .block import Block
 from .executor import execute, open_lanes
-from .request import Request
+from .request import NOT_FINITE, Request
+from .running import CLOSED, Holdings, Run, check_process
 from .totals import Totals
 from .trace import Timeline
 
@@ -93,9 +97,13 @@ class RunReport:
 class Engine:
     """One model on one machine under one policy. A context manager; `close` frees all memory, files and threads.
 
+    So does whoever drops it without closing it. It serves the process that made it: a fork has none of its threads.
+
     `copies` says whether host memory is apart from the device's; on the CPU it is not, and True makes the engine move
     bytes as if it were. `limits` are the bytes that this process may use of a tier, with all that it takes already;
-    without one it is what is free. Raises PolicyError before allocating when weights, or later a workload, do not fit.
+    without one it is what is free. `check` is called on the caller's thread whenever an op is issued, and what it
+    raises ends the run. Raises PolicyError before allocating when weights, or later a workload, do not fit, and
+    ForkedError in a fork of a process that has made an engine.
     """
 
     def __init__(
@@ -110,8 +118,10 @@ class Engine:
         copies: bool | None = None,
         limits: Limits = NO_LIMITS,
         progress: Progress | None = None,
+        check: Check | None = None,
     ) -> None:
-        self._limits = limits
+        check_process()
+        self._limits, self._check = limits, check
         self.model, self.spec, self.store, self.policy, self.device = model, spec, store, policy, device
         self.copies = device.type == "cuda" if copies is None else copies
         self._folders = folders
@@ -128,6 +138,20 @@ class Engine:
         except BaseException:
             self._disk.close()
             raise
+        self._holdings = Holdings(self.weights, self._disk)
+        weakref.finalize(self, self._holdings.close)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a run is under way, be it between two of its answers."""
+        return self._holdings.is_busy
+
+    def check_usable(self) -> None:
+        """Raise ClosedError where it was closed, ForkedError in a fork of its process."""
+        self._holdings.check()
+
+    def _run(self) -> AbstractContextManager[Run]:
+        return self._holdings.run(partial(open_lanes, self.device, copies=self.copies, check=self._check))
 
     def plan(self, workload: Workload) -> Plan:
         """The plan of one block; pure."""
@@ -188,9 +212,8 @@ class Engine:
             fit.check(plan, self._remaining())
         total = sum(p.workload.steps for p in plans)
         reports: list[BlockReport] = []
-        buffers = self._buffers(reduce(Sizes.__or__, map(Sizes.of, plans)))
-        lanes = open_lanes(self.device, copies=self.copies)
-        try:
+        with self._run() as run, run.at_work():
+            run.take(self._buffers(reduce(Sizes.__or__, map(Sizes.of, plans))))
             for plan, batches in zip(plans, blocks, strict=True):
                 before = sum(p.workload.steps for p in plans[: len(reports)])
 
@@ -198,54 +221,58 @@ class Engine:
                     if progress:
                         progress(before + i + 1, total)
 
-                block = self._run_block(plan, batches, buffers, lanes, on_step=on_step, keep_logits=keep_logits)
+                block = self._run_block(plan, batches, run, on_step=on_step, keep_logits=keep_logits)
                 reports.append(_exhaust(block))
-        finally:
-            lanes.close()
-            buffers.close()
+            for request in requests:
+                self._explained(request)
         return RunReport.of(reports)
 
     def stream(
         self, requests: Iterable[Request], totals: Totals, *, partial: bool = False, progress: Progress | None = None
-    ) -> Iterator[Request]:
+    ) -> Generator[Request, None, None]:
         """Generate requests as they come, each handed back when it has ended (`partial`: after every token step too).
 
         Reads a bounded number of them ahead and runs those alike together, in blocks no larger than the policy says and
         than memory holds; one that does not fit by itself is handed back with its `error`. `totals` is kept up to date,
-        `progress` is told of each block's token steps. Raises OSError when the disk cannot hold the cache.
+        `progress` is told of each block's token steps. Raises OSError when the disk cannot hold the cache, ClosedError
+        when the engine was closed since the last one was handed back.
         """
         self._begin()
-        policy = self.policy
-        pool = Pool(requests, size=max(MIN_WAITING, WAITING_BLOCKS * policy.block_size))
-        room = _Room()
-        lanes = open_lanes(self.device, copies=self.copies)
-        try:
-            while waiting := pool.take(policy.block_size):
-                try:
-                    plan, batches = self._fitting(waiting, room)
-                except PolicyError as error:
-                    waiting[0].fail(str(error))
-                    pool.put_back(waiting[1:])
-                    yield waiting[0]
-                    continue
-                pool.put_back(waiting[sum(map(len, batches)) :])
-                totals.begin(plan)
+        pool = Pool(requests, size=max(MIN_WAITING, WAITING_BLOCKS * self.policy.block_size))
+        with self._run() as run, closing(self._blocks(pool, run, totals, progress, partial=partial)) as ended:
+            while True:
+                with run.at_work():
+                    request = next(ended, None)
+                if request is None:
+                    return
+                yield request
 
-                def on_step(i: int, steps: int = plan.workload.steps) -> None:
-                    if progress:
-                        progress(i + 1, steps)
+    def _blocks(
+        self, pool: Pool, run: Run, totals: Totals, progress: Progress | None, *, partial: bool
+    ) -> Generator[Request, None, None]:
+        """Run the pool's requests block after block."""
+        while waiting := pool.take(self.policy.block_size):
+            try:
+                plan, batches = self._fitting(waiting, run)
+            except PolicyError as error:
+                waiting[0].fail(str(error))
+                pool.put_back(waiting[1:])
+                yield waiting[0]
+                continue
+            pool.put_back(waiting[sum(map(len, batches)) :])
+            totals.begin(plan)
 
-                totals.end((yield from self._stream_block(plan, batches, room, lanes, on_step, partial=partial)))
-        finally:
-            lanes.close()
-            room.close()
+            def on_step(i: int, steps: int = plan.workload.steps) -> None:
+                if progress:
+                    progress(i + 1, steps)
+
+            totals.end((yield from self._stream_block(plan, batches, run, on_step, partial=partial)))
 
     def _stream_block(
         self,
         plan: Plan,
         batches: Batches,
-        room: _Room,
-        lanes: Lanes,
+        run: Run,
         stepped: Callable[[int], None],
         *,
         partial: bool,
@@ -259,8 +286,7 @@ class Engine:
             news.extend(r for r in batches[k] if (partial or r.finished) and id(r) not in ended)
             ended.update(id(r) for r in batches[k] if r.finished)
 
-        assert room.buffers is not None
-        block = self._run_block(plan, batches, room.buffers, lanes, on_step=on_step, watched=partial)
+        block = self._run_block(plan, batches, run, on_step=on_step, watched=partial)
         while True:
             try:
                 next(block)
@@ -268,26 +294,36 @@ class Engine:
                 report: BlockReport = end.value
                 break
             while news:
-                yield news.popleft()
-        yield from news
+                yield self._explained(news.popleft())
+        yield from map(self._explained, news)
         return report.timeline
 
-    def _fitting(self, requests: Sequence[Request], room: _Room) -> tuple[Plan, Batches]:
-        """The first of the requests, as many as the policy lets and as fit, and buffers for them in `room`.
+    def _explained(self, request: Request) -> Request:
+        """The same; where what was computed is not finite its error tells the likely cause too."""
+        if request.error_code == NOT_FINITE:
+            request.error = f"{request.error}; {self._diagnosis}"
+        return request
+
+    @cached_property
+    def _diagnosis(self) -> str:
+        return diagnose(self.spec, self.store, self._check or (lambda: None))
+
+    def _fitting(self, requests: Sequence[Request], run: Run) -> tuple[Plan, Batches]:
+        """The first of the requests, as many as the policy lets and as fit; `run` gets buffers for them.
 
         Raises PolicyError when not even the first one fits.
         """
         for size, count in _smaller(self.policy.gpu_batch_size, self.policy.num_gpu_batches):
             batches = make_batches(requests[: size * count], size)
             plan = self.plan(workload(batches))
-            if room.holds(plan):
+            if run.holds(plan):
                 return plan, batches
-            room.close()  # what it takes is free for other sizes
+            run.drop()  # what it takes is free for other sizes
             if fit.fits(plan, self._remaining()):
                 break
         else:
             fit.check(plan, self._remaining())
-        room.buffers, room.workspace = self._buffers(Sizes.of(plan)), plan.workspace_bytes
+        run.take(self._buffers(Sizes.of(plan)), plan.workspace_bytes)
         return plan, batches
 
     def _buffers(self, sizes: Sizes) -> Buffers:
@@ -305,8 +341,7 @@ class Engine:
         self,
         plan: Plan,
         batches: Batches,
-        buffers: Buffers,
-        lanes: Lanes,
+        run: Run,
         *,
         on_step: Callable[[int, int], None],
         watched: bool = False,
@@ -314,7 +349,7 @@ class Engine:
     ) -> Generator[None, None, BlockReport]:
         """Run one block, yielding as its ops are issued; `watched` keeps them from running ahead of its token steps."""
         self.weights.check()
-        buffers.reset()
+        run.buffers.reset()
         started = time.time()
         for request in itertools.chain.from_iterable(batches):
             request.first_scheduled_time = started
@@ -324,19 +359,19 @@ class Engine:
             batches,
             self.model,
             self.weights,
-            buffers,
+            run.buffers,
             self._disk,
             dtype=self._dtype,
             on_step=on_step,
             keep_logits=keep,
         )
         fixed = not watched and all(_runs_to_its_end(batch) for batch in batches)
-        spans = yield from execute(plan.program, block.actions, lanes, alive=None if fixed else block.alive)
+        spans = yield from execute(plan.program, block.actions, run.lanes, alive=None if fixed else block.alive)
         return BlockReport(plan, Timeline.of(spans), _step_ends(spans))
 
-    def close(self) -> None:
-        self.weights.close()
-        self._disk.close()
+    def close(self, why: str = CLOSED) -> None:
+        """Free everything; runs that are under way raise ClosedError, which says why. Does nothing in a fork."""
+        self._holdings.close(why)
 
     def __enter__(self) -> Engine:
         return self
@@ -345,23 +380,6 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-
-
-@dataclass(slots=True)
-class _Room:
-    """The buffers of a stream, kept from block to block while they are large enough, and the workspace that fitted."""
-
-    buffers: Buffers | None = None
-    workspace: int = 0
-
-    def holds(self, plan: Plan) -> bool:
-        buffers = self.buffers
-        return buffers is not None and buffers.sizes.hold(plan) and plan.workspace_bytes <= self.workspace
-
-    def close(self) -> None:
-        if self.buffers is not None:
-            self.buffers.close()
-            self.buffers = None
 
 
 def _smaller(gpu_batch_size: int, num_gpu_batches: int) -> Iterator[tuple[int, int]]:

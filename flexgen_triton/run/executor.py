@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from ..memory.lanes import Lanes
+from ..memory.lanes import Check, Lanes
 from ..plan.generator import Generator as Issue
 from ..plan.link import Linker, Span
 from ..plan.schedule import Lane, Op, Program
@@ -17,10 +17,13 @@ Action = Callable[[Op], int | None]  # returns the bytes moved, None where they 
 HOST_LANES = (Lane.DISK_IN, Lane.DISK_OUT, Lane.HOST_ATTENTION)  # without a stream
 
 
-def open_lanes(device: torch.device, *, copies: bool) -> Lanes:
-    """The lanes of an engine whose host memory is apart from the device's (`copies`) or is not: no copies, no link."""
+def open_lanes(device: torch.device, *, copies: bool, check: Check | None = None) -> Lanes:
+    """The lanes of an engine whose host memory is apart from the device's (`copies`) or is not: no copies, no link.
+
+    `check` is called whenever an op is issued, on the thread that issues it; what it raises ends the run.
+    """
     names = tuple(Lane) if copies else (Lane.DISK_IN, Lane.DISK_OUT, Lane.COMPUTE)
-    return Lanes(names, device=device, streams=[lane for lane in Lane if lane not in HOST_LANES])
+    return Lanes(names, device=device, streams=[lane for lane in Lane if lane not in HOST_LANES], check=check)
 
 
 def execute(

@@ -38,6 +38,7 @@ from ..plan.spec import DTYPE_BYTES, to_4bit
 from . import sweeps
 from .engine import Engine, RunReport
 from .request import Request
+from .running import check_process
 from .sweeps import CPU, MIB, Clock, Workbench
 
 Progress = Callable[[str, int, int], None]  # the phase, steps done, of how many
@@ -59,8 +60,10 @@ def measure(
 ) -> Hardware:
     """Measure the machine: its device, its host, and the disk of `folders`, where a scratch file lies meanwhile.
 
-    `quick` takes seconds and gives coarse figures. Raises OSError when the disk has no room for half a GiB.
+    `quick` takes seconds and gives coarse figures. Raises OSError when the disk has no room for half a GiB,
+    ForkedError in a fork of a process that computed.
     """
+    check_process()
     folders.make()
     steps = _Steps(progress)
     share = 0.1 if quick else 1.0  # of the time each step gets

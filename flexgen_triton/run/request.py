@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from ..models.sampling import Logprobs
 from ..models.sampling_params import SamplingParams
 
+NOT_RUN = "not_run"  # it does not fit
+NOT_FINITE = "not_finite"  # what was computed is not finite
+
 
 @dataclass(slots=True, eq=False)
 class Request:
@@ -27,6 +30,7 @@ class Request:
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     error: str | None = None
+    error_code: str | None = None
     first_scheduled_time: float | None = None  # seconds of time.time()
     first_token_time: float | None = None
     finished_time: float | None = None
@@ -56,10 +60,11 @@ class Request:
         if not self.finished and len(self.tokens) >= params.max_tokens:
             self._finish("length")
 
-    def fail(self, error: str) -> None:
-        """End without an answer; `error` says why."""
-        self.error = error
-        self._finish("error")
+    def fail(self, error: str, code: str = NOT_RUN) -> None:
+        """End without an answer, unless it has ended; `error` says why."""
+        if not self.finished:
+            self.error, self.error_code = error, code
+            self._finish("error")
 
     def _finish(self, reason: str, stop_reason: str | int | None = None) -> None:
         self.finish_reason, self.stop_reason = reason, stop_reason

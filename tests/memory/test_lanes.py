@@ -91,3 +91,20 @@ def test_wait_returns_when_that_work_is_done(lanes):
     lanes.wait("a", position)
     assert done == [1]
     assert time.perf_counter() - began < 0.15
+
+
+def test_whoever_waits_for_a_lane_is_asked_whether_to_go_on():
+    """And what the answer raises is raised at once, however long the lane's work takes."""
+    release, asked = threading.Event(), []
+
+    def check():
+        asked.append(threading.current_thread())
+        if len(asked) == 4:
+            raise KeyboardInterrupt
+
+    with Lanes("a", device=CPU, check=check) as lanes:
+        lanes.submit("a", release.wait, [], "long")
+        with pytest.raises(KeyboardInterrupt):
+            lanes.finish()
+        release.set()
+    assert asked == [threading.current_thread()] * 4

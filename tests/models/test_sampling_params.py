@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import FrozenInstanceError
 
+import numpy as np
 import pytest
 
 from flexgen_triton.models.sampling_params import MAX_LOGPROBS, SamplingParams
@@ -106,6 +107,52 @@ def test_stop_becomes_a_tuple_of_texts(stop, texts):
 )
 def test_stop_token_ids_become_a_tuple(ids, tokens):
     assert SamplingParams(stop_token_ids=ids).stop_token_ids == tokens
+
+
+@pytest.mark.parametrize("make", [np.int64, np.int8, np.uint16], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("name", [*WHOLE, *REAL])
+def test_numpys_numbers_are_pythons(name, make):
+    """Equal parameters are equal, hash alike and print alike, whatever numbers they were made of."""
+    made, plain = SamplingParams(**{name: make(1)}), SamplingParams(**{name: 1})
+    assert (made, hash(made)) == (plain, hash(plain))
+    assert type(getattr(made, name)) in (int, float) and "np." not in repr(made)
+
+
+@pytest.mark.parametrize("make", [np.float64, np.float32, np.float16], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("name", REAL)
+def test_so_are_its_fractions(name, make):
+    made, plain = SamplingParams(**{name: make(0.5)}), SamplingParams(**{name: 0.5})
+    assert (made, hash(made)) == (plain, hash(plain)) and type(getattr(made, name)) is float
+
+
+@pytest.mark.parametrize("value", [np.float64(2), np.bool_(True), np.array([1]), np.str_("1")], ids=repr)
+@pytest.mark.parametrize("name", WHOLE)
+def test_but_not_what_is_no_whole_number(name, value):
+    assert error(**{name: value}) == f"{name} is {value!r}; it must be a whole number"
+
+
+@pytest.mark.parametrize("value", [np.float32(np.nan), np.float16(np.inf), np.bool_(False)], ids=repr)
+@pytest.mark.parametrize("name", REAL)
+def test_nor_what_is_not_finite(name, value):
+    assert error(**{name: value}) == f"{name} is {value!r}; it must be a finite number"
+
+
+@pytest.mark.parametrize("value", ["no", 0, 1, None, 1.0], ids=repr)
+@pytest.mark.parametrize("name", ["ignore_eos", "skip_special_tokens", "include_stop_str_in_output"])
+def test_yes_or_no(name, value):
+    assert error(**{name: value}) == f"{name} is {value!r}; it must be True or False"
+    assert getattr(SamplingParams(**{name: np.bool_(False)}), name) is False
+
+
+def test_stops_may_be_arrays():
+    assert SamplingParams(stop_token_ids=np.array([3, 1])).stop_token_ids == (3, 1)
+    assert SamplingParams(stop_token_ids=np.array([], dtype=np.int64)) == SamplingParams()
+    assert SamplingParams(stop=np.array(["a", "b"])).stop == ("a", "b")
+
+
+@pytest.mark.parametrize("ids", [b"ab", {1: 2}, np.array([1.0]), np.array([True]), np.array([[1]])], ids=repr)
+def test_bytes_and_the_like_are_no_stop_token_ids(ids):
+    assert error(stop_token_ids=ids).startswith(f"stop_token_ids is {ids!r}; it must be ")
 
 
 @pytest.mark.parametrize("stop", ["", ["a", ""], [1], [None], b"ab", 0, 5, True], ids=repr)
