@@ -5,6 +5,7 @@ Owns the shapes of answers. Knows no tokenizer: it gets token texts through `Tok
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
 LOWEST_LOGPROB = -9999.0  # JSON has no infinity
 UNREADABLE = "\ufffd"  # what a part of a character decodes to
 WINDOW = 16  # tokens that one character may need
+
+
+class AnswerError(ValueError):
+    """An answer that cannot be written as JSON; one sentence."""
 
 
 class TokenText(Protocol):
@@ -207,4 +212,8 @@ def _token_text(token: int, logprob: Logprob | None, text: TokenText) -> str:
 
 
 def _number(logprob: Logprob) -> float:
-    return logprob.logprob if logprob.logprob > LOWEST_LOGPROB else LOWEST_LOGPROB
+    """A log-probability as JSON has it. Raises AnswerError for one that no probability has."""
+    value = logprob.logprob
+    if math.isnan(value) or value == math.inf:
+        raise AnswerError(f"a log-probability is {value}, so the model's weights or its --dtype do not fit it")
+    return max(value, LOWEST_LOGPROB)

@@ -27,10 +27,17 @@ WHOLE = ("n", "seed", "top_k", "min_tokens", "prompt_logprobs")
 REAL = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 FLAGS = ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens")
 SAMPLING = frozenset((*WHOLE, *REAL, *FLAGS, "stop", "stop_token_ids"))
-HARMLESS = (
-    "model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
-    "prompt_cache_retention",
-)  # fmt: skip
+HARMLESS: dict[str, type] = {  # what changes no answer, and its type
+    "model": str,
+    "user": str,
+    "metadata": dict,
+    "store": bool,
+    "service_tier": str,
+    "safety_identifier": str,
+    "prompt_cache_key": str,
+    "prompt_cache_retention": str,
+}
+TYPES = {bool: "true or false", str: "a text", dict: "an object"}
 NEUTRAL: dict[str, tuple[object, ...]] = {  # known but not done here, and the values that ask for nothing
     "stream": (False,),
     "stream_options": (),
@@ -193,8 +200,6 @@ def read_request(fields: Mapping[str, Any]) -> CompletionRequest | ChatRequest:
     if not isinstance(body, dict):
         raise LineError(f"body is {_given(fields, 'body')}; it must be an object")
     given = {name: value for name, value in body.items() if value is not None}  # null: as if left out
-    if not isinstance(given.get("model", ""), str):
-        raise LineError(f"model is {_shown(given['model'])}; it must be a text")
     return _completion_request(given) if url == COMPLETIONS else _chat_request(given)
 
 
@@ -301,13 +306,28 @@ def _content(what: str, given: object) -> str:
 def _check_fields(
     body: Mapping[str, Any], known: frozenset[str], neutral: Mapping[str, tuple[object, ...]], url: str
 ) -> None:
-    """Raise LineError for the first field that is unknown, or asks for what is not done here."""
+    """Raise LineError for the first field that is unknown, of a wrong type, or asks for what is not done here."""
     for name, value in body.items():
-        if name in known or name in HARMLESS or value in neutral.get(name, ()):
-            continue
-        if name in neutral:
-            raise LineError(f"{name} is {_shown(value)}, which is not supported; leave it out", "unsupported_parameter")
-        raise LineError(f"{_name(name)} is no parameter of {url} here; leave it out", "unknown_field")
+        if name in HARMLESS:
+            _check_type(name, value, HARMLESS[name])
+        elif name in neutral:
+            _check_neutral(name, value, neutral[name])
+        elif name not in known:
+            raise LineError(f"{_name(name)} is no parameter of {url} here; leave it out", "unknown_field")
+
+
+def _check_neutral(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    """Raise LineError where a field that is not done here asks for something."""
+    if any(type(value) is type(each) and value == each for each in allowed):  # 0 == False
+        return
+    if allowed and all(isinstance(each, bool) for each in allowed):
+        _check_type(name, value, bool)
+    raise LineError(f"{name} is {_shown(value)}, which is not supported; leave it out", "unsupported_parameter")
+
+
+def _check_type(name: str, value: object, kind: type) -> None:
+    if type(value) is not kind:
+        raise LineError(f"{name} is {_shown(value)}; it must be {TYPES[kind]}")
 
 
 def _sampling(body: Mapping[str, Any]) -> dict[str, Any]:

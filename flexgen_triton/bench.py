@@ -20,6 +20,7 @@ from .model_source import DEMO, choose_dtype, find_model
 from .models.opt import model_spec
 from .models.sampling_params import SamplingParams
 from .options import flags_policy, is_by_hand, load_model, model_options
+from .os_errors import sentence
 from .outputs import RequestOutput, answered
 from .plan.hardware import Hardware
 from .plan.plan import Plan, make_plan
@@ -245,7 +246,8 @@ def invoke(chosen: click.Command) -> None:
         chosen(standalone_mode=True)
     except (ValueError, OSError, MemoryError) as error:
         notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-        click.echo(f"error: {error}{notes}", err=True)
+        reason = sentence(error) if isinstance(error, OSError) else str(error)
+        click.echo(f"error: {reason}{notes}", err=True)
         raise SystemExit(1) from None
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
@@ -17,6 +17,7 @@ from .models.sampling_params import SamplingParams
 from .options import LOG_JSON, model_options, open_model, sampling_options, sampling_params
 from .outputs import RequestOutput
 from .progress import Display, closing_text, figures
+from .stopping import Stop, Stopped, end_unread, stoppable
 
 MAX_ERRORS = 5  # that are told one by one
 
@@ -47,28 +48,49 @@ def _start(text: str, width: int = 40) -> str:
     return text if len(text) <= width else f"{text[:width]}..."
 
 
-def read_prompts(arguments: Sequence[str], file: Path | None, *, whole: bool) -> Iterator[str]:
+def read_prompts(arguments: Sequence[str], file: Path | None, stop: Stop, *, whole: bool) -> Iterator[str]:
     """The prompts of the arguments, else of the file, else of standard input: a line each, or (`whole`) one in all.
 
-    Raises ValueError where they are given twice, or are no text.
+    Raises ValueError where they are given twice, or are no text; OSError; and Stopped, also while it waits for them.
     """
     if arguments and (file or whole):
         raise ValueError(f"prompts are given as arguments; {'-f' if file else '--whole'} is for those that are not")
     if arguments:
         yield from arguments
         return
-    if file is None and sys.stdin.isatty():
+    if file is None and sys.stdin is not None and sys.stdin.isatty():
         click.echo(f"prompts, {'ended' if whole else 'one a line, ended'} by Ctrl-D:", err=True)
-    with file.open(encoding="utf-8") if file else nullcontext(sys.stdin) as stream:
+    with _open(file, stop) as stream:
         try:
             if whole:
-                yield stream.read().removesuffix("\n")
+                with stop.at_once():
+                    text = stream.read()
+                yield text.removesuffix("\n")
                 return
-            for line in stream:
+            for line in _lines(stream, stop):
                 if line.strip():
                     yield line.rstrip("\r\n")
         except UnicodeDecodeError as error:
             raise ValueError(f"{file or 'standard input'} is no UTF-8 text: {error}") from error
+
+
+def _open(file: Path | None, stop: Stop) -> AbstractContextManager[TextIO]:
+    """The file, or standard input, which is not closed."""
+    if file is not None:
+        with stop.at_once():  # a pipe is open when somebody writes
+            return file.open(encoding="utf-8")
+    if sys.stdin is None:
+        raise ValueError("standard input is closed; give prompts as arguments or with -f FILE")
+    return nullcontext(sys.stdin)
+
+
+def _lines(stream: TextIO, stop: Stop) -> Iterator[str]:
+    while True:
+        with stop.at_once():
+            line = stream.readline()
+        if not line:
+            return
+        yield line
 
 
 def in_order(outputs: Iterable[RequestOutput]) -> Iterator[list[RequestOutput]]:
@@ -146,7 +168,7 @@ def write_all(llm: LLM, prompts: Prompts, params: SamplingParams, display: Displ
 
 @click.command("generate", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("prompts", nargs=-1)
-@click.option("-f", "--file", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="A prompt a line.")
+@click.option("-f", "--file", type=click.Path(path_type=Path), help="A prompt a line.")
 @click.option("--whole", is_flag=True, help="All of the file, or of standard input, is one prompt.")
 @click.option(
     "--json", "is_json", is_flag=True, help="A line of JSON for each completion: prompt, text, finish_reason."
@@ -163,20 +185,36 @@ def command(
     One prompt's text is written as it comes; several are written in their order, each after its prompt. Progress, and
     at the end how fast it was, goes to standard error.
     """
+    try:
+        with stoppable() as stop:
+            errors = complete(context, read_prompts(prompts, file, stop, whole=whole), options, stop, is_json=is_json)
+    except Stopped as stopped:  # of which a word was said when the signal came
+        raise SystemExit(stopped.exit_code) from None
+    except BrokenPipeError:
+        end_unread()
+    if errors:
+        more = f"; and {len(errors) - MAX_ERRORS} more" if len(errors) > MAX_ERRORS else ""
+        raise ValueError("; ".join(errors[:MAX_ERRORS]) + more)
+
+
+def complete(
+    context: click.Context, texts: Iterator[str], options: Mapping[str, Any], stop: Stop, *, is_json: bool
+) -> list[str]:
+    """Write the completions of the prompts, and how fast it was; returns what went wrong."""
     params = sampling_params(options)
-    texts = read_prompts(prompts, file, whole=whole)
     first = list(itertools.islice(texts, 2))
     if not first:
         raise ValueError("there are no prompts; give them as arguments, with -f FILE or on standard input, one a line")
     source = Prompts(itertools.chain(first, texts))
-    with Display(log_json=options["log_json"]) as display, open_model(context, options, display.phase) as llm:
-        if len(first) == 1 and params.n == 1 and not is_json:
-            errors = write_one(llm, source, params, display)
-        else:
-            errors = write_all(llm, source, params, display, is_json=is_json)
+    with Display(log_json=options["log_json"]) as display:
+        with stop.at_once():  # nothing is lost by that
+            llm = open_model(context, options, display.phase, stop.check)
+        with llm:
+            if len(first) == 1 and params.n == 1 and not is_json:
+                errors = write_one(llm, source, params, display)
+            else:
+                errors = write_all(llm, source, params, display, is_json=is_json)
         display.hide()
         if not options["log_json"]:
             click.echo(closing_text(figures(source.count, llm.totals)), err=True)
-    if errors := source.errors + errors:
-        more = f"; and {len(errors) - MAX_ERRORS} more" if len(errors) > MAX_ERRORS else ""
-        raise ValueError("; ".join(errors[:MAX_ERRORS]) + more)
+    return source.errors + errors

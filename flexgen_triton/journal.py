@@ -1,18 +1,19 @@
 """The output of a batch that survives anything: whole lines appended, and on a new start what is done is known.
 
-Owns the output file, the sidecar beside it that says which job wrote it, and the reading of the input's lines. Every
-output line begins with the number and the digest of the input line that it answers, so the file itself says what is
-done: a killed job drops at most a last, torn line. Knows neither what a line asks for nor what an answer says.
+Owns the output file and the reading of the input's lines. Every output line begins with an id: the number and the
+digest of the input line that it answers, and a digest of the answer. So the file itself says what is done, and what was
+changed since: a killed job drops at most a last, torn line. Knows neither what a line asks for nor what an answer says.
 
+- A name that is a link stands for the file it leads to: `OUTPUT.job` lies beside that, whatever name a job gives.
 - Only one process at a time has the output: it holds a lock on it (not on the sidecar, which is replaced by a rename).
 - The sidecar `OUTPUT.job` is written, whole, before the first answer, and stays. An output without one is not ours.
 - An answer is one append. What was written a while ago, and all of it at the end, is made durable by fsync.
+- The digests notice mistakes, not malice: whoever can write the output can make them too.
 - Where an append fails the file is cut back to its last whole line.
 """
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
@@ -25,20 +26,19 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import xxhash
+
+from .os_errors import reason
+from .sidecar import JournalError, Sidecar
 
 MAX_LINE = 8 << 20  # bytes of an input line; a longer one is read past in pieces
 PIECE = 1 << 16
 SYNC_S = 5.0  # between fsyncs, of 1 to 100 ms; what comes just after one the system writes within 30 s
-VERSION = 1  # of the sidecar and of the ids
 MAX_GAP = 1 << 24  # lines in flight, at most by far; an id beyond is no id of this job, and its table would be huge
-ID = re.compile(rb'\{"id": "batch_req_(\d{9,18})_([0-9a-f]{16})", ')
-
-
-class JournalError(ValueError):
-    """An output that cannot be gone on with, or not be written; one sentence with a way out."""
+ID = re.compile(rb'\{"id": "batch_req_(\d{9,18}_[0-9a-f]{16})_([0-9a-f]{16})", ')
+TRIES = 8  # at an output that others put new files in the place of
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,44 +82,146 @@ def _long_line(number: int, raw: bytes, file: BinaryIO) -> Line:
     return Line(number, digest.intdigest(), size, None)
 
 
+def output_line(line: Line, record: Mapping[str, Any]) -> bytes:
+    """The answer to a line as it stands in the output, sealed by its own digest."""
+    rest = json.dumps(record, allow_nan=False)[1:].encode() + b"\n"
+    tag = line.tag.encode()
+    return b'{"id": "batch_req_%s_%016x", %s' % (tag, _seal(tag, rest), rest)
+
+
+def _seal(tag: bytes, rest: bytes) -> int:
+    """The digest of an output line: of the line that it answers, and of all that follows the id."""
+    return xxhash.xxh64_intdigest(tag + rest)
+
+
+class Answers(Protocol):
+    """Takes answers, and knows what lines have theirs."""
+
+    done: int
+
+    def is_done(self, line: Line) -> bool: ...
+
+    def check_end(self, lines: int) -> None: ...
+
+    def confirm(self, fields: Mapping[str, Any]) -> None: ...
+
+    def append(self, line: Line, record: Mapping[str, Any]) -> None: ...
+
+
+class Passing:
+    """Answers that go on to a stream as they come. Nothing is kept of them, so a job cannot go on: it begins anew."""
+
+    def __init__(self, stream: BinaryIO, name: str) -> None:
+        self._stream, self._name = stream, name
+        self.done = 0
+
+    def is_done(self, line: Line) -> bool:
+        return False
+
+    def check_end(self, lines: int) -> None:
+        pass
+
+    def confirm(self, fields: Mapping[str, Any]) -> None:
+        pass
+
+    def append(self, line: Line, record: Mapping[str, Any]) -> None:
+        """Hand the answer on, whole. Raises BrokenPipeError where nobody reads, JournalError where it fails."""
+        try:
+            self._stream.write(output_line(line, record))
+            self._stream.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise JournalError(
+                f"{self._name} cannot be written past {self.done} lines: {reason(error)}; mend that, or name an output "
+                "file, which keeps what is done"
+            ) from error
+        self.done += 1
+
+
 class Journal:
     """The output file of a batch, as a context manager. `fingerprint`: what must be the same for answers to be.
 
     Raises JournalError for an output that is another process's, another job's or no job's, or was changed; OSError
-    where it cannot be opened. An empty output, with or without a sidecar, begins anew.
+    where it cannot be opened; an output that it made itself is then gone again. An empty output, with or without a
+    sidecar, begins anew.
     """
 
     def __init__(self, path: Path, fingerprint: Mapping[str, Any], *, sync_s: float = SYNC_S) -> None:
-        self.path, self._sidecar = path, path.with_name(f"{path.name}.job")
+        self.path, self._real = path, Path(os.path.realpath(path))
+        self._sidecar = Sidecar(self._real)
         self.done = 0
         self._digests = array("Q")  # by line number; 0: not done
         self._numbers_end = 0  # above the highest that is done
         self._size = 0
         self._sync_s, self._synced = sync_s, time.monotonic()
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        self._file, is_new = self._open()
         try:
-            self._lock()
-            self._open(dict(fingerprint))
+            self._begin(dict(fingerprint))
         except BaseException:
+            if is_new:
+                self._real.unlink(missing_ok=True)  # it is empty, and while the lock is held nobody else's
             os.close(self._file)
             raise
 
-    def _lock(self) -> None:
-        if not stat.S_ISREG(os.fstat(self._file).st_mode):
-            raise JournalError(f"{self.path} is no ordinary file; a job that can go on needs one for its answers")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise JournalError(f"{self.path} is being written by another process; wait for it, or stop it") from error
+    def _open(self) -> tuple[int, bool]:
+        """The output, opened and locked, and whether it was made just now. Raises JournalError and OSError."""
+        for _ in range(TRIES):
+            file, is_new = self._open_or_make()
+            try:
+                self._lock(file)
+                if self._has_name(file):
+                    return file, is_new
+            except BaseException:
+                os.close(file)
+                raise
+            os.close(file)  # another process removed or replaced it meanwhile
+        raise JournalError(f"{self.path} is replaced again and again by another process; name another output")
 
-    def _open(self, fingerprint: dict[str, Any]) -> None:
+    def _open_or_make(self) -> tuple[int, bool]:
+        """The output's file and whether it is new."""
+        if self._real.is_dir():
+            raise JournalError(f"{self.path} is a directory; name a file in it")
+        if self._real.exists() and not self._real.is_file():
+            raise self._no_file()
+        flags = os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            return os.open(self._real, flags | os.O_CREAT | os.O_EXCL, 0o666), True
+        except FileExistsError:
+            return os.open(self._real, flags | os.O_CREAT, 0o666), False
+
+    def _no_file(self) -> JournalError:
+        return JournalError(
+            f"{self.path} is no ordinary file; a job that can go on needs one for its answers, and without going on "
+            "-o - writes them to standard output"
+        )
+
+    def _lock(self, file: int) -> None:
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            raise self._no_file()
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise JournalError(
+                f"{self.path} is being written by another process; wait for it, stop it, or name another output"
+            ) from error
+
+    def _has_name(self, file: int) -> bool:
+        """Whether the name still leads to this file."""
+        with suppress(FileNotFoundError):
+            return os.path.samestat(os.stat(self._real, follow_symlinks=False), os.fstat(file))
+        return False
+
+    def _begin(self, fingerprint: dict[str, Any]) -> None:
+        """Find out what is done, and note which job this is where nothing is."""
         is_empty = os.fstat(self._file).st_size == 0
-        known = self._read_sidecar()
+        known = self._sidecar.read()
         if known is None and not is_empty:
             raise JournalError(
-                f"{self.path} is not empty and has no {self._sidecar.name} beside it, so no batch wrote it; name "
+                f"{self.path} is not empty and has no {self._sidecar.path.name} beside it, so no batch wrote it; name "
                 "another output"
             )
+        self._sidecar.sweep()
         if is_empty or known is None:
             self._fingerprint = fingerprint
             self._write_sidecar()
@@ -128,42 +230,13 @@ class Journal:
             self._compare(fingerprint)
             self._scan()
 
-    def _read_sidecar(self) -> dict[str, Any] | None:
-        """The fingerprint of the job that wrote the output; None where there is no sidecar."""
-        try:
-            text = self._sidecar.read_bytes()
-        except FileNotFoundError:
-            return None
-        try:
-            found = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise JournalError(f"{self._sidecar} is not what a batch writes; name another output") from error
-        if not isinstance(found, dict) or not isinstance(found.get("fingerprint"), dict):
-            raise JournalError(f"{self._sidecar} is not what a batch writes; name another output")
-        if found.get("version") != VERSION:
-            raise JournalError(
-                f"{self._sidecar} has version {found.get('version')}, this program writes {VERSION}; name another "
-                "output, or finish the job with the program that began it"
-            )
-        return dict(found["fingerprint"])
-
     def _write_sidecar(self) -> None:
-        """Replace the sidecar by one rename of a file that is whole and durable."""
-        temporary = self._sidecar.with_name(f"{self._sidecar.name}.tmp")
-        try:
-            with temporary.open("w") as file:
-                file.write(json.dumps({"version": VERSION, "fingerprint": self._fingerprint}, indent=1) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self._sidecar)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise JournalError(f"{self._sidecar} cannot be written: {error.strerror}") from error
+        self._sidecar.write(self._fingerprint)
         self._sync_directory()
 
     def _sync_directory(self) -> None:
         """Make the names durable, of the sidecar and of the output."""
-        directory = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        directory = os.open(self._real.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(directory)
         finally:
@@ -200,22 +273,19 @@ class Journal:
     def _learn(self, at: int, raw: bytes) -> None:
         """Take note of the output's line `at`. Raises JournalError where it is not as this job wrote it."""
         begin = ID.match(raw)
-        try:
-            whole = begin is not None and isinstance(json.loads(raw), dict)
-        except (ValueError, RecursionError):
-            whole = False
-        number = int(begin[1]) if begin else 0
-        if begin is None or not whole or not 0 < number <= at + MAX_GAP:
+        whole = begin is not None and _seal(begin[1], raw[begin.end() :]) == int(begin[2], 16)
+        number, digest = begin[1].split(b"_") if begin else (b"0", b"0")
+        if not whole or not 0 < int(number) <= at + MAX_GAP:
             raise JournalError(
                 f"line {at} of {self.path} is not as this job wrote it; keep the {at - 1} lines before it and start "
                 "again, or name another output"
             )
-        if self._is_known(number):
+        if self._is_known(int(number)):
             raise JournalError(
-                f"line {at} of {self.path} answers line {number} of the input once more; take it out, or name another "
-                "output"
+                f"line {at} of {self.path} answers line {int(number)} of the input once more; take it out, or name "
+                "another output"
             )
-        self._note(number, int(begin[2], 16))
+        self._note(int(number), int(digest, 16))
 
     def _note(self, number: int, digest: int) -> None:
         missing = number + 1 - len(self._digests)
@@ -249,8 +319,7 @@ class Journal:
 
     def append(self, line: Line, record: Mapping[str, Any]) -> None:
         """Write the answer to a line; all of it is in the file, or nothing. Raises JournalError where it cannot be."""
-        text = json.dumps({"id": f"batch_req_{line.tag}", **record}, allow_nan=False)
-        left = memoryview(text.encode() + b"\n")
+        left = memoryview(output_line(line, record))
         end = self._size + len(left)
         try:
             while left:
@@ -278,12 +347,9 @@ class Journal:
                 os.ftruncate(self._file, self._size)
 
     def _failed(self, error: OSError) -> JournalError:
-        reason = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up"}.get(
-            error.errno or 0, (error.strerror or "it failed").lower()
-        )
         return JournalError(
-            f"{self.path} cannot be written past {self._size} bytes: {reason}; the {self.done} lines done are kept, "
-            "and the same command goes on from there"
+            f"{self.path} cannot be written past {self._size} bytes: {reason(error)}; the {self.done} lines done are "
+            "kept, and the same command goes on from there"
         )
 
     def close(self) -> None:

@@ -23,6 +23,7 @@ from .sizes import SIZE
 Function = TypeVar("Function", bound=Callable[..., Any])
 Option = Callable[[Any], Any]
 Report = Callable[[str, int, int], None]  # phase, done, total
+Check = Callable[[], None]  # raises what is to end the work
 
 FLAG: dict[str, Any] = {"is_flag": False, "flag_value": True, "type": bool, "show_default": True}
 BY_HAND = ("gpu_batch_size", "num_gpu_batches", "percent")  # one of these says that the policy is given by flags
@@ -213,16 +214,20 @@ def base_policy(options: Mapping[str, Any]) -> Policy:
     return replace(flags_policy({**options, "percent": BASE_PERCENT}), gpu_batch_size=1, num_gpu_batches=1)
 
 
-def open_model(context: click.Context, options: Mapping[str, Any], progress: Report | None = None) -> LLM:
+def open_model(
+    context: click.Context, options: Mapping[str, Any], progress: Report | None = None, check: Check | None = None
+) -> LLM:
     """The model under the policy that the flags give, else under an automatic one; `demo` when none is named.
 
     Raises ValueError for flags that contradict each other, and whatever LLM raises.
     """
     policy = flags_policy(options) if is_by_hand(context, options["policy"]) else AUTO
-    return load_model(options, policy, progress)
+    return load_model(options, policy, progress, check)
 
 
-def load_model(options: Mapping[str, Any], policy: Policy | str, progress: Report | None = None) -> LLM:
+def load_model(
+    options: Mapping[str, Any], policy: Policy | str, progress: Report | None = None, check: Check | None = None
+) -> LLM:
     """The model that the options name, under this policy."""
     return LLM(
         options["model"] or DEMO,
@@ -241,6 +246,7 @@ def load_model(options: Mapping[str, Any], policy: Policy | str, progress: Repor
         seed=options["seed"],
         verify=options["verify"],
         progress=progress,
+        check=check,
     )
 
 

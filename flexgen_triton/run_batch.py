@@ -6,44 +6,42 @@ file `journal`'s, the generation the library's.
 
 from __future__ import annotations
 
-import signal
+import os
+import shutil
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TextIO, cast
 
 import click
 import xxhash
 
 from . import batch_answers, batch_format, progress
+from .batch_answers import AnswerError
 from .batch_format import ChatRequest, CompletionRequest, LineError, SeenIds
-from .journal import MAX_LINE, Journal, JournalError, Line, read_lines
+from .journal import MAX_LINE, Answers, Journal, Line, Passing, read_lines
 from .llm import LLM, PreparedPrompt
 from .memory.disk import open_regular
 from .model_source import DEMO, choose_dtype, find_model
-from .options import LOG_JSON, base_policy, is_by_hand, model_options, open_model
+from .options import LOG_JSON, Check, base_policy, is_by_hand, model_options, open_model
+from .os_errors import reason
 from .outputs import RequestOutput
 from .plan.policy import Policy
 from .progress import Display
+from .sidecar import JournalError
+from .stopping import Stop, Stopped, end_unread, stoppable
 
+STANDARD = Path("-")  # as an input or an output: the process's own
 SAMPLES, SAMPLE = 16, 1 << 16  # of each of a model's files: pieces that are hashed, and their bytes
 MODEL_FILES = (
     "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "config.json", "generation_config.json",
     "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "*.model",
     "chat_template*",
 )  # fmt: skip
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-class Stopped(KeyboardInterrupt):
-    """A signal asked the job to stop."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.number = number
 
 
 @dataclass(slots=True)
@@ -58,29 +56,35 @@ class _Pending:
 
 
 class Job:
-    """Runs the lines of an input that its journal does not hold yet."""
+    """Runs the lines of an input that have no answers yet. `check` is called at every line, and may end the job."""
 
-    def __init__(self, llm: LLM, journal: Journal, seed: int) -> None:
-        self._llm, self._journal, self._seed = llm, journal, seed
+    def __init__(self, llm: LLM, answers: Answers, seed: int, check: Check) -> None:
+        self._llm, self._answers, self._seed, self._check = llm, answers, seed, check
         self._seen = SeenIds()
         self._pending: dict[int, tuple[_Pending, int]] = {}  # by a prompt's number: its line, its place there
         self._num_prompts = 0
         self.failed = 0
 
     def run(self, file: BinaryIO, progress: Callable[[], None]) -> None:
-        """Answer every line that is left, telling `progress` now and then. Raises what model and journal raise."""
+        """Answer every line that is left, telling `progress` now and then. Raises what model and answers do."""
         with closing(self._llm.stream(self._prompts(file))) as outputs:
             for n, output in enumerate(outputs):
                 if n == 0:
-                    self._journal.confirm(formats(self._llm.policy))
+                    self._answers.confirm(formats(self._llm.policy))
                 self._take(output)
                 progress()
         assert not self._pending, sorted(self._pending)
 
+    @property
+    def figures(self) -> dict[str, Any]:
+        """The run's figures so far."""
+        return progress.figures(self._llm.totals.sequences, self._llm.totals)
+
     def _prompts(self, file: BinaryIO) -> Iterator[PreparedPrompt]:
         """The prompts of the lines that are left, in order; lines that cannot be run are answered on the way."""
         for line in read_lines(file):
-            is_done = self._journal.is_done(line)
+            self._check()
+            is_done = self._answers.is_done(line)
             if not line.is_blank:
                 yield from self._line_prompts(line, is_done=is_done)
 
@@ -167,10 +171,14 @@ class Job:
         failed = next((o for o in outputs if o.error), None)
         if failed is not None:
             self._fail(pending.line, pending.custom_id, str(failed.error_code), str(failed.error))
-        else:
-            request_id = f"req_{pending.line.tag}"
+            return
+        try:
             body = self._body(pending.request, outputs, pending.line.tag)
-            self._journal.append(pending.line, batch_answers.answer(pending.custom_id, request_id, body))
+        except AnswerError as wrong:
+            self._fail(pending.line, pending.custom_id, "no_number", str(wrong))
+            return
+        request_id = f"req_{pending.line.tag}"
+        self._answers.append(pending.line, batch_answers.answer(pending.custom_id, request_id, body))
 
     def _body(
         self, request: CompletionRequest | ChatRequest, outputs: Sequence[RequestOutput], tag: str
@@ -194,7 +202,7 @@ class Job:
         return str(decoded)
 
     def _fail(self, line: Line, custom_id: str | None, code: str, message: str) -> None:
-        self._journal.append(line, batch_answers.failure(custom_id, line.number, code, message))
+        self._answers.append(line, batch_answers.failure(custom_id, line.number, code, message))
         self.failed += 1
 
 
@@ -242,35 +250,81 @@ def files_digest(directory: Path) -> str:
     return digest.hexdigest()
 
 
-def survey(file: BinaryIO, journal: Journal) -> tuple[int, int]:
+def survey(file: BinaryIO, answers: Answers, check: Check) -> tuple[int, int]:
     """Lines to answer in all, and lines that are left. Raises JournalError where the done ones are not the input's."""
     total = left = number = 0
     for line in read_lines(file):
+        check()
         number = line.number
-        is_done = journal.is_done(line)
+        is_done = answers.is_done(line)
         if not line.is_blank:
             total += 1
             left += not is_done
-    journal.check_end(number)
+    answers.check_end(number)
     return total, left
 
 
-@contextmanager
-def stoppable() -> Iterator[None]:
-    """Within, the first SIGINT or SIGTERM raises Stopped; a second one ends the process, which the journal survives."""
+def open_input(source: Path, stop: Stop) -> BinaryIO:
+    """The input, which is read more than once; what comes on standard input is put in a file without a name first.
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        for each in before:
-            signal.signal(each, signal.SIG_DFL)
-        raise Stopped(number)
+    Raises JournalError, OSError, and Stopped.
+    """
+    if source == STANDARD:
+        return spool(opened(sys.stdin, "standard input"), stop)
+    if source.is_dir():
+        raise JournalError(f"{source} is a directory; name a file of requests")
+    if source.exists() and not source.is_file():
+        raise JournalError(
+            f"{source} is no ordinary file; a job that can go on reads its input more than once, so write it to a "
+            "file, or give -i - and the requests on standard input"
+        )
+    return source.open("rb")
 
-    ignored = [each for each in SIGNALS if signal.getsignal(each) is signal.SIG_IGN]  # as nohup and & do
-    before = {each: signal.signal(each, stop) for each in SIGNALS if each not in ignored}
+
+def spool(stream: BinaryIO, stop: Stop) -> BinaryIO:
+    """All of a stream, in a temporary file that has no name."""
+    file = cast(BinaryIO, tempfile.TemporaryFile())  # noqa: SIM115
     try:
-        yield
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        with stop.at_once():
+            shutil.copyfileobj(stream, file)
+        file.seek(0)
+    except OSError as error:
+        file.close()
+        raise JournalError(
+            f"standard input cannot be kept in {tempfile.gettempdir()}: {reason(error)}; choose another directory by "
+            "TMPDIR, or write the requests to a file and name it"
+        ) from error
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def opened(stream: TextIO | None, name: str) -> BinaryIO:
+    """Standard input or output, for bytes. Raises ValueError where the process was started with it closed."""
+    if stream is None:
+        raise ValueError(f"{name} is closed; open it, or name a file")
+    return stream.buffer
+
+
+@contextmanager
+def open_output(output: Path, begun_with: Mapping[str, Any]) -> Iterator[Answers]:
+    """The output: a journal, or standard output, of which nothing is kept. Raises what they raise."""
+    if output == STANDARD:
+        click.echo("answers go to standard output and are not kept: a job that is stopped begins anew", err=True)
+        yield Passing(opened(sys.stdout, "standard output"), "standard output")
+        return
+    with Journal(output, begun_with) as journal:
+        yield journal
+
+
+def check_apart(file: BinaryIO, output: Path) -> None:
+    """Raise JournalError where the answers would be added to the requests."""
+    with suppress(OSError):  # what cannot be asked is not the input
+        to = os.fstat(1) if output == STANDARD else output.stat()
+        if os.path.samestat(os.fstat(file.fileno()), to):
+            name = "standard output" if output == STANDARD else output
+            raise JournalError(f"{name} is the input too; name another output")
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -279,16 +333,17 @@ def stoppable() -> Iterator[None]:
     "--input-file",
     "source",
     required=True,
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="Requests, a line each, in OpenAI's batch format.",
+    type=click.Path(path_type=Path),
+    help="Requests, a line each, in OpenAI's batch format; - is standard input, which is read to its end first.",
 )
 @click.option(
     "-o",
     "--output-file",
     "output",
     required=True,
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Answers are added here, a line each, as they come; OUTPUT.job beside it says whose they are.",
+    type=click.Path(path_type=Path),
+    help="Answers are added here, a line each, as they come; OUTPUT.job beside it says whose they are. - is standard "
+    "output, of which nothing is kept to go on with.",
 )
 @model_options
 @LOG_JSON
@@ -297,43 +352,69 @@ def command(context: click.Context, /, source: Path, output: Path, log_json: boo
     """Answer a file of requests in OpenAI's batch format.
 
     A job that was stopped in any way, even by a power cut, goes on when the same command is given again: lines that
-    are answered stay as they are. A line that cannot be answered gets an error in its place and stops nothing.
+    are answered stay as they are. A line that cannot be answered gets an error in its place and stops nothing: the exit
+    code is 0 once every line has its answer or its error, and the last sentence says how many are errors.
     """
     try:
-        with stoppable():
-            click.echo(answer_file(context, source, output, options, log_json=log_json), err=True)
+        with stoppable() as stop:
+            click.echo(answer_file(context, source, output, options, stop, log_json=log_json), err=True)
     except Stopped as stopped:
-        sentence = "; ".join([*getattr(stopped, "__notes__", ()), "the same command goes on"])
+        again = "begins anew" if output == STANDARD else "goes on"
+        sentence = "; ".join([*getattr(stopped, "__notes__", ()), f"the same command {again}"])
         click.echo(f"stopped: {sentence}", err=True)
-        raise SystemExit(128 + stopped.number) from None
+        raise SystemExit(stopped.exit_code) from None
+    except BrokenPipeError:
+        end_unread()
 
 
 def answer_file(
-    context: click.Context, source: Path, output: Path, options: Mapping[str, Any], *, log_json: bool
+    context: click.Context, source: Path, output: Path, options: Mapping[str, Any], stop: Stop, *, log_json: bool
 ) -> str:
     """Answer what is left of the input; returns what there is to say in the end.
 
     Raises JournalError, what the model raises, and Stopped, with a note that says how far the job has come.
     """
-    if not source.is_file():
-        raise JournalError(f"{source} is no ordinary file; a job that can go on reads its input more than once")
-    if output.exists() and source.samefile(output):
-        raise JournalError(f"{output} is the input too; name another output")
-    begun_with = fingerprint(context, options)
-    with source.open("rb") as file, Journal(output, begun_with) as journal:
-        total, left = survey(file, journal)
-        if not left:
-            return f"all {total} lines of {source} are done: {output}"
-        file.seek(0)
-        try:
-            with Display(total, log_json=log_json) as display, open_model(context, options, display.phase) as llm:
-                job = Job(llm, journal, options["seed"])
-                job.run(file, lambda: display.update(journal.done, llm.totals, total))
-        except JournalError:  # says so itself
-            raise
-        except BaseException as error:
-            error.add_note(f"{journal.done} of {total} lines are done")
-            raise
-        figures = progress.closing_text(progress.figures(llm.totals.sequences, llm.totals))
-        failed = f", {job.failed} of them with an error" if job.failed else ""
-        return f"{figures}\nall {total} lines of {source} are done, {left} in this run{failed}: {output}"
+    with open_input(source, stop) as file:
+        check_apart(file, output)
+        with stop.at_once():  # a model may have to be fetched
+            begun_with = fingerprint(context, options)
+        with open_output(output, begun_with) as answers:
+            total, left = survey(file, answers, stop.check)
+            lines = f"all {total} lines of {'standard input' if source == STANDARD else source} are done"
+            where = "" if output == STANDARD else f": {output}"
+            if not left:
+                return f"{lines}{where}"
+            file.seek(0)
+            with Display(total, log_json=log_json) as display, noted(answers, total):
+                job = run_job(context, file, answers, options, stop, display, total)
+    failed = f", {job.failed} of them with an error" if job.failed else ""
+    return f"{progress.closing_text(job.figures)}\n{lines}, {left} in this run{failed}{where}"
+
+
+def run_job(
+    context: click.Context,
+    file: BinaryIO,
+    answers: Answers,
+    options: Mapping[str, Any],
+    stop: Stop,
+    display: Display,
+    total: int,
+) -> Job:
+    """Open the model and answer what is left; the job says how it went."""
+    with open_model(context, options, display.phase, stop.check) as llm:
+        stop.check()
+        job = Job(llm, answers, options["seed"], stop.check)
+        job.run(file, lambda: display.update(answers.done, llm.totals, total))
+        return job
+
+
+@contextmanager
+def noted(answers: Answers, total: int) -> Iterator[None]:
+    """Within, what ends the job gets a note that says how far it has come, unless it says so itself."""
+    try:
+        yield
+    except JournalError:
+        raise
+    except BaseException as error:
+        error.add_note(f"{answers.done} of {total} lines are done")
+        raise

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexgen_triton import batch_answers, batch_format
-from flexgen_triton.batch_answers import chat_body, completion_body
+from flexgen_triton.batch_answers import AnswerError, chat_body, completion_body
 from flexgen_triton.batch_format import (
     CHAT,
     COMPLETIONS,
@@ -274,13 +276,43 @@ def test_a_missing_field_is_named(name):
         ({"stop_token_ids": ["a"]}, "stop_token_ids holds"),
         ({"presence_penalty": 3}, "presence_penalty is 3"),
         ({"repetition_penalty": 0}, "repetition_penalty is 0"),
-        ({"model": 5}, "model is 5"),
+        ({"model": 5}, "model is 5; it must be a text"),
+        ({"stream": 0}, "stream is 0; it must be true or false"),
+        ({"stream": 1}, "stream is 1; it must be true or false"),
+        ({"stream": 0.0}, "stream is 0.0; it must be true or false"),
+        ({"stream": "false"}, 'stream is "false"; it must be true or false'),
+        ({"stream": []}, "stream is a list of 0; it must be true or false"),
+        ({"echo": 0}, "echo is 0; it must be true or false"),
+        ({"skip_special_tokens": 0}, "skip_special_tokens is 0; it must be true or false"),
+        ({"store": 1}, "store is 1; it must be true or false"),
+        ({"user": 5}, "user is 5; it must be a text"),
+        ({"user": True}, "user is true; it must be a text"),
+        ({"metadata": "a"}, 'metadata is "a"; it must be an object'),
+        ({"service_tier": 0}, "service_tier is 0; it must be a text"),
+        ({"best_of": True}, "best_of is true; it must be a whole number"),
+        ({"n": 1.0}, "n is 1.0; it must be a whole number"),
+        ({"temperature": False}, "temperature is false; it must be a number"),
         ({"best_of": 3}, "best_of is 3 and n 1"),
     ],
     ids=lambda value: str(value)[:40],
 )
 def test_wrong_values_are_refused_with_what_they_are(body, words):
     assert words in str(refusal(**{"prompt": "Hello"} | body))
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"stream": 0}, "stream is 0; it must be true or false"),
+        ({"parallel_tool_calls": 1}, "parallel_tool_calls is 1; it must be true or false"),
+        ({"parallel_tool_calls": 0.0}, "parallel_tool_calls is 0.0; it must be true or false"),
+        ({"logprobs": 1}, "logprobs is 1; it must be true or false"),
+        ({"logprobs": 0}, "logprobs is 0; it must be true or false"),
+        ({"logprobs": True, "top_logprobs": True}, "top_logprobs is true; it must be a whole number"),
+    ],
+)
+def test_a_chats_switches_are_true_or_false(body, words):
+    assert words in str(refusal(CHAT, **{"messages": [USER]} | body))
 
 
 def test_a_number_beyond_all_floats_is_refused():
@@ -513,6 +545,24 @@ def test_minus_infinity_is_a_number_in_json():
     done = CompletionOutput(0, "Hel", [1], "length", logprobs=[{1: Logprob(float("-inf"))}])
     body = completion(request(prompt="a", logprobs=0), RequestOutput(0, "a", [1], [done]))
     assert body["choices"][0]["logprobs"]["token_logprobs"] == [-9999.0]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("place", ["token", "top", "prompt", "chat"])
+def test_no_number_that_is_none_is_made_into_one(value, place):
+    """A model with damaged weights must not look like one that is very sure."""
+    fine, wrong = Logprob(-1.0), Logprob(value)
+    entry = {1: wrong, 2: fine} if place in ("token", "chat") else {1: fine, 2: wrong}
+    done = CompletionOutput(0, "Hel", [1], "length", logprobs=[entry if place != "prompt" else {1: fine}])
+    prompt_logprobs = [None, entry] if place == "prompt" else None
+    answered = RequestOutput(0, "a", [1, 1], [done], prompt_logprobs)
+    asked = request(prompt="a", logprobs=2, **({"prompt_logprobs": 2} if place == "prompt" else {}))
+    make = partial(completion, asked)
+    if place == "chat":
+        asked = request(CHAT, messages=[USER], logprobs=True, top_logprobs=1)
+        make = partial(chat_body, asked, request_id="7", created=9, model="tiny", text=text)
+    with pytest.raises(AnswerError, match=r"a log-probability is (nan|inf), so the model's weights or its --dtype"):
+        make(answered)
 
 
 def test_a_chat_completion_has_openais_shape():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -132,7 +133,7 @@ def test_nobody_reading_is_no_error_to_report(offload):
     run.stdout.close()
     with run.stderr as stderr:
         assert stderr.read() == ""
-    run.wait(100)
+    assert run.wait(100) == 128 + signal.SIGPIPE
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(4))))

@@ -6,39 +6,41 @@ Slower and harder: FLEXGEN_KILLS=50 FLEXGEN_KILL_LINES=500 python -m pytest test
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
-import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import xxhash
-from click.testing import CliRunner, Result
+from batch_jobs import CHAT, COMPLETIONS, POLICY, PROMPTS, Job, line, sampled, timeless
+from click.testing import CliRunner
 from machines import profile_file
 
-from flexgen_triton import LLM, Policy, SamplingParams, demo
+from flexgen_triton import LLM, Policy, SamplingParams
 from flexgen_triton.demo import DEMO_DIR
+from flexgen_triton.journal import Passing
+from flexgen_triton.llm import PreparedPrompt
+from flexgen_triton.models.sampling import Logprob
+from flexgen_triton.outputs import CompletionOutput, RequestOutput
 from flexgen_triton.run_batch import command, files_digest
+from flexgen_triton.stopping import SAID
 
-ROOT = Path(__file__).parents[1]
 KILLS = int(os.environ.get("FLEXGEN_KILLS", "4"))
 KILL_LINES = int(os.environ.get("FLEXGEN_KILL_LINES", "120"))
-COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
-POLICY = ("--dtype", "float32", "--device", "cpu", "--gpu-batch-size", "16", "--num-gpu-batches", "2")
 TEMPLATE = (
     "{% for m in messages %}"
     "{% if m.content == 'raise' %}{{ raise_exception('no such message') }}{% endif %}"
     "{{ m.role }}: {{ m.content }}\n"
     "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
 )
-PROMPTS = demo.prompts()
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -65,78 +67,6 @@ def llm(offload: Path) -> Iterator[LLM]:
         yield found
 
 
-def line(custom_id: object, url: str = COMPLETIONS, **body: object) -> bytes:
-    return json.dumps({"custom_id": custom_id, "method": "POST", "url": url, "body": body}).encode()
-
-
-def sampled(count: int) -> list[bytes]:
-    """Requests without seeds, of many lengths."""
-    return [
-        line(
-            f"request-{n}", prompt=PROMPTS[n % len(PROMPTS)][: 20 + 7 * (n % 9)], max_tokens=2 + n % 11, temperature=0.8
-        )
-        for n in range(count)
-    ]
-
-
-class Job:
-    """An input, an output, and the command between them."""
-
-    def __init__(self, directory: Path, lines: Sequence[bytes], offload: Path, model: str | Path = "demo") -> None:
-        self.source, self.output = directory / "in.jsonl", directory / "out.jsonl"
-        self.source.write_bytes(b"\n".join(lines) + b"\n")
-        self.args = ["-i", self.source, "-o", self.output, "--model", model, "--offload-dir", offload, *POLICY]
-
-    def run(self, *args: str) -> Result:
-        """Run it in this process."""
-        return CliRunner().invoke(command, [str(a) for a in (*self.args, *args)])
-
-    def done(self, *args: str) -> dict[str | None, dict[str, Any]]:
-        """Run it to its end; its records by custom_id."""
-        result = self.run(*args)
-        assert result.exit_code == 0, (result.output, result.exception)
-        return self.records()
-
-    def refused(self, *args: str) -> str:
-        """Run it; it must fail at once, in one sentence, and write nothing."""
-        before = self.output.read_bytes() if self.output.exists() else None
-        result = self.run(*args)
-        assert result.exit_code == 1 and isinstance(result.exception, ValueError), result.output
-        assert (self.output.read_bytes() if self.output.exists() else None) == before
-        assert "\n" not in str(result.exception)
-        return str(result.exception)
-
-    def start(self, limit: int | None = None) -> subprocess.Popen[str]:
-        """Run it in a process of its own, which may write files of `limit` bytes."""
-
-        def prepare() -> None:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # what runs in the background may have it ignored
-            if limit is not None:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-        code = "from flexgen_triton.bench import invoke; from flexgen_triton.run_batch import command; invoke(command)"
-        return subprocess.Popen(
-            [sys.executable, "-c", code, *map(str, self.args)],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            preexec_fn=prepare,
-        )
-
-    def written(self) -> int:
-        """Whole lines in the output so far."""
-        return self.output.read_bytes().count(b"\n") if self.output.exists() else 0
-
-    def records(self) -> dict[str | None, dict[str, Any]]:
-        """The output's records by custom_id; of several with the same one, that of the first line."""
-        assert self.output.read_bytes().endswith(b"\n")
-        found = sorted((json.loads(raw) for raw in self.output.read_bytes().splitlines()), key=lambda r: r["id"])
-        assert len({record["id"] for record in found}) == len(found)
-        return {record["custom_id"]: record for record in reversed(found)}
-
-
 @pytest.fixture
 def make(tmp_path: Path, offload: Path):
     """Makes a job of these lines."""
@@ -151,14 +81,6 @@ def body(record: dict[str, Any]) -> dict[str, Any]:
     assert record["error"] is None, record
     assert record["response"]["status_code"] == 200 and record["response"]["request_id"]
     return record["response"]["body"]
-
-
-def timeless(records: dict[Any, dict[str, Any]]) -> dict[Any, str]:
-    """The records as texts, but for the time at which they were made."""
-    for record in records.values():
-        if record["response"]:
-            assert abs(record["response"]["body"].pop("created") - time.time()) < 3600
-    return {custom_id: json.dumps(record) for custom_id, record in records.items()}
 
 
 # Answers
@@ -540,17 +462,15 @@ def test_killed_at_any_instant_it_ends_as_if_it_never_was(tmp_path, offload):
             assert process.returncode == -kind, errors
         else:
             assert process.returncode == 128 + kind, errors
-            assert errors == f"stopped: {seen[-1]} of {KILL_LINES} lines are done; the same command goes on\n"
+            said = f"stopped: {seen[-1]} of {KILL_LINES} lines are done; the same command goes on"
+            assert errors.splitlines() == [SAID.decode().strip(), said]
             assert job.output.read_bytes().endswith(b"\n")
     assert len(seen) > 0.8 * len(kinds), f"it was done after {len(seen)} of {len(kinds)} signals"
     print(f"lines done after each signal: {seen}")
     result = job.run()
     assert result.exit_code == 0, (result.output, result.exception)
 
-    def numbered(path: Path) -> dict[str, str]:
-        return timeless({r["id"]: r for r in map(json.loads, path.read_bytes().splitlines())})
-
-    assert numbered(job.output) == numbered(whole.output)
+    assert job.answers() == whole.answers()
     assert len(job.output.read_bytes().splitlines()) == KILL_LINES
 
 
@@ -563,6 +483,108 @@ def test_a_full_disk_stops_the_job_and_it_goes_on(make):
     assert errors.startswith("error: ") and f"the {done} lines done are kept" in errors and "file too large" in errors
     assert 0 < done < 60 and len(job.records()) == done
     assert len(job.done()) == 60
+
+
+# Standard input and output
+
+
+def test_answers_go_to_standard_output_and_leave_nothing_behind(make):
+    job = make([*sampled(3), b"not json"])
+    result = job.run("-o", "-")
+    assert result.exit_code == 0, (result.output, result.exception)
+    passed = timeless(map(json.loads, result.stdout.splitlines()))
+    notice, *_, last = result.stderr.splitlines()
+    assert "not kept: a job that is stopped begins anew" in notice
+    assert last == f"all 4 lines of {job.source} are done, 4 in this run, 1 of them with an error"
+    assert not job.output.exists() and [p.name for p in job.source.parent.iterdir()] == ["in.jsonl"]
+    job.done()
+    assert job.answers() == passed
+    again = job.run("-o", "-")  # nothing is gone on with
+    assert timeless(map(json.loads, again.stdout.splitlines())) == passed
+
+
+def test_requests_come_on_standard_input_and_the_job_goes_on(make, monkeypatch):
+    lines, whole = sampled(4), make(sampled(4))
+    whole.done()
+    expected = whole.answers()
+    whole.output.unlink()
+    args = ["-i", "-", *map(str, whole.args[2:])]
+    for count in (2, 4, 4):
+        given = b"\n".join(lines[:count]) + b"\n"
+        result = CliRunner().invoke(command, args, input=given)
+        assert result.exit_code == 0, (result.output, result.exception)
+        assert f"all {count} lines of standard input are done" in result.stderr and not result.stdout
+    assert whole.answers() == expected and whole.written() == 4
+    both = CliRunner().invoke(command, [*args, "-o", "-"], input=given)
+    assert timeless(map(json.loads, both.stdout.splitlines())) == expected
+
+
+def test_a_stopped_job_on_standard_output_says_that_it_begins_anew(make, monkeypatch, capfd):
+    append, seen = Passing.append, []
+
+    def stopping(self: Passing, *args: Any) -> None:
+        append(self, *args)
+        seen.append(args)
+        if len(seen) == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Passing, "append", stopping)
+    result = make(sampled(40)).run("-o", "-", "--gpu-batch-size", "2")
+    done = len(result.stdout.splitlines())
+    assert result.exit_code == 143 and 3 <= done < 40 and SAID.decode() == capfd.readouterr().err
+    assert result.stderr.splitlines()[-1] == f"stopped: {done} of 40 lines are done; the same command begins anew"
+
+
+def test_nobody_reading_ends_the_job_without_a_word(make, monkeypatch, capfd):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as nobody:
+        monkeypatch.setattr(sys, "stdout", nobody)
+        with pytest.raises(SystemExit) as ended:
+            command.main([*map(str, make(sampled(3)).args), "-o", "-"], standalone_mode=False)
+        monkeypatch.undo()
+        with suppress(BrokenPipeError):
+            nobody.close()
+    assert ended.value.code == 128 + signal.SIGPIPE
+    assert capfd.readouterr().err.splitlines() == [
+        "answers go to standard output and are not kept: a job that is stopped begins anew"
+    ]
+
+
+def test_answers_are_not_added_to_the_requests(make, capfd):
+    job = make(sampled(2))
+    keep = os.dup(1)
+    try:
+        with job.source.open("ab") as file:
+            os.dup2(file.fileno(), 1)
+        assert "standard output is the input too; name another output" in job.refused("-o", "-")
+    finally:
+        os.dup2(keep, 1)
+        os.close(keep)
+
+
+def test_a_log_probability_that_is_no_number_is_an_error_of_its_line(make, monkeypatch):
+    def stream(self: LLM, prompts: Iterable[PreparedPrompt]) -> Iterator[RequestOutput]:
+        for n, _ in enumerate(prompts):
+            done = CompletionOutput(0, "x", [5], "length", logprobs=[{5: Logprob([math.nan, -1.0][n])}])
+            yield RequestOutput(n, "a", [5], [done])
+
+    monkeypatch.setattr(LLM, "stream", stream)
+    found = make([line(name, prompt="a", max_tokens=1, logprobs=0) for name in ("broken", "fine")]).done()
+    assert found["broken"]["response"] is None and found["broken"]["error"]["code"] == "no_number"
+    assert found["broken"]["error"]["message"].startswith("a log-probability is nan")
+    assert body(found["fine"])["choices"][0]["logprobs"]["token_logprobs"] == [-1.0]
+
+
+def test_an_answer_that_was_edited_is_noticed_before_the_job_goes_on(make):
+    job = make(sampled(4))
+    job.done()
+    whole = job.output.read_bytes()
+    job.output.write_bytes(whole.replace(b'"text": "', b'"text": "well, ', 1))
+    assert "line 1 of " in (said := job.refused()) and "keep the 0 lines before it" in said
+    job.output.write_bytes(whole.split(b"\n", 1)[1])  # without the edited line: it is answered anew
+    job.done()
+    assert sorted(job.answers()) == sorted(timeless(map(json.loads, whole.splitlines())))
 
 
 def test_a_line_of_more_prompts_than_a_block_has_one_answer(make):
