@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import bench, generate_command, plan_command, run_batch
-from .options import DEVICE, OFFLOAD_DIR
+from .options import DEVICE, OFFLOAD_DIR, Command
 from .plan.hardware import GIB, Curve, Hardware, HardwareError
 from .progress import Display
 from .run.measure import cached_profile, measure, profile_path, read_run, refine, save_profile
@@ -30,7 +30,7 @@ cli.add_command(generate_command.command, "generate")
 cli.add_command(run_batch.command, "run-batch")
 
 
-@cli.command("measure")
+@cli.command("measure", cls=Command)
 @OFFLOAD_DIR
 @click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="Write the profile here.")
 @click.option(

@@ -19,7 +19,7 @@ from rich.table import Table
 from .llm import DEFAULT_OFFLOAD_DIR
 from .model_source import DUMMY, ModelSource, choose_dtype, find_model
 from .models.opt import ModelError, OPTConfig, config_by_name, model_spec
-from .options import ALLOW, DTYPE, OFFLOAD_DIR, memory_options
+from .options import ALLOW, DTYPE, OFFLOAD_DIR, Command, memory_options
 from .plan.fit import fits, need
 from .plan.hardware import GIB, Hardware, profile_names
 from .plan.placement import Tier
@@ -373,7 +373,7 @@ def find_policies(model: Model, hardware: Hardware, options: Mapping[str, Any]) 
         return search(problem, hardware)
 
 
-@click.command("plan", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command("plan", cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--model", required=True, help="A checkpoint's directory, a hub id, an OPT size by name, or 'demo'.")
 @click.option("--path", help="The checkpoint's directory; for a known OPT size none is needed.")
 @click.option("--hardware", help=f"A profile's file, or one of {', '.join(profile_names())}; default: this machine.")
