@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import bench, generate_command, plan_command, run_batch
+from .memory import drives
 from .options import DEVICE, OFFLOAD_DIR, Command
 from .plan.hardware import GIB, Curve, Hardware, HardwareError
 from .progress import Display
@@ -56,6 +57,8 @@ def measure_command(
     console = Console(highlight=False)
     print_hardware(console, found)
     console.print(f"profile: {path}", soft_wrap=True)
+    if told := drives.concern(offload_dir, drives.storage(offload_dir), is_direct=drives.takes_direct(offload_dir)):
+        click.echo(f"warning: {told}", err=True)
 
 
 def choose_device(name: str | None) -> torch.device:
