@@ -79,7 +79,7 @@ def find_local(model: str, path: str | None = None) -> Path | None:
 
 def find_sizes(model: str, path: str | None = None) -> ModelSource:
     """Find a model of which only the sizes are needed: a published one that is not here is not fetched for them."""
-    by_name = config_by_name(model) is not None and find_local(model, path) is None
+    by_name = path != DUMMY and config_by_name(model) is not None and find_local(model, path) is None
     return find_model(model, DUMMY if by_name else path)
 
 

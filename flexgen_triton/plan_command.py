@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .llm import DEFAULT_OFFLOAD_DIR
-from .model_source import DUMMY, ModelSource, choose_dtype, find_model
+from .model_source import DUMMY, ModelSource, choose_dtype, find_local, find_sizes, hub_name
 from .models.opt import ModelError, OPTConfig, config_by_name, model_spec
 from .options import ALLOW, DTYPE, OFFLOAD_DIR, Command, memory_options
 from .plan.fit import fits, need
@@ -117,12 +117,12 @@ class Model:
     @classmethod
     def find(cls, model: str, path: str | None, dtype: str) -> Model:
         """A known OPT size needs no checkpoint; of a hub repository only config.json is fetched. Raises ModelError."""
-        known = path is None and config_by_name(model) is not None and not Path(model).expanduser().exists()
-        path = DUMMY if known else path
-        is_remote = path is None and model.count("/") == 1 and not model.startswith((".", "/", "~"))
-        remote = is_remote and not Path(model).exists()
-        source = _remote_config(model) if remote else find_model(model, path)
+        is_here = path == DUMMY or find_local(model, path) is not None
+        known = not is_here and config_by_name(model) is not None
+        remote = not is_here and not known and hub_name(model) is not None
+        source = _remote_config(model) if remote else find_sizes(model, path)
         chosen = choose_dtype(dtype, source)
+        path = path or (DUMMY if known else None)
         flags = ["--model", model, *(["--path", path] if path else [])]
         return cls(source, chosen, (*flags, *(["--dtype", chosen] if chosen != source.dtype else [])))
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import flexgen_triton
-from flexgen_triton import LLM, Policy, SamplingParams, flex_opt, opt_config, utils
+from flexgen_triton import LLM, Policy, SamplingParams, flex_opt, opt_config, plan_command, utils
 from flexgen_triton.demo import DEMO_DIR
 from flexgen_triton.flex_opt import CompressionConfig, ExecutionEnv, OptLM, str2bool
-from flexgen_triton.model_source import find_model
+from flexgen_triton.model_source import find_model, find_sizes
 from flexgen_triton.models.opt import ModelError, config_by_name, model_spec
 from flexgen_triton.opt_config import OptConfig, get_opt_config
 from flexgen_triton.outputs import RequestOutput
@@ -362,6 +362,17 @@ def test_where_the_weights_are_not_the_hub_is_asked_by_one_rule(tmp_path, hub, t
     (tmp_path / "opt_weights" / "model.safetensors").touch()
     with pytest.raises(ModelError, match=r"model.safetensors but no config.json"):
         find_model("facebook/opt-6.7b", nowhere)
+
+
+def test_sizes_alone_are_not_fetched_for(tmp_path, hub):
+    """For a plan and a dry run, with FlexGen's default path, which need not exist."""
+    for path in (None, str(tmp_path / "opt_weights")):
+        assert find_sizes("facebook/opt-30b", path).config.num_hidden_layers == 48
+        found = plan_command.Model.find("facebook/opt-30b", path, "auto")
+        assert found.source.directory is None and found.flags[-1] == (path or "_DUMMY_")
+    with pytest.raises(ModelError, match="no known OPT size"):
+        plan_command.Model.find("nobody/nothing", str(tmp_path / "opt_weights"), "auto")
+    assert not hub.exists()
 
 
 def test_layers_are_made_without_values_while_asked(monkeypatch):
