@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from flexgen_triton.memory.disk import DiskFile
 from flexgen_triton.memory.drives import Drive, Storage, concern, storage, takes_direct
 
 NVME = Drive("nvme1n1", "Amazon EC2 NVMe Instance Storage", False)
@@ -123,7 +124,8 @@ def test_this_machines_own(tmp_path):
     done = subprocess.run(["df", "--output=fstype", tmp_path], capture_output=True, text=True, check=True)
     assert found.filesystem == done.stdout.split()[-1]
     assert all(Path("/sys/class/block", drive.name).exists() for drive in found.drives)
-    assert takes_direct(tmp_path) in (True, False)
+    with DiskFile.scratch(tmp_path, 4096) as file:
+        assert takes_direct(tmp_path) == file.direct
     if Path("/dev/shm").is_mount():
         assert storage(Path("/dev/shm/x")) == Storage("tmpfs", ())
     with pytest.raises(OSError, match="nothing"):
