@@ -20,7 +20,7 @@ from .model_source import DEMO, choose_dtype, find_sizes
 from .models.opt import model_spec
 from .models.sampling_params import SamplingParams
 from .options import Command, flags_policy, is_by_hand, load_model, model_options
-from .outputs import RequestOutput
+from .outputs import RequestOutput, answered
 from .plan.hardware import Hardware
 from .plan.plan import Plan, make_plan
 from .plan.policy import CACHE_GROUP, CompressionConfig, Policy
@@ -30,7 +30,7 @@ from .progress import Display
 from .run.auto import predict_run
 from .run.measure import cached_profile
 from .run.trace import write_chrome_trace
-from .utils import answered, write_benchmark_log
+from .utils import write_benchmark_log
 
 DEBUG_MODES = ("fewer_batch", "breakdown")
 FEWER_STEPS = 4  # token steps of a debug mode: prefill, and decode steps enough for a mean

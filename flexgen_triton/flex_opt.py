@@ -25,8 +25,9 @@ from .model_source import DUMMY
 from .models.sampling_params import SamplingParams
 from .opt_config import OptConfig, download_opt_weights, get_opt_config
 from .options import flags_policy
+from .outputs import answered
 from .plan.policy import CACHE_GROUP, CompressionConfig, Policy
-from .utils import ExecutionEnv, Task, TorchDevice, TorchDisk, TorchMixedDevice, answered, str2bool
+from .utils import ExecutionEnv, Task, TorchDevice, TorchDisk, TorchMixedDevice, str2bool
 
 __all__ = [
     "DUMMY_WEIGHT",

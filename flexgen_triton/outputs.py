@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .models.sampling import Logprobs
@@ -57,3 +58,16 @@ class RequestOutput:
     @property
     def finished(self) -> bool:
         return all(o.finished for o in self.outputs)
+
+
+class OutputError(ValueError):
+    """A prompt that got no answer, where one is needed."""
+
+
+def answered(outputs: Sequence[RequestOutput]) -> Sequence[RequestOutput]:
+    """The same outputs; raises OutputError, in one sentence, when a prompt has no answer."""
+    failed = [o for o in outputs if o.error]
+    if failed:
+        more = f" (and {len(failed) - 1} of the other prompts have no answer)" if len(failed) > 1 else ""
+        raise OutputError(f"prompt {failed[0].request_id}: {failed[0].error}{more}")
+    return outputs

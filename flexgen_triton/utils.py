@@ -17,7 +17,6 @@ import torch
 from numpy.typing import ArrayLike
 
 from .memory.arena import peak_rss, rss
-from .outputs import RequestOutput
 
 __all__ = [
     "GB",
@@ -134,14 +133,6 @@ class ExecutionEnv:
     def close_copy_threads(self) -> None:
         """Free the memory, files and threads of all models that were loaded with this."""
         self.disk.close_copy_threads()
-
-
-def answered(outputs: list[RequestOutput]) -> list[RequestOutput]:
-    """Return the outputs; raises ValueError with the first prompt's error where one has no answer."""
-    for output in outputs:
-        if output.error is not None:
-            raise ValueError(f"prompt {output.request_id} has no answer: {output.error}")
-    return outputs
 
 
 def run_cmd(cmd: str) -> int:

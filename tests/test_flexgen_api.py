@@ -19,7 +19,7 @@ from flexgen_triton.flex_opt import CompressionConfig, ExecutionEnv, OptLM, str2
 from flexgen_triton.model_source import find_model, find_sizes
 from flexgen_triton.models.opt import ModelError, config_by_name, model_spec
 from flexgen_triton.opt_config import OptConfig, get_opt_config
-from flexgen_triton.outputs import RequestOutput
+from flexgen_triton.outputs import RequestOutput, answered
 from flexgen_triton.plan.policy import PolicyError
 
 ROOT = Path(__file__).parents[1]
@@ -308,9 +308,9 @@ def test_debug_modes_cut_the_run_and_breakdown_says_what_each_lane_did(model, to
 
 def test_a_prompt_without_an_answer_is_an_error():
     found = RequestOutput(0, None, [5], [])
-    assert utils.answered([found]) == [found]
-    with pytest.raises(ValueError, match="prompt 1 has no answer: it is too long"):
-        utils.answered([found, RequestOutput(1, None, [5], [], error="it is too long")])
+    assert answered([found]) == [found]
+    with pytest.raises(ValueError, match="prompt 1: it is too long"):
+        answered([found, RequestOutput(1, None, [5], [], error="it is too long")])
 
 
 @pytest.fixture

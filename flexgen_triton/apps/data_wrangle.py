@@ -15,7 +15,7 @@ from ..bench import invoke
 from ..llm import LLM
 from ..models.sampling_params import SamplingParams
 from ..options import Command, load_by_hand, model_options
-from ..utils import answered
+from ..outputs import answered
 
 Row = dict[str, str]
 
