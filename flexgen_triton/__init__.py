@@ -7,13 +7,24 @@ from typing import TYPE_CHECKING
 from . import environment as _environment  # noqa: F401  # before anything imports torch
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "CompletionOutput", "CompressionConfig", "Policy", "RequestOutput", "SamplingParams"]
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "CompressionConfig",
+    "ExecutionEnv",
+    "OptLM",
+    "Policy",
+    "RequestOutput",
+    "SamplingParams",
+]
 
 if TYPE_CHECKING:
+    from .flex_opt import OptLM
     from .llm import LLM
     from .models.sampling_params import SamplingParams
     from .outputs import CompletionOutput, RequestOutput
     from .plan.policy import CompressionConfig, Policy
+    from .utils import ExecutionEnv
 
 
 def __getattr__(name: str) -> object:
@@ -21,6 +32,7 @@ def __getattr__(name: str) -> object:
     from importlib import import_module
 
     homes = {"LLM": ".llm", "SamplingParams": ".models.sampling_params"}
+    homes |= {"OptLM": ".flex_opt", "ExecutionEnv": ".utils"}
     homes |= dict.fromkeys(("CompletionOutput", "RequestOutput"), ".outputs")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +16,25 @@ from rich.table import Table
 from . import demo, figures
 from .llm import AUTO, LLM, Prompt
 from .memory.arena import peak_rss, reset_peak_rss, rss
-from .model_source import DEMO, choose_dtype, find_model
+from .model_source import DEMO, choose_dtype, find_sizes
 from .models.opt import model_spec
 from .models.sampling_params import SamplingParams
-from .options import flags_policy, is_by_hand, load_model, model_options
+from .options import Command, flags_policy, is_by_hand, load_model, model_options
 from .os_errors import sentence
 from .outputs import RequestOutput, answered
 from .plan.hardware import Hardware
 from .plan.plan import Plan, make_plan
-from .plan.policy import Policy
+from .plan.policy import CACHE_GROUP, CompressionConfig, Policy
 from .plan.search import Searched, modest, search
 from .plan.spec import Workload, stored_as
 from .progress import Display
 from .run.auto import predict_run
 from .run.measure import cached_profile
 from .run.trace import write_chrome_trace
+from .utils import write_benchmark_log
 
+DEBUG_MODES = ("fewer_batch", "breakdown")
+FEWER_STEPS = 4  # token steps of a debug mode: prefill, and decode steps enough for a mean
 STRATEGIES = {
     "sequential": {"gpu_batch_size": 4, "num_gpu_batches": 4, "overlap": False},
     "overlap, single batch": {"gpu_batch_size": 4, "num_gpu_batches": 1, "overlap": True},
@@ -76,6 +79,7 @@ def measure(
         "prompt_len": max(lens),
         "gen_len": gen_len,
         "num_prompts": len(prompts),
+        "projected": len(figures.step_seconds(report)) < gen_len,
         **figures.timing(report, prompt_tokens=sum(lens), num_prompts=len(prompts), gen_len=gen_len),
         "peak_gpu_bytes": torch.cuda.max_memory_allocated() if on_gpu else 0,
         "peak_host_bytes": peak_rss(),
@@ -123,7 +127,7 @@ def run_demo(console: Console, offload_dir: Sequence[Path]) -> dict[str, Any]:
 
 def dry_plan(model: str, path: str | None, dtype: str, policy: Policy, prompt_len: int, gen_len: int) -> Plan:
     """The plan as it would be run with one GPU and weights in a store of our own; touches nothing."""
-    source = find_model(model, path)
+    source = find_sizes(model, path)
     spec = stored_as(model_spec(source.config, source.name, choose_dtype(dtype, source)), policy)
     workload = Workload.uniform(prompt_len, gen_len, policy.gpu_batch_size, policy.num_gpu_batches)
     return make_plan(spec, policy, workload, copies=torch.cuda.is_available())
@@ -133,7 +137,7 @@ def show(console: Console, llm: LLM, result: dict[str, Any], *, verbose: int) ->
     report = llm.last_report
     assert report is not None
     outputs: list[RequestOutput] = result["outputs"]
-    for output in outputs if verbose > 1 else outputs[:1] + outputs[1:][-1:]:
+    for output in outputs if verbose > 2 else (outputs[:1] + outputs[1:][-1:]) * (verbose == 2):
         if output.outputs[0].text:
             console.print(f"{output.request_id}: [bold]{output.prompt or '...'}[/]{output.outputs[0].text}")
     figures.print_plan(console, report.plans[0])
@@ -141,26 +145,58 @@ def show(console: Console, llm: LLM, result: dict[str, Any], *, verbose: int) ->
     console.print(figures.summary(result), highlight=False)
 
 
-def log_name(result: dict[str, Any]) -> Path:
-    """FlexGen's automatic name of a log file."""
-    p = result["policy"]
-    percent = "-".join(f"{p[f]:g}" for f in list(p)[2:8])
-    size = f"gbs{p['gpu_batch_size']}-ngbs{p['num_gpu_batches']}"
-    name = f"fg-{result['model']}-{size}-prompt{result['prompt_len']}-gen{result['gen_len']}-percent-{percent}"
-    return Path(f"{name}{'-ov' if p['overlap'] else ''}.log")
+def log_name(model: str, policy: Policy, *, prompt_len: int, gen_len: int) -> str:
+    """The automatic name of a run's log, without its ending: FlexGen's, and every setting that is not the default.
+
+    No two policies have the same name; the formats of what is not compressed are no part of a policy.
+    """
+    p = policy
+    shares = (p.w_gpu_percent, p.w_cpu_percent, p.cache_gpu_percent, p.cache_cpu_percent, p.act_gpu_percent)
+    percent = "-".join(_number(x) for x in (*shares, p.act_cpu_percent))
+    size = f"gbs{p.gpu_batch_size}-ngbs{p.num_gpu_batches}-prompt{prompt_len}-gen{gen_len}"
+    marks = [
+        "cpu-cache" if p.cpu_cache_compute else "gpu-cache",
+        *(["compw", *_format_marks(p.comp_weight_config, 0)] if p.compress_weight else ()),
+        *(["compc", *_format_marks(p.comp_cache_config, 2)] if p.compress_cache else ()),
+        *([f"sparse{_number(p.attn_sparsity)}"] if p.attn_sparsity < 1 else ()),
+        *([f"attended{_number(p.cpu_attention_percent)}"] if p.cpu_attention_percent < 100 else ()),
+        *(["open"] if p.keep_open_blocks else ()),
+        *(name for name, is_on in (("noov", p.overlap), ("nosep", p.sep_layer), ("nopin", p.pin_weight)) if not is_on),
+    ]
+    return "-".join((f"fo-{model.rsplit('/', 1)[-1]}", size, "percent", percent, *marks))
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+def _format_marks(config: CompressionConfig, dim: int) -> Iterator[str]:
+    """What of a 4-bit format is not the default."""
+    if config.group_size != CACHE_GROUP:
+        yield f"group{config.group_size}"
+    if config.group_dim != dim:
+        yield f"dim{config.group_dim}"
+    if not config.enabled:
+        yield "off"
+
+
+def _number(value: float) -> str:
+    """A number as it is, without the ".0" of a whole one."""
+    return str(int(value)) if value == int(value) else repr(float(value))
+
+
+@click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
 @model_options
 @click.option("--prompt-len", type=click.IntRange(1), default=512, show_default=True)
 @click.option("--gen-len", type=click.IntRange(1), default=32, show_default=True)
 @click.option("--cut-gen-len", type=click.IntRange(2), help="Run this many token steps and project the rest.")
+@click.option(
+    "--debug-mode",
+    type=click.Choice(DEBUG_MODES),
+    help=f"fewer_batch: {FEWER_STEPS} token steps, the rest projected; breakdown: that without overlap, lane by lane.",
+)
 @click.option("--num-prompts", type=click.IntRange(1), help="With an automatic policy; by default one block.")
 @click.option("--prompts", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="A prompt a line.")
 @click.option("--max-latency", type=float, help="Seconds that a block may take under an automatic policy.")
 @click.option("--log-file", default="auto", show_default=True)
 @click.option("--no-log", is_flag=True)
-@click.option("--verbose", type=int, default=2, show_default=True)
+@click.option("--verbose", type=int, default=2, show_default=True, help="2: the first and the last text; 3: all.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the figures here.")
 @click.option("--trace", type=click.Path(path_type=Path), help="Write a Chrome/Perfetto trace here.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and touch nothing.")
@@ -177,6 +213,7 @@ def command(context: click.Context, /, **options: Any) -> None:
 
 def run(console: Console, *, by_hand: bool, **o: Any) -> None:
     """One benchmark run, as the flags say."""
+    o = debugged(o)
     policy = flags_policy(o)
     if by_hand and o["dry_run"]:
         plan = dry_plan(o["model"] or DEMO, o["path"], o["dtype"], policy, o["prompt_len"], o["gen_len"])
@@ -201,6 +238,14 @@ def run(console: Console, *, by_hand: bool, **o: Any) -> None:
         result = measure(llm, prompts, params, gen_len=o["gen_len"], hardware=profile_of(llm, o["hardware"], by_hand))
         bars.hide()
         write_results(console, llm, result, o)
+
+
+def debugged(o: dict[str, Any]) -> dict[str, Any]:
+    """The options as `--debug-mode` changes them: both cut the run, "breakdown" does without overlap as well."""
+    if o["debug_mode"] is None:
+        return o
+    cut = FEWER_STEPS if o["cut_gen_len"] is None else o["cut_gen_len"]
+    return {**o, "cut_gen_len": cut, "overlap": o["overlap"] and o["debug_mode"] != "breakdown"}
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -235,9 +280,9 @@ def write_results(console: Console, llm: LLM, result: dict[str, Any], o: dict[st
     if o["trace"]:
         write_chrome_trace(llm.last_report.timeline, o["trace"])
     if not o["no_log"]:
-        target = log_name(result) if o["log_file"] == "auto" else Path(o["log_file"])
-        with target.open("a") as log:
-            log.write(figures.summary(result) + "\n")
+        shape = {name: result[name] for name in ("prompt_len", "gen_len")}
+        name = f"{log_name(llm.spec.name, llm.policy, **shape)}.log" if o["log_file"] == "auto" else o["log_file"]
+        write_benchmark_log(name, *figures.logged(result))
 
 
 def invoke(chosen: click.Command) -> None:

@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from . import bench, generate_command, plan_command, run_batch
+from .memory import drives
 from .memory.stripes import Folders
-from .options import DEVICE, OFFLOAD_DIR
+from .options import DEVICE, OFFLOAD_DIR, Command
 from .plan.hardware import GIB, Curve, Hardware, HardwareError
 from .progress import Display
 from .run.measure import cached_profile, measure, profile_path, read_run, refine, save_profile
@@ -31,7 +32,7 @@ cli.add_command(generate_command.command, "generate")
 cli.add_command(run_batch.command, "run-batch")
 
 
-@cli.command("measure")
+@cli.command("measure", cls=Command)
 @OFFLOAD_DIR
 @click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="Write the profile here.")
 @click.option(
@@ -57,6 +58,9 @@ def measure_command(
     console = Console(highlight=False)
     print_hardware(console, found)
     console.print(f"profile: {path}", soft_wrap=True)
+    for path in folders.paths:
+        if told := drives.concern(path, drives.storage(path), is_direct=drives.takes_direct(path)):
+            click.echo(f"warning: {told}", err=True)
 
 
 def choose_device(name: str | None) -> torch.device:

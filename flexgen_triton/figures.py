@@ -15,6 +15,7 @@ from .plan.predict import Prediction
 from .plan.search import Found, Searched
 from .run.engine import RunReport
 from .run.trace import LaneUse, Timeline
+from .utils import GB, log_text
 
 
 def step_seconds(report: RunReport) -> list[float]:
@@ -140,17 +141,17 @@ def _lane_cells(use: LaneUse, *, rate: bool) -> tuple[str, ...]:
     return f"{use.busy_s:.2f}", f"{use.bytes / GIB:.2f}", speed, str(use.ops), f"{use.exposed_s:.2f}"
 
 
+def logged(result: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The figures that a log has, in its order."""
+    names = ("model_bytes", "cache_bytes", "hidden_bytes", "peak_gpu_bytes", "projected")
+    rates = (f"{phase}_{kind}" for phase in ("prefill", "decode", "total") for kind in ("s", "tok_s"))
+    return tuple(result[name] for name in (*names, *rates))
+
+
 def summary(result: Mapping[str, Any]) -> str:
-    """FlexGen's closing lines."""
-    return "\n".join(
-        (
-            f"model size: {result['model_bytes'] / GIB:.3f} GiB, cache size: {result['cache_bytes'] / GIB:.3f} GiB, "
-            f"hidden size (prefill): {result['hidden_bytes'] / GIB:.3f} GiB",
-            f"peak memory: GPU {result['peak_gpu_bytes'] / GIB:.3f} GiB, "
-            f"host {result['peak_host_bytes'] / GIB:.3f} GiB (planned {result['planned_host_bytes'] / GIB:.3f}), "
-            f"of it pinned {result['pinned_bytes'] / GIB:.3f} GiB",
-            f"prefill latency: {result['prefill_s']:.3f} s, prefill throughput: {result['prefill_tok_s']:.3f} token/s",
-            f"decode latency: {result['decode_s']:.3f} s, decode throughput: {result['decode_tok_s']:.3f} token/s",
-            f"total latency: {result['total_s']:.3f} s, total throughput: {result['total_tok_s']:.3f} token/s",
-        )
+    """FlexGen's closing lines, as they are logged, and the host's memory."""
+    host = (
+        f"peak host mem: {result['peak_host_bytes'] / GB:.3f} GB "
+        f"(planned {result['planned_host_bytes'] / GB:.3f}), of it pinned {result['pinned_bytes'] / GB:.3f} GB"
     )
+    return f"{log_text(*logged(result))}\n{host}"

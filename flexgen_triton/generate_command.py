@@ -14,7 +14,7 @@ import click
 
 from .llm import LLM, PreparedPrompt
 from .models.sampling_params import SamplingParams
-from .options import LOG_JSON, model_options, open_model, sampling_options, sampling_params
+from .options import LOG_JSON, Command, model_options, open_model, sampling_options, sampling_params
 from .outputs import RequestOutput
 from .progress import Display, closing_text, figures
 from .stopping import Stop, Stopped, end_unread, stoppable
@@ -166,7 +166,7 @@ def write_all(llm: LLM, prompts: Prompts, params: SamplingParams, display: Displ
     return errors
 
 
-@click.command("generate", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command("generate", cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("prompts", nargs=-1)
 @click.option("-f", "--file", type=click.Path(path_type=Path), help="A prompt a line.")
 @click.option("--whole", is_flag=True, help="All of the file, or of standard input, is one prompt.")

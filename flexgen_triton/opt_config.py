@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from .model_source import DEMO, find_model
 from .models.opt import ModelError, OPTConfig, config_by_name
@@ -83,3 +85,37 @@ def get_opt_config(name: str, **fields: Any) -> OptConfig:
     if config is None:
         raise ModelError(f"{name!r} is no known OPT size, nor a checkpoint's directory")
     return replace(OptConfig.of(short, config), **fields)
+
+
+def download_opt_weights(model_name: str, path: str) -> Path:
+    """Fetch a model from the hub where neither `path` nor the hub's cache has it; returns the directory that has it.
+
+    Nothing is converted: weights are read as the hub has them. Raises ModelError where the model cannot be had.
+    """
+    directory = find_model(model_name, path).directory
+    if directory is None:
+        raise ModelError(f"{model_name} with random weights ({path}) has no directory; there is nothing to fetch")
+    return directory
+
+
+def disable_torch_init() -> None:
+    """Let torch's linear layers and layer norms be made without values, for those that are loaded next."""
+    for kind in (torch.nn.Linear, torch.nn.LayerNorm):
+        if not hasattr(kind.reset_parameters, "original"):
+            kind.reset_parameters = _no_values(kind.reset_parameters)  # type: ignore[assignment]
+
+
+def restore_torch_init() -> None:
+    """Undo `disable_torch_init`."""
+    for kind in (torch.nn.Linear, torch.nn.LayerNorm):
+        kind.reset_parameters = getattr(kind.reset_parameters, "original", kind.reset_parameters)  # type: ignore[method-assign]
+
+
+def _no_values(original: Callable[[Any], None]) -> Callable[[Any], None]:
+    """A method that does nothing and remembers the one whose place it takes."""
+
+    def skip(module: torch.nn.Module) -> None:
+        pass
+
+    skip.original = original  # type: ignore[attr-defined]
+    return skip

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
+from .abbreviations import Command as Command
 from .llm import AUTO, DEFAULT_OFFLOAD_DIR, LLM
 from .model_source import DEMO
 from .models.sampling_params import SamplingParams
@@ -223,6 +224,12 @@ def open_model(
     """
     policy = flags_policy(options) if is_by_hand(context, options["policy"]) else AUTO
     return load_model(options, policy, progress, check)
+
+
+def load_by_hand(context: click.Context, options: Mapping[str, Any]) -> LLM:
+    """The model under the flags' policy, and under an automatic one only with `--policy auto`: nothing is measured."""
+    is_by_hand(context, options["policy"])
+    return load_model(options, AUTO if options["policy"] == AUTO else flags_policy(options))
 
 
 def load_model(

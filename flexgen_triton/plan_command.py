@@ -18,9 +18,9 @@ from rich.table import Table
 
 from .llm import DEFAULT_OFFLOAD_DIR
 from .memory.stripes import Folders
-from .model_source import DUMMY, ModelSource, choose_dtype, find_model
+from .model_source import DUMMY, ModelSource, choose_dtype, find_local, find_sizes, hub_name
 from .models.opt import ModelError, OPTConfig, config_by_name, model_spec
-from .options import ALLOW, DTYPE, OFFLOAD_DIR, memory_options
+from .options import ALLOW, DTYPE, OFFLOAD_DIR, Command, memory_options
 from .plan.fit import fits, need
 from .plan.hardware import GIB, Hardware, profile_names
 from .plan.placement import Tier
@@ -118,12 +118,12 @@ class Model:
     @classmethod
     def find(cls, model: str, path: str | None, dtype: str) -> Model:
         """A known OPT size needs no checkpoint; of a hub repository only config.json is fetched. Raises ModelError."""
-        known = path is None and config_by_name(model) is not None and not Path(model).expanduser().exists()
-        path = DUMMY if known else path
-        is_remote = path is None and model.count("/") == 1 and not model.startswith((".", "/", "~"))
-        remote = is_remote and not Path(model).exists()
-        source = _remote_config(model) if remote else find_model(model, path)
+        is_here = path == DUMMY or find_local(model, path) is not None
+        known = not is_here and config_by_name(model) is not None
+        remote = not is_here and not known and hub_name(model) is not None
+        source = _remote_config(model) if remote else find_sizes(model, path)
         chosen = choose_dtype(dtype, source)
+        path = path or (DUMMY if known else None)
         flags = ["--model", model, *(["--path", path] if path else [])]
         return cls(source, chosen, (*flags, *(["--dtype", chosen] if chosen != source.dtype else [])))
 
@@ -375,7 +375,7 @@ def find_policies(model: Model, hardware: Hardware, options: Mapping[str, Any]) 
         return search(problem, hardware)
 
 
-@click.command("plan", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command("plan", cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--model", required=True, help="A checkpoint's directory, a hub id, an OPT size by name, or 'demo'.")
 @click.option("--path", help="The checkpoint's directory; for a known OPT size none is needed.")
 @click.option("--hardware", help=f"A profile's file, or one of {', '.join(profile_names())}; default: this machine.")

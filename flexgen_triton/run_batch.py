@@ -27,7 +27,7 @@ from .journal import MAX_LINE, Answers, Journal, Line, Passing, read_lines
 from .llm import LLM, PreparedPrompt
 from .memory.disk import open_regular
 from .model_source import DEMO, choose_dtype, find_model
-from .options import LOG_JSON, Check, base_policy, is_by_hand, model_options, open_model
+from .options import LOG_JSON, Check, Command, base_policy, is_by_hand, model_options, open_model
 from .os_errors import reason
 from .outputs import RequestOutput
 from .plan.policy import Policy
@@ -327,7 +327,7 @@ def check_apart(file: BinaryIO, output: Path) -> None:
             raise JournalError(f"{name} is the input too; name another output")
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "-i",
     "--input-file",

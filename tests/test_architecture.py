@@ -14,6 +14,7 @@ ORDER = ("plan", "memory", "models", "run")  # imports go down this list only: a
 ENTRY_POINTS = {
     "environment.py", "bench.py", "llm.py", "cli.py", "figures.py", "plan_command.py", "sizes.py", "__main__.py",
     "options.py", "progress.py", "generate_command.py", "run_batch.py", "flex_opt.py",
+    "utils.py", "abbreviations.py", "completion.py", "chatbot.py", "data_wrangle.py",
 }  # fmt: skip
 
 

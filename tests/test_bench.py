@@ -7,13 +7,18 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from machines import profile_file
 
-from flexgen_triton.bench import main
+from flexgen_triton.bench import command, log_name, main
+from flexgen_triton.plan.policy import CompressionConfig, Policy, PolicyError
 
 ROOT = Path(__file__).parents[1]
 SMALL = (
@@ -35,9 +40,84 @@ KEYS = (
 )
 
 
-def bench(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+MODELS = {"1.3b": "facebook/opt-1.3b --cut-gen-len 8"} | {
+    size: f"facebook/opt-{size} --path _DUMMY_" for size in ("6.7b", "30b", "175b", "175b-stage")
+}
+FORMATS = "--compress-weight --compress-cache"
+SUITE = {  # FlexGen's published commands: by model, percent | batch size x batches | other flags
+    "1.3b": """
+        100 0 100 0 100 0 | 16x1 |
+        0 100 100 0 100 0 | 16x1 |
+        100 0 0 100 100 0 | 16x1 | --cpu
+        0 100 0 100 100 0 | 16x1 | --cpu
+        0 0 100 0 100 0   | 16x1 |
+        100 0 0 0 100 0   | 16x1 | --cpu
+        50 50 100 0 100 0 | 16x1 |
+        100 0 50 50 100 0 | 16x1 | --cpu
+        100 0 0 0 100 0   | 16x1 | --cpu --attn-sparsity 0.1
+        100 0 0 0 100 0   | 16x1 | --compress-cache
+        100 0 100 0 100 0 | 16x2 |""",
+    "6.7b": f"""
+        100 0 100 0 100 0 | 4x1   | --overlap False --prompt-len 256 --gen-len 32
+        100 0 100 0 100 0 | 2x1   | --overlap False
+        100 0 100 0 100 0 | 1x1   | --overlap False --prompt-len 1024
+        100 0 100 0 100 0 | 128x1 | --overlap False --prompt-len 256 --gen-len 32 {FORMATS}
+        100 0 100 0 100 0 | 72x1  | --overlap False {FORMATS}
+        100 0 100 0 100 0 | 28x1  | --overlap False {FORMATS} --prompt-len 1024""",
+    "30b": """
+        10 90 0 100 0 100 | 160x2 | --debug fewer_batch --cpu --prompt-len 256 --gen-len 32
+        20 80 0 100 0 100 | 48x3  | --debug fewer_batch --cpu
+        4 96 0 100 0 100  | 20x4  | --debug fewer_batch --cpu --prompt-len 1024
+        0 100 0 100 0 100 | 128x8 | --debug fewer_batch --compress-cache --prompt-len 256 --gen-len 32
+        0 100 0 100 0 100 | 64x8  | --debug fewer_batch --compress-cache
+        0 100 0 100 0 100 | 20x12 | --debug fewer_batch --compress-cache --prompt-len 1024
+        0 100 100 0 100 0 | 8x1   | --debug fewer_batch
+        0 100 0 100 0 100 | 48x3  | --debug fewer_batch --cpu
+        20 80 0 100 0 100 | 48x1  | --debug fewer_batch --cpu
+        0 50 0 0 0 100    | 32x8  | --debug fewer_batch --cpu
+        0 0 0 0 0 100     | 32x8  | --debug fewer_batch --cpu
+        0 50 0 0 0 100    | 32x1  | --debug fewer_batch --cpu
+        20 80 100 0 100 0 | 1x1   | --debug fewer_batch --cpu
+        0 50 100 0 100 0  | 1x1   | --debug fewer_batch --cpu""",
+    "175b": f"""
+        0 50 0 0 0 100    | 64x8  | --debug fewer_batch --pin-weight 0 --cpu --prompt-len 256 --gen-len 32
+        0 50 0 0 0 100    | 32x8  | --debug fewer_batch --pin-weight 0 --cpu
+        0 50 0 0 0 100    | 12x12 | --debug fewer_batch --pin-weight 0 --cpu --prompt-len 1024
+        0 100 0 100 0 100 | 96x3  | --debug fewer_batch --pin-weight 0 {FORMATS} --prompt-len 256 --gen-len 32
+        0 100 0 100 0 100 | 48x3  | --debug fewer_batch --pin-weight 0 {FORMATS}
+        0 100 0 100 0 100 | 12x4  | --debug fewer_batch --pin-weight 0 {FORMATS} --prompt-len 1024
+        0 0 100 0 100 0   | 2x1   | --debug fewer_batch
+        0 50 0 0 0 100    | 32x1  | --debug fewer_batch --pin-weight 0 --cpu
+        0 50 0 0 0 100    | 32x8  | --debug fewer_batch --pin-weight 0 --cpu --overlap False
+        0 50 0 0 0 100    | 32x8  | --debug fewer_batch --pin-weight 0
+        20 80 0 100 0 100 | 48x3  | --debug fewer_batch --pin-weight 0 --cpu
+        0 100 0 100 0 100 | 48x3  | --debug fewer_batch --pin-weight 0 --cpu
+        20 80 0 100 0 100 | 48x1  | --debug fewer_batch --pin-weight 0 --cpu
+        0 0 0 0 0 100     | 32x8  | --debug fewer_batch --pin-weight 0 --cpu
+        20 80 100 0 100 0 | 1x1   | --debug fewer_batch --pin-weight 0 --cpu
+        0 50 100 0 100 0  | 1x1   | --debug fewer_batch --pin-weight 0 --cpu
+        0 50 0 0 0 100    | 32x8  | --debug breakdown --pin-weight 0 --cpu""",
+    "175b-stage": """
+        0 50 0 0 0 100    | 32x8  | --debug fewer_batch --pin-weight 0 --cpu
+        0 100 0 100 0 100 | 32x6  | --debug fewer_batch --pin-weight 0 --cpu""",
+}
+
+
+def suite_commands() -> list[tuple[str, ...]]:
+    """The flags of each of the published commands."""
+    found = []
+    for size, rows in SUITE.items():
+        for row in rows.strip().splitlines():
+            percent, batches, flags = (part.split() for part in row.split("|"))
+            each, number = batches[0].split("x")
+            shape = ("--gpu-batch-size", each, "--num-gpu-batches", number)
+            found.append(("--model", *MODELS[size].split(), "--percent", *percent, *shape, *flags))
+    return found
+
+
+def bench(*args: str, cwd: Path, module: str = "bench") -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_HOME": str(cwd / "hub")}
-    command = [sys.executable, "-m", "flexgen_triton.bench", *in_folder(cwd), *args]
+    command = [sys.executable, "-m", f"flexgen_triton.{module}", *in_folder(cwd), *args]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=250, check=False)
 
 
@@ -70,7 +150,21 @@ def sentence(stderr: str) -> str:
 def test_figures_json_trace_and_log(tiny, tmp_path):
     shape = ("--prompt-len", "20", "--gen-len", "6", "--gpu-batch-size", "2", "--num-gpu-batches", "2")
     files = ("--json", "o.json", "--trace", "t.json", "--log-file", "run.log")
-    done = bench("--model", str(tiny.path), *shape, "--percent", "0", "50", "0", "50", "0", "50", *files, cwd=tmp_path)
+    done = bench(
+        "--model",
+        str(tiny.path),
+        *shape,
+        "--percent",
+        "0",
+        "50",
+        "0",
+        "50",
+        "0",
+        "50",
+        *files,
+        cwd=tmp_path,
+        module="flex_opt",
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "o.json").read_text())
     assert set(KEYS.split()) <= set(result)
@@ -85,7 +179,118 @@ def test_figures_json_trace_and_log(tiny, tmp_path):
     assert moved["bytes"] > 0 and moved["ops"] > 0 and moved["busy_s"] > 0
     events = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
     assert sum(e.get("name") == "compute" for e in events) == 6 * 2 * 8
-    assert "decode throughput" in (tmp_path / "run.log").read_text()
+    logged = read_log(tmp_path / "run.log")
+    assert logged["total throughput"] == pytest.approx(result["total_tok_s"], abs=5e-4)
+    assert logged["model size"] == pytest.approx(result["model_bytes"] / 2**30, abs=5e-4)
+    assert logged["projected"] == result["projected"] == 0
+
+
+def read_log(path: Path) -> dict[str, float]:
+    """A log's figures, found as FlexGen's parser finds them: by line, tab, and the text around a number."""
+    lines = path.read_text().splitlines()
+    assert len(lines) == 5 and "\t" not in lines[0].split("hidden size (p): ")[1]
+    figures = {}
+    for line, names in zip(
+        lines[:2], (("model size", "cache size", "hidden size (p)"), ("peak gpu mem",)), strict=True
+    ):
+        for name, part in zip(names, line.split("\t"), strict=False):
+            start, end = f"{name}: ", " GB"
+            assert part.startswith(start) and part.endswith(end)
+            figures[name] = float(part[len(start) : -len(end)])
+    figures["projected"] = {"True": 1.0, "False": 0.0}[lines[1].split("\t")[1].removeprefix("projected: ")]
+    for phase, line in zip(("prefill", "decode", "total"), lines[2:], strict=True):
+        seconds, rate = line.split("\t")
+        assert seconds.startswith(f"{phase} latency:") and rate.startswith(f"{phase} throughput:")
+        figures[f"{phase} latency"] = float(seconds[seconds.index(":") + 1 : seconds.index(" s")])
+        figures[f"{phase} throughput"] = float(rate[rate.index(":") + 1 : rate.index(" to")])
+    return figures
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """A directory to work in, and no way to a hub."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def in_process(*args: str, cwd: Path) -> str:
+    """Run what must succeed, in this process; returns what it prints."""
+    done = CliRunner().invoke(command, [*in_folder(cwd), *args], catch_exceptions=False)
+    assert done.exit_code == 0, (args, done.output)
+    return done.output
+
+
+def test_every_published_command_of_flexgens_benchmark_is_understood(offline):
+    commands = suite_commands()
+    assert len(commands) == len(set(commands)) == 50
+    for args in commands:
+        shape = f"{args[args.index('--gpu-batch-size') + 1]} x {args[args.index('--num-gpu-batches') + 1]} sequences"
+        printed = " ".join(in_process(*args, "--dry-run", cwd=offline).split())
+        assert shape in printed, args
+        assert "32 token steps" in printed, args
+        assert ("sequential" in printed) == ("--overlap" in args or "breakdown" in args), args
+    assert [path.name for path in offline.iterdir()] == ["machine.json"]
+
+
+def test_debug_modes_project_a_cut_run(tiny, offline):
+    shape = ("--prompt-len", "4", "--gen-len", "40", "--gpu-batch-size", "2", "--num-gpu-batches", "2")
+    logs = {}
+    for mode in ("fewer_batch", "breakdown"):
+        printed = in_process("--model", str(tiny.path), *shape, "--debug", mode, "--json", "o.json", cwd=offline)
+        result = json.loads((offline / "o.json").read_text())
+        assert "lanes" in printed and result["projected"] and result["gen_len"] == 40
+        assert result["policy"]["overlap"] == (mode == "fewer_batch")
+        assert result["lanes"]["decode"]["compute"]["ops"] < 40 * 2
+        assert result["decode_s"] > 3 * result["makespan_s"]
+        logs |= {path.name: read_log(path) for path in offline.glob("*.log")}
+    assert len(logs) == 2 and all(log["projected"] for log in logs.values())
+
+
+PERCENTS = st.tuples(*(st.integers(0, 100) | st.floats(0, 100),) * 2).filter(lambda pair: sum(pair) <= 100)
+WEIGHTS = st.sampled_from([(False, CompressionConfig())]) | st.tuples(
+    st.just(True),
+    st.builds(
+        CompressionConfig, group_size=st.sampled_from([32, 64, 128]), group_dim=st.integers(0, 1), enabled=st.booleans()
+    ),
+)
+CACHES = st.sampled_from([(on, CompressionConfig(group_dim=2, enabled=e)) for on, e in ((0, 1), (1, 1), (1, 0))])
+
+
+@st.composite
+def policies(draw: st.DrawFn) -> Policy:
+    """Any policy."""
+    flags, weights, cache = draw(st.tuples(*(st.booleans(),) * 5)), draw(WEIGHTS), draw(CACHES)
+    *schedule, keep_open = flags
+    return Policy(
+        *(draw(st.sampled_from([1, 2, 11, 12])) for _ in range(2)),
+        *draw(PERCENTS),
+        *draw(PERCENTS),
+        *draw(PERCENTS),
+        *schedule,
+        draw(st.sampled_from([1, 1.0, 0.1]) | st.floats(0.001, 1)),
+        *weights,
+        *cache,
+        draw(st.sampled_from([100, 10]) | st.floats(0, 100)),
+        keep_open,
+    )
+
+
+@settings(max_examples=100)
+@given(policies(), policies(), st.data())
+def test_no_two_policies_share_a_logs_name(first, second, data):
+    """Two at random, and two that differ in one field."""
+    field = data.draw(st.sampled_from([f for f in Policy.__slots__ if not f.startswith(("comp_", "compress"))]))
+    near = None
+    with suppress(PolicyError):
+        near = replace(first, **{field: getattr(second, field)})
+    for other in (second, near):
+        if other is not None:
+            names = {log_name("facebook/opt-30b", p, prompt_len=512, gen_len=32) for p in (first, other)}
+            assert len(names) == len({first, other}) and all("/" not in n and len(n) < 250 for n in names)
 
 
 def test_a_cut_run_projects_the_rest(tiny, tmp_path):

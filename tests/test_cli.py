@@ -14,6 +14,7 @@ from click.testing import CliRunner
 
 from flexgen_triton import bench
 from flexgen_triton.cli import cli, main
+from flexgen_triton.memory.drives import concern, storage, takes_direct
 from flexgen_triton.plan.hardware import load_profile
 
 ROOT = Path(__file__).parents[1]
@@ -49,6 +50,8 @@ def test_measured_kept_and_corrected(tmp_path, refused):
     assert done.returncode == 0, done.stderr
     (path,) = (tmp_path / "offload").glob("machine-*.json")
     assert str(path) in done.stdout and "product, 4-bit" in done.stdout
+    told = concern(tmp_path / "offload", storage(tmp_path), is_direct=takes_direct(tmp_path))
+    assert (told is None) == ("warning: " not in done.stderr) and (told or "") in done.stderr
     assert load_profile(path).correction == {}
 
     lanes = {"decode": {"compute": {"busy_s": 3.0}}}

@@ -12,18 +12,25 @@ from flexgen_triton import SamplingParams, options
 from flexgen_triton.plan.policy import Policy
 
 
-def parsed(*args: str) -> tuple[click.Context, dict[str, Any]]:
-    """The options as a command gets them."""
-    found: list[tuple[click.Context, dict[str, Any]]] = []
+def command(found: list[tuple[click.Context, dict[str, Any]]] | None = None) -> click.Command:
+    """A command with all shared options, which hands over what it gets."""
 
-    @click.command()
+    @click.command(cls=options.Command)
+    @click.argument("words", nargs=-1)
     @options.sampling_options
     @options.model_options
     @click.pass_context
-    def command(context: click.Context, /, **given: Any) -> None:
-        found.append((context, given))
+    def function(context: click.Context, /, **given: Any) -> None:
+        if found is not None:
+            found.append((context, given))
 
-    done = CliRunner().invoke(command, args)
+    return function
+
+
+def parsed(*args: str) -> tuple[click.Context, dict[str, Any]]:
+    """The options as a command gets them."""
+    found: list[tuple[click.Context, dict[str, Any]]] = []
+    done = CliRunner().invoke(command(found), args)
     assert done.exit_code == 0, done.output
     return found[0]
 
@@ -94,3 +101,34 @@ def test_what_an_automatic_policy_does_not_choose_is_as_the_flags_say(opened):
     found = opened("--overlap", "false", "--attn-sparsity", "0.5", "--compress-weight")
     assert found["policy"] == "auto"
     assert found["base"] == Policy(overlap=False, attn_sparsity=0.5, compress_weight=True)
+
+
+@pytest.mark.parametrize(
+    ("short", "name", "value"),
+    [
+        ("--cpu", "cpu_cache_compute", True),
+        ("--cpu-cache", "cpu_cache_compute", True),
+        ("--cpu-m 2GiB", "cpu_mem", 2 << 30),
+        ("--gpu 3", "gpu_batch_size", 3),
+        ("--num=5", "num_gpu_batches", 5),
+        ("--over False", "overlap", False),
+        ("--over", "overlap", True),
+        ("--in", "copies", False),
+        ("--perc 0 50 0 50 0 50", "percent", (0, 50, 0, 50, 0, 50)),
+        ("--seed 4", "seed", 4),
+    ],
+)
+def test_the_beginning_of_one_option_is_that_option(short, name, value):
+    assert parsed(*short.split())[1][name] == value
+
+
+def test_the_beginning_of_several_is_an_error_that_names_them():
+    with pytest.raises(click.UsageError, match="--compress may be --compress-cache, --compress-weight"):
+        command().main(["--compress"], standalone_mode=False)
+    with pytest.raises(click.NoSuchOption, match="--unknown"):
+        command().main(["--unknown"], standalone_mode=False)
+
+
+def test_what_an_option_takes_is_not_read_as_another():
+    given = parsed("--stop", "--cpu", "--stop=--see", "--model", "--pol", "--", "--seed")[1]
+    assert given["stop"] == ("--cpu", "--see") and given["model"] == "--pol" and not given["cpu_cache_compute"]

@@ -94,6 +94,7 @@ SIZES = {
     "opt-30b": _size(7168, 48, 56),
     "opt-66b": _size(9216, 64, 72),
     "opt-175b": _size(12288, 96, 96),
+    "opt-175b-stage": _size(12288, 24, 96),  # a quarter of its layers, as one of four machines has them
     "galactica-30b": _size(7168, 48, 56, vocab_size=50000, activation_function="gelu", bos_token_id=0),
 }
 

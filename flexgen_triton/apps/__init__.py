@@ -1,0 +1,1 @@
+"""Programs to begin from: completion, a chatbot, questions about a table."""
