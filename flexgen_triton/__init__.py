@@ -1,19 +1,16 @@
 """flexgen_triton: text generation with language models larger than the GPU, at the throughput its links allow."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 from . import environment as _environment  # noqa: F401  # before anything imports torch
 
-__version__ = "0.1.0"
-__all__ = ["LLM", "CompletionOutput", "CompressionConfig", "Policy", "RequestOutput", "SamplingParams"]
-
+TYPE_CHECKING = False  # typing's own takes as long to import as all the rest
 if TYPE_CHECKING:
     from .llm import LLM
     from .models.sampling_params import SamplingParams
     from .outputs import CompletionOutput, RequestOutput
     from .plan.policy import CompressionConfig, Policy
+
+__version__ = "0.1.0"
+__all__ = ["LLM", "CompletionOutput", "CompressionConfig", "Policy", "RequestOutput", "SamplingParams"]
 
 
 def __getattr__(name: str) -> object:

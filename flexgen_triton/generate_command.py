@@ -8,15 +8,17 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from .llm import LLM, PreparedPrompt
 from .models.sampling_params import SamplingParams
-from .options import LOG_JSON, model_options, open_model, sampling_options, sampling_params
-from .outputs import RequestOutput
+from .options import LOG_JSON, Command, model_options, open_model, sampling_options, sampling_params
 from .progress import Display, closing_text, figures
+
+if TYPE_CHECKING:
+    from .llm import LLM, PreparedPrompt
+    from .outputs import RequestOutput
 
 MAX_ERRORS = 5  # that are told one by one
 
@@ -144,7 +146,7 @@ def write_all(llm: LLM, prompts: Prompts, params: SamplingParams, display: Displ
     return errors
 
 
-@click.command("generate", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command("generate", cls=Command, imports=(".llm",), context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("prompts", nargs=-1)
 @click.option("-f", "--file", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="A prompt a line.")
 @click.option("--whole", is_flag=True, help="All of the file, or of standard input, is one prompt.")

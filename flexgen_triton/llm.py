@@ -12,10 +12,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import torch
 import xxhash
 
-from .model_source import check_device, choose_dtype, find_model
+from .defaults import AUTO as AUTO
+from .defaults import DEFAULT_OFFLOAD_DIR as DEFAULT_OFFLOAD_DIR
+from .model_source import check_device, choose_device, choose_dtype, find_model
 from .models.checkpoint import open_store
 from .models.opt import OPT, ModelError, model_spec
 from .models.sampling import Logprobs
@@ -32,13 +33,12 @@ from .run.request import Request
 from .run.totals import Choice, Totals
 from .sizes import parse_size
 from .text import TextStream
+from .tokenizer import check_files, has_tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-AUTO = "auto"
 BASE = Policy()
-DEFAULT_OFFLOAD_DIR = Path("~/.cache/flexgen_triton")
 
 Prompt = str | Sequence[int]
 Progress = Callable[[int, int], None]
@@ -119,13 +119,15 @@ class LLM:
             raise PolicyError(f"policy is {policy!r}; give a Policy, or {AUTO!r}")
         self.offload_dir = Path(offload_dir).expanduser()
         self.spec: ModelSpec = model_spec(self.source.config, self.source.name, choose_dtype(dtype, self.source))
-        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._device = choose_device(device)
         check_device(self.spec.dtype, self._device)
         self._base, self._allow, self._profile = base, frozenset(allow), hardware
         self._copies, self._seed = copies, seed
         self._limits = Limits(*(None if m is None else parse_size(m) for m in (gpu_memory, cpu_memory, disk_memory)))
         self._progress = progress
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        if self.has_tokenizer and self.source.directory:  # before the weights are loaded
+            check_files(self.source.directory)
         self.offload_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.last_report: RunReport | None = None  # of the last `generate`
         self.totals = Totals()  # of the last `stream`
@@ -226,13 +228,11 @@ class LLM:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's own tokenizer, loaded on first use."""
+        """The model's own tokenizer, loaded on first use; raises ModelError where there is none that works."""
         if self._tokenizer is None:
             if self.source.directory is None:
                 raise ModelError(f"{self.source.name} has random weights and no tokenizer; give prompts as token ids")
-            from transformers import AutoTokenizer
-
-            self._tokenizer = AutoTokenizer.from_pretrained(self.source.directory)
+            self._tokenizer = load_tokenizer(self.source.directory)
         return self._tokenizer
 
     def generate(
@@ -310,6 +310,8 @@ class LLM:
         return list(self.tokenizer(prompt, verbose=False)["input_ids"])  # length is checked here, not warned of
 
     def _prepare(self, prompt: Prompt, params: SamplingParams, name: str) -> PreparedPrompt:
+        if self.has_tokenizer:
+            _ = self.tokenizer  # what is wrong with it must not be found out when the answer is made into text
         ids = self.token_ids(prompt)
         if not ids:
             raise ValueError(f"{name} is empty; give it at least one token")
@@ -408,9 +410,7 @@ class LLM:
     @cached_property
     def has_tokenizer(self) -> bool:
         """Whether the model came with a tokenizer; without one, prompts are token ids and answers have no text."""
-        directory = self.source.directory
-        names = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
-        return directory is not None and any((directory / name).exists() for name in names)
+        return has_tokenizer(self.source.directory)
 
     def close(self) -> None:
         """Free the model's memory, files and threads."""

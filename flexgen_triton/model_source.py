@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from .defaults import DEMO as DEMO
+from .defaults import DUMMY as DUMMY
 from .demo import DEMO_DIR
-from .models.opt import ModelError, OPTConfig, config_by_name
+from .models.config import ModelError, checkpoint_dtype
+from .models.opt import OPTConfig, config_by_name
+from .plan.json_file import JsonError, read_object
 from .plan.spec import DTYPE_BYTES
 
-DUMMY = "_DUMMY_"
-DEMO = "demo"
 HUB_PATTERNS = ["*.json", "*.txt", "*.model", "*.safetensors"]
 
 
@@ -56,14 +57,21 @@ def _from_directory(directory: Path) -> ModelSource:
     if not directory.is_dir():
         raise ModelError(f"{directory} is not a directory; give a checkpoint's directory, a hub id or --path {DUMMY}")
     config_path = directory / "config.json"
-    if not config_path.is_file():
+    if not config_path.exists():
         raise ModelError(f"{directory} has no config.json; a Hugging Face checkpoint directory has one")
+    return read_config(config_path, directory.resolve().name, directory)
+
+
+def read_config(path: Path, name: str, directory: Path | None) -> ModelSource:
+    """The model that a config.json describes; raises ModelError, with the file's name."""
     try:
-        config = json.loads(config_path.read_text())
-    except ValueError as error:
-        raise ModelError(f"{config_path} is not valid JSON: {error}") from error
-    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
-    return ModelSource(directory.resolve().name, OPTConfig.from_json(config), directory, dtype)
+        config = read_object(path)
+    except JsonError as error:
+        raise ModelError(f"{error}; download it again") from error
+    try:
+        return ModelSource(name, OPTConfig.from_json(config), directory, checkpoint_dtype(config))
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from error
 
 
 def _download(model: str) -> Path:
@@ -87,6 +95,18 @@ def choose_dtype(asked: str, source: ModelSource) -> str:
     if dtype not in DTYPE_BYTES:
         raise ModelError(f"dtype {dtype!r} is not supported; choose one of {', '.join(DTYPE_BYTES)}")
     return dtype
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of that name, by default a GPU where there is one; raises ValueError for one that is not there."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"--device {name} is no device; use cuda or cpu") from error
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if device.type not in ("cpu", "cuda") or (device.index or 0) >= count:
+        raise ValueError(f"--device {name}: there is no such device here; use {'cuda or ' * (count > 0)}cpu")
+    return device
 
 
 def check_device(dtype: str, device: torch.device) -> None:

@@ -23,7 +23,7 @@ from .batch_format import ChatRequest, CompletionRequest, LineError, SeenIds
 from .journal import MAX_LINE, Journal, JournalError, Line, read_lines
 from .llm import LLM, PreparedPrompt
 from .model_source import DEMO, choose_dtype, find_model
-from .options import LOG_JSON, base_policy, is_by_hand, model_options, open_model
+from .options import LOG_JSON, Command, base_policy, is_by_hand, model_options, open_model
 from .outputs import RequestOutput
 from .plan.policy import Policy
 from .progress import Display
@@ -272,7 +272,7 @@ def stoppable() -> Iterator[None]:
             signal.signal(each, handler)
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "-i",
     "--input-file",
