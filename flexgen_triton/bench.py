@@ -119,6 +119,12 @@ def run_demo(console: Console, offload_dir: Path) -> dict[str, Any]:
     if not agree:
         raise RuntimeError("the three strategies disagree; this is a bug, please report it")
     console.print(f"\nThe three strategies agree on all {len(prompts) * gen_len} tokens.")
+    print_strategies(console, results)
+    return {name: {k: v for k, v in r.items() if k != "outputs"} for name, r in results.items()}
+
+
+def print_strategies(console: Console, results: Mapping[str, Mapping[str, Any]]) -> None:
+    """A row per strategy: how fast it was, and how near to its bound."""
     table = Table(title="demo model: weights on disk, cache on the host")
     for heading in ("strategy", "prefill tok/s", "decode tok/s", "total tok/s", "makespan s", "makespan / bound"):
         table.add_column(heading, justify="left" if heading == "strategy" else "right")
@@ -126,7 +132,6 @@ def run_demo(console: Console, offload_dir: Path) -> dict[str, Any]:
         rates = (f"{r[key]:.1f}" for key in ("prefill_tok_s", "decode_tok_s", "total_tok_s"))
         table.add_row(name, *rates, f"{r['makespan_s']:.2f}", f"{r['makespan_s'] / r['bound_s']:.2f}")
     print_table(console, table)
-    return {name: {k: v for k, v in r.items() if k != "outputs"} for name, r in results.items()}
 
 
 def dry_plan(

@@ -172,6 +172,7 @@ def command(
         raise ValueError("there are no prompts; give them as arguments, with -f FILE or on standard input, one a line")
     source = Prompts(itertools.chain(first, texts))
     with Display(log_json=options["log_json"]) as display, open_model(context, options, display.phase) as llm:
+        _ = llm.tokenizer  # without one no prompt can be run
         if len(first) == 1 and params.n == 1 and not is_json:
             errors = write_one(llm, source, params, display)
         else:

@@ -99,13 +99,14 @@ def choose_dtype(asked: str, source: ModelSource) -> str:
 
 def choose_device(name: str | None) -> torch.device:
     """The device of that name, by default a GPU where there is one; raises ValueError for one that is not there."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    there = "cuda or cpu" if count else "cpu"
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(name or ("cuda" if count else "cpu"))
     except RuntimeError as error:
-        raise ValueError(f"--device {name} is no device; use cuda or cpu") from error
-    count = torch.cuda.device_count() if device.type == "cuda" else 1
-    if device.type not in ("cpu", "cuda") or (device.index or 0) >= count:
-        raise ValueError(f"--device {name}: there is no such device here; use {'cuda or ' * (count > 0)}cpu")
+        raise ValueError(f"--device {name} is no device; use {there}") from error
+    if device.type not in ("cpu", "cuda") or (device.index or 0) >= (count if device.type == "cuda" else 1):
+        raise ValueError(f"--device {name}: there is no such device here; use {there}")
     return device
 
 

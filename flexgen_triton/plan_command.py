@@ -208,7 +208,9 @@ def show(console: Console, searched: Searched, told: list[Choice], gains: Mappin
 
 def _table(title: str, words: int, *headings: str) -> Table:
     """A table whose first columns, `words` of them, are words and the others numbers."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table = Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False
+    )
     for n, heading in enumerate(headings):
         table.add_column(heading, justify="left" if n < words else "right", no_wrap=True)
     return table

@@ -35,13 +35,19 @@ def read_text(path: Path, *, most: int = MAX_BYTES) -> str:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise JsonError(f"{path} cannot be read: {error.strerror}") from error
-    with os.fdopen(fd, "rb") as file:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
+    try:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
             raise JsonError(f"{path} is no ordinary file")
-        data = file.read(most + 1)
+        with open(fd, "rb", closefd=False) as file:
+            data = file.read(most + 1)
         if len(data) > most:
-            size = max(os.fstat(fd).st_size, len(data))
+            size = max(found.st_size, len(data))
             raise JsonError(f"{path} has {size / MIB:.1f} MiB; of such a file at most {most / MIB:g} are read")
+    except OSError as error:
+        raise JsonError(f"{path} cannot be read: {error.strerror}") from error
+    finally:
+        os.close(fd)
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
