@@ -18,10 +18,14 @@ class Entry(NamedTuple):
 
 
 COMMANDS = {
-    "bench": Entry("bench", "Measure generation under one policy, with FlexGen's flags; without any, the demo."),
-    "generate": Entry("generate_command", "Complete PROMPTS, or the lines of a file or of standard input."),
+    "bench": Entry(
+        "bench", "Measure generation under one policy, with FlexGen's flags; without any, run the shipped demo."
+    ),
+    "generate": Entry(
+        "generate_command", "Complete PROMPTS, or the lines of a file or of standard input, to standard output."
+    ),
     "measure": Entry("measure_command", "Measure what this machine can do, and keep it for planning."),
-    "plan": Entry("plan_command", "Find the best policies for a model on a machine, by prediction."),
+    "plan": Entry("plan_command", "Find the best policies for a model on a machine, by prediction: nothing is run."),
     "run-batch": Entry("run_batch", "Answer a file of requests in OpenAI's batch format."),
 }
 
