@@ -18,6 +18,8 @@ MAX_VOCAB = 1 << 24
 MAX_POSITIONS = 1 << 24
 MAX_PARAMETERS = 10**14
 
+WAY_OUT = "correct config.json or download it again"
+
 Check = Callable[[Any], Any]  # returns the value to use, or raises ModelError with the end of a sentence
 
 
@@ -75,7 +77,7 @@ def read_fields(config: Mapping[str, Any], checks: Mapping[str, Check], required
         try:
             found[name] = check(value)
         except ModelError as error:
-            raise ModelError(f"{name} is {kind_of(value)}; {error}") from error
+            raise ModelError(f"{name} is {kind_of(value)}; {error}: {WAY_OUT}") from error
     return found
 
 
@@ -83,14 +85,15 @@ def check_tokens(tokens: Mapping[str, int], vocab: int) -> None:
     """Raise ModelError where a token id is outside the vocabulary."""
     for name, value in tokens.items():
         if not 0 <= value < vocab:
-            raise ModelError(f"{name} is {value}; it must be in the vocabulary, from 0 to {vocab - 1}")
+            raise ModelError(f"{name} is {value}; it must be in the vocabulary, from 0 to {vocab - 1}: {WAY_OUT}")
 
 
 def check_size(parameters: int) -> None:
     """Raise ModelError for a model larger than any."""
     if parameters > MAX_PARAMETERS:
         raise ModelError(
-            f"its sizes make a model of {parameters:.1e} parameters; at most {MAX_PARAMETERS:.0e} can be planned for"
+            f"its sizes make a model of {parameters:.1e} parameters; at most {MAX_PARAMETERS:.0e} can be planned for: "
+            f"{WAY_OUT}"
         )
 
 
@@ -111,7 +114,7 @@ def checkpoint_dtype(config: Mapping[str, Any]) -> str:
     for name in ("dtype", "torch_dtype"):
         value = config.get(name)
         if value is not None and not isinstance(value, str):
-            raise ModelError(f"{name} is {kind_of(value)}; it must be a name such as float16")
+            raise ModelError(f"{name} is {kind_of(value)}; it must be a name such as float16: {WAY_OUT}")
         if value:
             return value.removeprefix("torch.")
     return "float32"

@@ -24,6 +24,7 @@ from .config import (
     MAX_POSITIONS,
     MAX_VOCAB,
     MAX_WIDTH,
+    WAY_OUT,
     Check,
     check_size,
     check_tokens,
@@ -110,7 +111,9 @@ class OPTConfig:
         removed = found.pop("_remove_final_layer_norm", False)
         known = cls(**found, final_layer_norm=found.get("do_layer_norm_before", True) and not removed)
         if known.hidden_size % known.num_attention_heads:
-            raise ModelError(f"hidden_size {known.hidden_size} is not a multiple of {known.num_attention_heads} heads")
+            raise ModelError(
+                f"hidden_size {known.hidden_size} is not a multiple of {known.num_attention_heads} heads: {WAY_OUT}"
+            )
         check_tokens({name: found[name] for name in TOKENS if name in found}, known.vocab_size)
         check_size(known.num_parameters)
         return known
