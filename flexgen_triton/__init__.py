@@ -1,10 +1,15 @@
 """flexgen_triton: text generation with language models larger than the GPU, at the throughput its links allow."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 from . import environment as _environment  # noqa: F401  # before anything imports torch
+
+TYPE_CHECKING = False  # typing's own takes as long to import as all the rest
+if TYPE_CHECKING:
+    from .flex_opt import OptLM
+    from .llm import LLM
+    from .models.sampling_params import SamplingParams
+    from .outputs import CompletionOutput, RequestOutput
+    from .plan.policy import CompressionConfig, Policy
+    from .utils import ExecutionEnv
 
 __version__ = "0.1.0"
 __all__ = [
@@ -17,14 +22,6 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
 ]
-
-if TYPE_CHECKING:
-    from .flex_opt import OptLM
-    from .llm import LLM
-    from .models.sampling_params import SamplingParams
-    from .outputs import CompletionOutput, RequestOutput
-    from .plan.policy import CompressionConfig, Policy
-    from .utils import ExecutionEnv
 
 
 def __getattr__(name: str) -> object:

@@ -1,6 +1,9 @@
 """`python -m flexgen_triton COMMAND`."""
 
-from .cli import main
-
 if __name__ == "__main__":
+    from . import interrupts
+
+    interrupts.loading()
+    from .cli import main
+
     main()

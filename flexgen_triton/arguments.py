@@ -11,8 +11,7 @@ import torch
 
 from .memory.stripes import Folders
 from .models.sampling_params import SamplingParams
-from .plan.policy import Policy, PolicyError
-from .plan.search import LOSSY
+from .plan.policy import LOSSY, Policy, PolicyError
 from .prompts import is_whole, shown
 
 AUTO = "auto"

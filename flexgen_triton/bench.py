@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before what takes long to import
+    from . import interrupts
+
+    interrupts.loading()
+
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,18 +16,23 @@ import click
 import torch
 from click.core import ParameterSource
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from . import demo, figures
+from .arguments import as_device
+from .command_line import invoke
+from .console import console as standard_output
+from .console import print_table
 from .llm import AUTO, LLM, Prompt
 from .memory.arena import peak_rss, reset_peak_rss, rss
+from .memory.stripes import Folders
 from .model_source import DEMO, choose_dtype, find_sizes
 from .models.opt import model_spec
 from .models.sampling_params import SamplingParams
 from .options import Command, flags_policy, is_by_hand, load_model, model_options
-from .os_errors import sentence
 from .outputs import RequestOutput, answered
-from .plan.hardware import Hardware
+from .plan.hardware import Hardware, load_profile
 from .plan.plan import Plan, make_plan
 from .plan.policy import CACHE_GROUP, CompressionConfig, Policy
 from .plan.search import Searched, modest, search
@@ -110,27 +120,34 @@ def run_demo(console: Console, offload_dir: Sequence[Path]) -> dict[str, Any]:
     answers = {name: [o.outputs[0].token_ids for o in r["outputs"]] for name, r in results.items()}
     first = next(iter(results.values()))
     for output in first["outputs"][:6]:
-        console.print(f"[bold]{output.prompt}[/]{output.outputs[0].text}", highlight=False)
+        console.print(f"[bold]{escape(output.prompt or '')}[/]{escape(output.outputs[0].text)}", highlight=False)
     agree = all(a == answers["sequential"] for a in answers.values())
     if not agree:
         raise RuntimeError("the three strategies disagree; this is a bug, please report it")
     console.print(f"\nThe three strategies agree on all {len(prompts) * gen_len} tokens.")
+    print_strategies(console, results)
+    return {name: {k: v for k, v in r.items() if k != "outputs"} for name, r in results.items()}
+
+
+def print_strategies(console: Console, results: Mapping[str, Mapping[str, Any]]) -> None:
+    """A row per strategy: how fast it was, and how near to its bound."""
     table = Table(title="demo model: weights on disk, cache on the host")
     for heading in ("strategy", "prefill tok/s", "decode tok/s", "total tok/s", "makespan s", "makespan / bound"):
         table.add_column(heading, justify="left" if heading == "strategy" else "right")
     for name, r in results.items():
         rates = (f"{r[key]:.1f}" for key in ("prefill_tok_s", "decode_tok_s", "total_tok_s"))
         table.add_row(name, *rates, f"{r['makespan_s']:.2f}", f"{r['makespan_s'] / r['bound_s']:.2f}")
-    console.print(table)
-    return {name: {k: v for k, v in r.items() if k != "outputs"} for name, r in results.items()}
+    print_table(console, table)
 
 
-def dry_plan(model: str, path: str | None, dtype: str, policy: Policy, prompt_len: int, gen_len: int) -> Plan:
-    """The plan as it would be run with one GPU and weights in a store of our own; touches nothing."""
+def dry_plan(
+    model: str, path: str | None, dtype: str, policy: Policy, prompt_len: int, gen_len: int, *, copies: bool
+) -> Plan:
+    """The plan as it would be run with weights in a store of our own; touches nothing."""
     source = find_sizes(model, path)
     spec = stored_as(model_spec(source.config, source.name, choose_dtype(dtype, source)), policy)
     workload = Workload.uniform(prompt_len, gen_len, policy.gpu_batch_size, policy.num_gpu_batches)
-    return make_plan(spec, policy, workload, copies=torch.cuda.is_available())
+    return make_plan(spec, policy, workload, copies=copies)
 
 
 def show(console: Console, llm: LLM, result: dict[str, Any], *, verbose: int) -> None:
@@ -139,7 +156,9 @@ def show(console: Console, llm: LLM, result: dict[str, Any], *, verbose: int) ->
     outputs: list[RequestOutput] = result["outputs"]
     for output in outputs if verbose > 2 else (outputs[:1] + outputs[1:][-1:]) * (verbose == 2):
         if output.outputs[0].text:
-            console.print(f"{output.request_id}: [bold]{output.prompt or '...'}[/]{output.outputs[0].text}")
+            console.print(
+                f"{output.request_id}: [bold]{escape(output.prompt or '...')}[/]{escape(output.outputs[0].text)}"
+            )
     figures.print_plan(console, report.plans[0])
     figures.print_lanes(console, report.timeline, result["predicted"])
     console.print(figures.summary(result), highlight=False)
@@ -193,7 +212,11 @@ def _number(value: float) -> str:
 )
 @click.option("--num-prompts", type=click.IntRange(1), help="With an automatic policy; by default one block.")
 @click.option("--prompts", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="A prompt a line.")
-@click.option("--max-latency", type=float, help="Seconds that a block may take under an automatic policy.")
+@click.option(
+    "--max-latency",
+    type=click.FloatRange(0, min_open=True),
+    help="Seconds that a block may take under an automatic policy.",
+)
 @click.option("--log-file", default="auto", show_default=True)
 @click.option("--no-log", is_flag=True)
 @click.option("--verbose", type=int, default=2, show_default=True, help="2: the first and the last text; 3: all.")
@@ -203,8 +226,9 @@ def _number(value: float) -> str:
 @click.pass_context
 def command(context: click.Context, /, **options: Any) -> None:
     """Measure generation under one policy, with FlexGen's flags; without any, run the shipped demo."""
-    console = Console(highlight=False)
-    if all(context.get_parameter_source(name) is ParameterSource.DEFAULT for name in options):
+    console = standard_output()
+    given = {name for name in options if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
+    if given <= {"offload_dir"}:
         run_demo(console, options["offload_dir"])
         return
     by_hand = is_by_hand(context, options["policy"])
@@ -216,8 +240,10 @@ def run(console: Console, *, by_hand: bool, **o: Any) -> None:
     o = debugged(o)
     policy = flags_policy(o)
     if by_hand and o["dry_run"]:
-        plan = dry_plan(o["model"] or DEMO, o["path"], o["dtype"], policy, o["prompt_len"], o["gen_len"])
-        figures.print_plan(console, plan)
+        hardware, copies = dry_machine(o)
+        shape = (o["prompt_len"], o["gen_len"])
+        plan = dry_plan(o["model"] or DEMO, o["path"], o["dtype"], policy, *shape, copies=copies)
+        figures.dry_run(console, plan, hardware, o["json_file"])
         return
     with Display() as bars, load_model(o, policy if by_hand else AUTO, bars.phase) as llm:
         prompts: Sequence[Prompt] = read_prompts(o["prompts"]) if o["prompts"] else ()
@@ -227,7 +253,7 @@ def run(console: Console, *, by_hand: bool, **o: Any) -> None:
             with bars.aside():
                 figures.print_found(console, best, searched)
                 if o["dry_run"]:
-                    figures.print_plan(console, best.plan)
+                    figures.dry_run(console, best.plan, searched.hardware, o["json_file"])
                     return
             llm.use(best.policy)
         count = o["num_prompts"] or llm.policy.block_size
@@ -248,8 +274,24 @@ def debugged(o: dict[str, Any]) -> dict[str, Any]:
     return {**o, "cut_gen_len": cut, "overlap": o["overlap"] and o["debug_mode"] != "breakdown"}
 
 
+def dry_machine(o: Mapping[str, Any]) -> tuple[Hardware | None, bool]:
+    """The machine that a dry run's plan is for, as far as it is known, and whether host memory is apart there."""
+    device = as_device(o["device"])
+    hardware = load_profile(o["hardware"]) if o["hardware"] else None
+    if hardware is None:
+        hardware = cached_profile(Folders.of(o["offload_dir"]), device)
+    copies = o["copies"]
+    if copies is None:
+        copies = hardware.copies if o["hardware"] and hardware else device.type == "cuda"
+    return hardware, copies
+
+
 def read_prompts(path: Path) -> list[str]:
-    prompts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text: {error}; save it as UTF-8") from error
+    prompts = [line for line in text.splitlines() if line.strip()]
     if not prompts:
         raise ValueError(f"{path} holds no prompts; it needs at least one line of text")
     return prompts
@@ -283,17 +325,6 @@ def write_results(console: Console, llm: LLM, result: dict[str, Any], o: dict[st
         shape = {name: result[name] for name in ("prompt_len", "gen_len")}
         name = f"{log_name(llm.spec.name, llm.policy, **shape)}.log" if o["log_file"] == "auto" else o["log_file"]
         write_benchmark_log(name, *figures.logged(result))
-
-
-def invoke(chosen: click.Command) -> None:
-    """Run a command line; a user's mistake or a failing disk ends in one sentence and exit code 1."""
-    try:
-        chosen(standalone_mode=True)
-    except (ValueError, OSError, MemoryError) as error:
-        notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-        reason = sentence(error) if isinstance(error, OSError) else str(error)
-        click.echo(f"error: {reason}{notes}", err=True)
-        raise SystemExit(1) from None
 
 
 def main() -> None:

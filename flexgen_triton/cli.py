@@ -2,135 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from importlib import import_module
+from typing import NamedTuple, NoReturn
 
 import click
-import torch
-from rich.console import Console
-from rich.table import Table
 
-from . import bench, generate_command, plan_command, run_batch
-from .memory import drives
-from .memory.stripes import Folders
-from .options import DEVICE, OFFLOAD_DIR, Command
-from .plan.hardware import GIB, Curve, Hardware, HardwareError
-from .progress import Display
-from .run.measure import cached_profile, measure, profile_path, read_run, refine, save_profile
-
-KIB, MIB = 1 << 10, 1 << 20
+from .command_line import invoke
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class Entry(NamedTuple):
+    """Where a command is, and the first sentence of its help, so that neither listing nor choosing loads the others."""
+
+    module: str
+    help: str
+
+
+COMMANDS = {
+    "bench": Entry(
+        "bench", "Measure generation under one policy, with FlexGen's flags; without any, run the shipped demo."
+    ),
+    "generate": Entry(
+        "generate_command", "Complete PROMPTS, or the lines of a file or of standard input, to standard output."
+    ),
+    "measure": Entry("measure_command", "Measure what this machine can do, and keep it for planning."),
+    "plan": Entry("plan_command", "Find the best policies for a model on a machine, by prediction: nothing is run."),
+    "run-batch": Entry("run_batch", "Answer a file of requests in OpenAI's batch format."),
+}
+
+
+class Commands(click.Group):
+    """The commands, each loaded when it is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        found = import_module(f".{COMMANDS[cmd_name].module}", __package__).command
+        assert isinstance(found, click.Command), cmd_name
+        return found
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, COMMANDS[name].help) for name in self.list_commands(ctx)])
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 def cli() -> None:
     """Generate text with language models that do not fit the GPU."""
 
 
-cli.add_command(bench.command, "bench")
-cli.add_command(plan_command.command, "plan")
-cli.add_command(generate_command.command, "generate")
-cli.add_command(run_batch.command, "run-batch")
-
-
-@cli.command("measure", cls=Command)
-@OFFLOAD_DIR
-@click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="Write the profile here.")
-@click.option(
-    "--refine",
-    "run_file",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="Correct the profile there is by a run's `bench --json` instead of measuring.",
-)
-@click.option("--quick", is_flag=True, help="In seconds, coarsely.")
-@DEVICE
-def measure_command(
-    offload_dir: tuple[Path, ...], output: Path | None, run_file: Path | None, quick: bool, device: str | None
-) -> None:
-    """Measure what this machine can do, and keep it for planning."""
-    chosen, folders = choose_device(device), Folders.of(offload_dir)
-    if run_file:
-        found = refined(folders, chosen, run_file)
-    else:
-        with Display() as bars:
-            found = measure(chosen, folders, quick=quick, progress=bars.phase)
-    path = output or profile_path(folders, chosen)
-    save_profile(found, path)
-    console = Console(highlight=False)
-    print_hardware(console, found)
-    console.print(f"profile: {path}", soft_wrap=True)
-    for path in folders.paths:
-        if told := drives.concern(path, drives.storage(path), is_direct=drives.takes_direct(path)):
-            click.echo(f"warning: {told}", err=True)
-
-
-def choose_device(name: str | None) -> torch.device:
-    """The device of that name, by default a GPU where there is one; raises ValueError for one that is not there."""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise ValueError(f"--device {name} is no device; use cuda or cpu") from error
-    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(f"--device {name}: there is no such device here; use cpu")
-    return device
-
-
-def refined(folders: Folders, device: torch.device, run_file: Path) -> Hardware:
-    """The machine's profile, corrected by a run's figures; raises HardwareError where there is none yet."""
-    found = cached_profile(folders, device)
-    if found is None:
-        raise HardwareError(f"{folders.first} holds no profile of this machine to correct; measure it first")
-    return refine(found, read_run(run_file))
-
-
-def print_hardware(console: Console, hardware: Hardware) -> None:
-    """A row per curve: the rate at each size."""
-    console.print(f"[bold]{hardware.name}[/] ({hardware.source})")
-    table = Table("", "", "by size", show_header=False)
-    for name, unit, text in _rows(hardware):
-        table.add_row(name, unit, text)
-    console.print(table)
-
-
-def _rows(h: Hardware) -> Iterator[tuple[str, str, str]]:
-    """What is shown of a machine: name, unit, rates."""
-    sizes = {"GPU": h.gpu_bytes, "host": h.host_bytes, "disk": h.disk_bytes}
-    yield "capacity", "GiB", _numbers({name: nbytes / GIB for name, nbytes in sizes.items() if nbytes})
-    for kind, curve in h.matmul.items():
-        yield f"product, {kind}", "GFLOP/s by rows", _rates(curve)
-    yield "prompts' attention", "GFLOP/s by tokens", _rates(h.prefill_attention)
-    for kind, curve in h.decode_attention.items():
-        yield f"attention, {kind}", "GB/s of K and V", _rates(curve, in_bytes=True)
-    if h.copies:
-        for kind, curve in h.host_attention.items():
-            yield f"the host's attention, {kind}", "GB/s of K and V", _rates(curve, in_bytes=True)
-    yield "norms and the like", "GB/s", _rates(h.elementwise, in_bytes=True)
-    yield "memory read", "GB/s", _numbers({"device": h.device_read / 1e9, "host": h.host_read / 1e9})
-    links = {"h2d": h.h2d, "d2h": h.d2h, "h2d, pageable": h.h2d_pageable, "d2h, pageable": h.d2h_pageable}
-    for name, curve in (links if h.copies else {"copies": h.h2d}).items():
-        yield name, "GB/s", _rates(curve, in_bytes=True)
-    yield "disk read", "GB/s", _rates(h.disk_read, in_bytes=True)
-    yield "disk write", "GB/s", _rates(h.disk_write, in_bytes=True)
-    for extent in dict.fromkeys(row[0] for row in h.disk_table):
-        rates = {f"{threads:g}": rate / 1e9 for nbytes, threads, rate in h.disk_table if nbytes == extent}
-        yield f"disk read by {_size(extent)}", "GB/s by threads", _numbers(rates)
-    yield "disk rows", "thousand/s", f"{h.disk_rows / 1e3:.3g}"
-    yield "overhead of an op", "µs", _numbers({lane: s * 1e6 for lane, s in h.overhead.items()})
-    if h.correction:
-        yield "correction", "measured / predicted", _numbers(h.correction)
-
-
-def _rates(curve: Curve, *, in_bytes: bool = False) -> str:
-    return _numbers({_size(size) if in_bytes else f"{size:g}": rate / 1e9 for size, rate in curve.points})
-
-
-def _numbers(found: Mapping[str, float]) -> str:
-    """ "1: 2.57  8: 20.3" """
-    return "  ".join(f"{name}: {value:.3g}" for name, value in found.items())
-
-
-def _size(nbytes: float) -> str:
-    return f"{nbytes / MIB:.3g}M" if nbytes >= MIB else f"{nbytes / KIB:.3g}K"
-
-
-def main() -> None:
-    bench.invoke(cli)
+def main() -> NoReturn:
+    """Run the command line."""
+    invoke(cli)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from .console import print_table
+from .plan.fit import need
 from .plan.hardware import GIB, Hardware
 from .plan.plan import Plan
-from .plan.predict import Prediction
+from .plan.policy import Policy
+from .plan.predict import Prediction, predict
 from .plan.search import Found, Searched
 from .run.engine import RunReport
 from .run.trace import LaneUse, Timeline
@@ -82,7 +88,7 @@ def print_plan(console: Console, plan: Plan) -> None:
     """What goes where, before anything is touched."""
     policy, workload = plan.policy, plan.workload
     console.print(
-        f"[bold]{plan.model.name}[/] {plan.model.dtype}, {len(plan.layers)} layers, "
+        f"[bold]{escape(plan.model.name)}[/] {plan.model.dtype}, {len(plan.layers)} layers, "
         f"{policy.gpu_batch_size} x {policy.num_gpu_batches} sequences ({policy.strategy}), "
         f"percent {percent_text(plan)}, {workload.steps} token steps{formats_text(plan)}"
     )
@@ -95,7 +101,47 @@ def print_plan(console: Console, plan: Plan) -> None:
     table.add_row("workspace", f"{plan.workspace_bytes / GIB:.3f}", "", "")
     on_disk = sum(plan.placement[kind]["disk"] for kind in plan.placement)
     table.add_row("peak", f"{plan.device_bytes / GIB:.3f}", f"{plan.host_bytes / GIB:.3f}", f"{on_disk / GIB:.3f}")
-    console.print(table)
+    print_table(console, table)
+
+
+def dry_run(console: Console, plan: Plan, hardware: Hardware | None, file: Path | None) -> None:
+    """Print a plan that is not run, and what is predicted of it on a machine that is known; write both to the file."""
+    print_plan(console, plan)
+    prediction = predict(plan, hardware) if hardware else None
+    if prediction and hardware:
+        console.print(
+            f"predicted: prefill {prediction.prefill_s:.3f} s, decode {prediction.decode_s:.3f} s, total "
+            f"{prediction.total_s:.3f} s ({hardware.name})",
+            markup=False,
+        )
+    if file:
+        found = plan_json(plan) | {
+            "predicted": predicted_json(prediction, hardware) if prediction and hardware else None
+        }
+        file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """A plan's figures, under the names that a run's have."""
+    workload, placement = plan.workload, plan.placement
+    return {
+        "note": "the plan of one block; not a run",
+        "model": plan.model.name,
+        "dtype": plan.model.dtype,
+        "policy": {f: getattr(plan.policy, f) for f in Policy.__slots__ if not f.startswith("comp_")},
+        "prompt_len": max(n for batch in workload.batches for n in batch.prompt_lens),
+        "gen_len": workload.steps,
+        "num_prompts": sum(len(batch.prompt_lens) for batch in workload.batches),
+        "model_bytes": plan.model.weight_bytes,
+        "cache_bytes": sum(placement["cache"].values()),
+        "hidden_bytes": sum(placement["activations"].values()),
+        "placement": placement,
+        "rings": dict(plan.rings),
+        "workspace_bytes": plan.workspace_bytes,
+        "device_bytes": plan.device_bytes,
+        "host_bytes": plan.host_bytes,
+        "need": {tier.value: nbytes for tier, nbytes in need(plan).items()},
+    }
 
 
 def predicted_json(prediction: Prediction, hardware: Hardware) -> dict[str, Any]:
@@ -115,7 +161,8 @@ def print_found(console: Console, best: Found, searched: Searched) -> None:
     console.print(
         f"automatic policy: {policy.gpu_batch_size} x {policy.num_gpu_batches}, percent {percent_text(best.plan)}"
         f"{formats_text(best.plan)}; predicted {best.tokens_per_s:.4g} token/s, no policy above "
-        f"{searched.bound_tokens_per_s:.4g} ({searched.hardware.name})"
+        f"{searched.bound_tokens_per_s:.4g} ({searched.hardware.name})",
+        markup=False,
     )
 
 
@@ -130,7 +177,7 @@ def print_lanes(console: Console, timeline: Timeline, predicted: Mapping[str, An
             busy, *others = _lane_cells(use, rate=lane != "compute")
             foretold = predicted["lanes"][phase].get(lane, {"busy_s": 0.0})["busy_s"] if predicted else 0.0
             table.add_row(phase, lane, busy, *(f"{foretold:.2f}",) * bool(predicted), *others)
-    console.print(table)
+    print_table(console, table)
     makespan, bound = timeline.makespan_s, timeline.bound_s
     ratio = f"makespan {makespan:.2f} s, bound {bound:.2f} s, makespan / bound {makespan / max(bound, 1e-9):.3f}"
     console.print(f"{ratio}, predicted {predicted['total_s']:.2f} s" if predicted else ratio)

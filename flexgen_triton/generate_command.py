@@ -8,16 +8,18 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from .llm import LLM, PreparedPrompt
 from .models.sampling_params import SamplingParams
 from .options import LOG_JSON, Command, model_options, open_model, sampling_options, sampling_params
-from .outputs import RequestOutput
 from .progress import Display, closing_text, figures
 from .stopping import Stop, Stopped, end_unread, stoppable
+
+if TYPE_CHECKING:
+    from .llm import LLM, PreparedPrompt
+    from .outputs import RequestOutput
 
 MAX_ERRORS = 5  # that are told one by one
 
@@ -166,7 +168,7 @@ def write_all(llm: LLM, prompts: Prompts, params: SamplingParams, display: Displ
     return errors
 
 
-@click.command("generate", cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command("generate", cls=Command, imports=(".llm",), context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("prompts", nargs=-1)
 @click.option("-f", "--file", type=click.Path(path_type=Path), help="A prompt a line.")
 @click.option("--whole", is_flag=True, help="All of the file, or of standard input, is one prompt.")
@@ -210,6 +212,7 @@ def complete(
         with stop.at_once():  # nothing is lost by that
             llm = open_model(context, options, display.phase, stop.check)
         with llm:
+            _ = llm.tokenizer  # without one no prompt can be run
             if len(first) == 1 and params.n == 1 and not is_json:
                 errors = write_one(llm, source, params, display)
             else:

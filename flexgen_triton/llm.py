@@ -17,8 +17,9 @@ import torch
 import xxhash
 from numpy.typing import NDArray
 
-from .arguments import AUTO as AUTO
 from .arguments import as_allowed, as_device, as_folders, as_model, as_pair, as_params, check_others, check_policy
+from .defaults import AUTO as AUTO
+from .defaults import DEFAULT_OFFLOAD_DIR as DEFAULT_OFFLOAD_DIR
 from .model_source import check_device, choose_dtype, find_model
 from .models.checkpoint import open_store
 from .models.opt import OPT, ModelError, model_spec
@@ -39,12 +40,12 @@ from .run.running import CLOSED, ClosedError, check_process
 from .run.totals import Choice, Totals
 from .sizes import parse_size
 from .text import TextStream
+from .tokenizer import check_files, has_tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BASE = Policy()
-DEFAULT_OFFLOAD_DIR = Path("~/.cache/flexgen_triton")
 
 REPLACED = "the weights were loaded anew, as use() was told, while this was generated; begin it again"
 
@@ -148,6 +149,8 @@ class LLM:
         self._progress, self._check = progress, check
         self._prepared = _checked(progress, check)
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        if self.has_tokenizer and self.source.directory:  # before the weights are loaded
+            check_files(self.source.directory)
         self.folders = as_folders(offload_dir)
         self.last_report: RunReport | None = None  # of the last `generate`
         self.totals = Totals()  # of the last `stream`
@@ -285,13 +288,11 @@ class LLM:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's own tokenizer, loaded on first use."""
+        """The model's own tokenizer, loaded on first use; raises ModelError where there is none that works."""
         if self._tokenizer is None:
             if self.source.directory is None:
                 raise ModelError(f"{self.source.name} has random weights and no tokenizer; give prompts as token ids")
-            from transformers import AutoTokenizer
-
-            self._tokenizer = AutoTokenizer.from_pretrained(self.source.directory)
+            self._tokenizer = load_tokenizer(self.source.directory)
         return self._tokenizer
 
     def generate(
@@ -381,6 +382,8 @@ class LLM:
         return list(self.tokenizer(prompt, verbose=False)["input_ids"])  # length is checked here, not warned of
 
     def _prepare(self, prompt: Prompt, params: SamplingParams, name: str) -> PreparedPrompt:
+        if self.has_tokenizer:
+            _ = self.tokenizer  # what is wrong with it must not be found out when the answer is made into text
         ids = self.token_ids(prompt, name)
         if not ids:
             raise ValueError(f"{name} is empty; give it at least one token")
@@ -483,9 +486,7 @@ class LLM:
     @cached_property
     def has_tokenizer(self) -> bool:
         """Whether the model came with a tokenizer; without one, prompts are token ids and answers have no text."""
-        directory = self.source.directory
-        names = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
-        return directory is not None and any((directory / name).exists() for name in names)
+        return has_tokenizer(self.source.directory)
 
     def close(self) -> None:
         """Free the model's memory, files and threads; what is being generated then raises ClosedError."""

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from .defaults import DEMO as DEMO
+from .defaults import DUMMY as DUMMY
 from .demo import DEMO_DIR
-from .models.opt import ModelError, OPTConfig, config_by_name
+from .models.config import ModelError, checkpoint_dtype
+from .models.opt import OPTConfig, config_by_name
+from .plan.json_file import JsonError, read_object
 from .plan.spec import DTYPE_BYTES
 
-DUMMY = "_DUMMY_"
-DEMO = "demo"
 NUMPY_TABLE = "decoder.embed_tokens.weight"  # a file of this name is in every directory of FlexGen's numpy weights
 WEIGHTS = ("*.safetensors", "*.bin")
 HUB_PATTERNS = ["*.json", "*.txt", "*.model", "*.safetensors"]
@@ -127,14 +128,21 @@ def _from_directory(directory: Path) -> ModelSource:
     if not directory.is_dir():
         raise ModelError(f"{directory} is not a directory; give a checkpoint's directory, a hub id or --path {DUMMY}")
     config_path = directory / "config.json"
-    if not config_path.is_file():
+    if not config_path.exists():
         raise ModelError(f"{directory} has no config.json; a Hugging Face checkpoint directory has one")
+    return read_config(config_path, directory.resolve().name, directory)
+
+
+def read_config(path: Path, name: str, directory: Path | None) -> ModelSource:
+    """The model that a config.json describes; raises ModelError, with the file's name."""
     try:
-        config = json.loads(config_path.read_text())
-    except ValueError as error:
-        raise ModelError(f"{config_path} is not valid JSON: {error}") from error
-    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
-    return ModelSource(directory.resolve().name, OPTConfig.from_json(config), directory, dtype)
+        config = read_object(path)
+    except JsonError as error:
+        raise ModelError(f"{error}; download it again") from error
+    try:
+        return ModelSource(name, OPTConfig.from_json(config), directory, checkpoint_dtype(config))
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from error
 
 
 def _download(model: str, not_there: str = "") -> Path:

@@ -8,18 +8,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.core import ParameterSource
 
-from .abbreviations import Command as Command
-from .llm import AUTO, DEFAULT_OFFLOAD_DIR, LLM
-from .model_source import DEMO
+from .command_line import Command as Command
+from .defaults import AUTO, DEFAULT_OFFLOAD_DIR, DEMO
 from .models.sampling_params import SamplingParams
-from .plan.policy import CompressionConfig, Policy
-from .plan.search import LOSSY
+from .plan.policy import LOSSY, CompressionConfig, Policy
 from .sizes import SIZE
+
+if TYPE_CHECKING:
+    from .llm import LLM
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Option = Callable[[Any], Any]
@@ -223,7 +224,10 @@ def open_model(
     Raises ValueError for flags that contradict each other, and whatever LLM raises.
     """
     policy = flags_policy(options) if is_by_hand(context, options["policy"]) else AUTO
-    return load_model(options, policy, progress, check)
+    llm = load_model(options, policy, progress, check)
+    if llm.has_tokenizer:  # what is wrong with it is no fault of any one prompt
+        _ = llm.tokenizer
+    return llm
 
 
 def load_by_hand(context: click.Context, options: Mapping[str, Any]) -> LLM:
@@ -236,6 +240,8 @@ def load_model(
     options: Mapping[str, Any], policy: Policy | str, progress: Report | None = None, check: Check | None = None
 ) -> LLM:
     """The model that the options name, under this policy."""
+    from .llm import LLM
+
     return LLM(
         options["model"] or DEMO,
         path=options["path"],

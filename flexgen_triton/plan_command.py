@@ -14,12 +14,14 @@ import click
 import torch
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from .llm import DEFAULT_OFFLOAD_DIR
+from .console import WIDTH, console, print_table
+from .defaults import DEFAULT_OFFLOAD_DIR
 from .memory.stripes import Folders
-from .model_source import DUMMY, ModelSource, choose_dtype, find_local, find_sizes, hub_name
-from .models.opt import ModelError, OPTConfig, config_by_name, model_spec
+from .model_source import DUMMY, ModelSource, choose_dtype, find_local, find_sizes, hub_name, read_config
+from .models.opt import ModelError, config_by_name, model_spec
 from .options import ALLOW, DTYPE, OFFLOAD_DIR, Command, memory_options
 from .plan.fit import fits, need
 from .plan.hardware import GIB, Hardware, profile_names
@@ -32,7 +34,6 @@ from .progress import Display
 from .run.auto import machine
 from .run.engine import Limits
 
-WIDTH = 120
 TIERS = {"gpu": "GPU", "cpu": "host", "disk": "disk"}
 RESOURCES = {
     "gpu": "GiB of GPU memory",
@@ -134,13 +135,12 @@ def _remote_config(model: str) -> ModelSource:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        config = json.loads(Path(hf_hub_download(model, "config.json")).read_text(encoding="utf-8"))
+        path = Path(hf_hub_download(model, "config.json"))
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise ModelError(
             f"{model} is no directory here, no known OPT size, nor to be had from the hub: {error}"
         ) from error
-    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
-    return ModelSource(model.rsplit("/", 1)[-1], OPTConfig.from_json(config), None, dtype)
+    return read_config(path, model.rsplit("/", 1)[-1], None)
 
 
 def bench_command(model: Model, problem: Problem, policy: Policy, offload_dirs: Sequence[Path]) -> list[str]:
@@ -193,24 +193,26 @@ def show(console: Console, searched: Searched, told: list[Choice], gains: Mappin
     problem, best, hardware = searched.problem, searched.best, searched.hardware
     prompts = "as many prompts as are best" if problem.num_prompts is None else f"{problem.num_prompts} prompts"
     console.print(
-        f"[bold]{problem.model.name}[/] {problem.model.dtype}, {prompts}, {problem.prompt_len} tokens in, "
-        f"{problem.gen_len} out, on [bold]{hardware.name}[/]"
+        f"[bold]{escape(problem.model.name)}[/] {problem.model.dtype}, {prompts}, {problem.prompt_len} tokens in, "
+        f"{problem.gen_len} out, on [bold]{escape(hardware.name)}[/]"
     )
     console.print("A prediction of what this engine will do there, by simulating its schedule; nothing was run.\n")
-    console.print(_policies(searched, told))
+    print_table(console, _policies(searched, told))
     console.print(
         f"No policy of these block sizes is predicted above [bold]{searched.bound_tokens_per_s:.4g} tok/s[/]; "
         f"the best found is {searched.gap:.1%} below that.\n"
     )
-    console.print(_memory_table(best.plan, searched))
-    console.print(_lanes_table(best.prediction))
-    console.print(_worth_table(gains, best.tokens_per_s))
+    print_table(console, _memory_table(best.plan, searched))
+    print_table(console, _lanes_table(best.prediction))
+    print_table(console, _worth_table(gains, best.tokens_per_s))
     console.print(f"The machine's figures: {hardware.source}\n", markup=False)
 
 
 def _table(title: str, words: int, *headings: str) -> Table:
     """A table whose first columns, `words` of them, are words and the others numbers."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False
+    )
     for n, heading in enumerate(headings):
         table.add_column(heading, justify="left" if n < words else "right", no_wrap=True)
     return table
@@ -406,10 +408,10 @@ def command(**options: Any) -> None:
     told = list(islice(choices(searched), options["top"]))
     gains = worth(searched)
     to_run = bench_command(model, searched.problem, searched.best.policy, options["offload_dir"])
-    console = Console(width=WIDTH, highlight=False)
-    show(console, searched, told, gains)
-    console.print("To run the best:\n")
-    console.print(shell_lines(to_run), soft_wrap=True, markup=False)
+    printed = console()
+    show(printed, searched, told, gains)
+    printed.print("To run the best:\n")
+    printed.print(shell_lines(to_run), soft_wrap=True, markup=False)
     if options["json_file"]:
         options["json_file"].write_text(json.dumps(as_json(searched, told, gains, to_run), indent=1) + "\n")
     if options["plot"]:

@@ -22,7 +22,7 @@ from .run.totals import Totals
 
 PHASES = {"measure": "measuring", "convert": "converting", "load": "loading", "generate": "generating"}
 TIERS = {"gpu": "GPU", "cpu": "host", "disk": "disk"}
-COLUMNS = (TextColumn("{task.description}"), BarColumn())
+COLUMNS = (TextColumn("{task.description}"), BarColumn(bar_width=20))  # with the times, within 60 columns
 REDRAW_S = 0.1
 LOG_S = 1.0
 

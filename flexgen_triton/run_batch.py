@@ -27,6 +27,7 @@ from .journal import MAX_LINE, Answers, Journal, Line, Passing, read_lines
 from .llm import LLM, PreparedPrompt
 from .memory.disk import open_regular
 from .model_source import DEMO, choose_dtype, find_model
+from .models.config import ModelError
 from .options import LOG_JSON, Check, Command, base_policy, is_by_hand, model_options, open_model
 from .os_errors import reason
 from .outputs import RequestOutput
@@ -240,6 +241,8 @@ def files_digest(directory: Path) -> str:
     """A digest of a model's files, wherever they lie: of each its name, its size, and its bytes or samples of them."""
     digest = xxhash.xxh3_64()
     for path in sorted({path for pattern in MODEL_FILES for path in directory.glob(pattern)}):
+        if not path.is_file():
+            raise ModelError(f"{path} is no ordinary file; download it again")
         size = path.stat().st_size
         digest.update(f"{path.name} {size} ".encode())
         step = max((size - SAMPLE) // (SAMPLES - 1), SAMPLE)

@@ -74,7 +74,7 @@ class Job:
             if limit is not None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-        code = "from flexgen_triton.bench import invoke; from flexgen_triton.run_batch import command; "
+        code = "from flexgen_triton.command_line import invoke; from flexgen_triton.run_batch import command; "
         code += ('print("ready", flush=True); ' if ready else "") + "invoke(command)"
         return subprocess.Popen(
             [sys.executable, "-c", code, *map(str, self.args)],

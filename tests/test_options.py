@@ -38,7 +38,11 @@ def parsed(*args: str) -> tuple[click.Context, dict[str, Any]]:
 @pytest.fixture
 def opened(monkeypatch):
     """Opens no model, but returns what it would have been opened with."""
-    monkeypatch.setattr(options, "LLM", lambda model, **given: {"model": model, **given})
+
+    class Opened(dict[str, Any]):
+        has_tokenizer = False
+
+    monkeypatch.setattr("flexgen_triton.llm.LLM", lambda model, **given: Opened(model=model, **given))
     return lambda *args: options.open_model(*parsed(*args))
 
 

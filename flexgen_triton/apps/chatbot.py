@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ..bench import invoke
+from ..command_line import invoke
 from ..generate_command import pieces
 from ..llm import LLM, Prompt
 from ..models.sampling_params import SamplingParams

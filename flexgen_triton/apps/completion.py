@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ..bench import invoke
+from ..command_line import invoke
 from ..models.sampling_params import SamplingParams
 from ..options import Command, load_by_hand, model_options
 

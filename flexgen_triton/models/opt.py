@@ -15,8 +15,27 @@ import numpy.typing as npt
 from torch import Tensor
 
 from ..memory.scratch import Scratch
+from ..plan.json_file import kind_of
 from ..plan.spec import DTYPE_BYTES, ModelSpec, ModuleSpec, TensorSpec
 from . import ops
+from .config import (
+    MAX_FFN,
+    MAX_LAYERS,
+    MAX_POSITIONS,
+    MAX_VOCAB,
+    MAX_WIDTH,
+    WAY_OUT,
+    Check,
+    check_size,
+    check_tokens,
+    check_unquantised,
+    flag,
+    read_fields,
+    token,
+    whole,
+    word,
+)
+from .config import ModelError as ModelError
 from .ops import Matrix, Weight
 
 POSITION_OFFSET = 2  # OPT's position table starts with two rows that are never used
@@ -26,8 +45,24 @@ Ids = npt.NDArray[np.int64]
 Rows = Callable[[str, Ids], Tensor]  # table name, ids [T] -> [T, width], the caller's to overwrite
 
 
-class ModelError(ValueError):
-    """A model that this engine cannot run; the message says why."""
+REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "ffn_dim")
+TOKENS = ("eos_token_id", "bos_token_id", "pad_token_id")
+FIELDS: dict[str, Check] = {
+    "hidden_size": whole(1, MAX_WIDTH),
+    "num_hidden_layers": whole(1, MAX_LAYERS),
+    "num_attention_heads": whole(1, MAX_WIDTH),
+    "ffn_dim": whole(1, MAX_FFN),
+    "vocab_size": whole(1, MAX_VOCAB),
+    "word_embed_proj_dim": whole(1, MAX_WIDTH),
+    "max_position_embeddings": whole(1, MAX_POSITIONS),
+    "do_layer_norm_before": flag,
+    "_remove_final_layer_norm": flag,
+    "enable_bias": flag,
+    "layer_norm_elementwise_affine": flag,
+    "activation_function": word(ops.ACTIVATIONS),
+    "tie_word_embeddings": flag,
+    **dict.fromkeys(TOKENS, token),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,25 +94,29 @@ class OPTConfig:
     def embed_dim(self) -> int:
         return self.word_embed_proj_dim or self.hidden_size
 
+    @property
+    def num_parameters(self) -> int:
+        """Elements of its matrices and tables; vectors are left out."""
+        block = 4 * self.hidden_size**2 + 2 * self.hidden_size * self.ffn_dim
+        tables = self.vocab_size * self.embed_dim + self.max_position_embeddings * self.hidden_size
+        return self.num_hidden_layers * block + tables
+
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> OPTConfig:
         """Read a Hugging Face config; raises ModelError for another family or a feature we do not compute."""
         if config.get("model_type") != "opt":
-            raise ModelError(f"model_type is {config.get('model_type')!r}; this version runs OPT models only")
-        missing = [n for n in ("hidden_size", "num_hidden_layers", "num_attention_heads", "ffn_dim") if n not in config]
-        if missing:
-            raise ModelError(f"config.json lacks {', '.join(missing)}; is it a complete OPT checkpoint?")
-        if config["hidden_size"] % config["num_attention_heads"]:
+            raise ModelError(f"model_type is {kind_of(config.get('model_type'))}; this version runs OPT models only")
+        check_unquantised(config)
+        found = read_fields(config, FIELDS, REQUIRED)
+        removed = found.pop("_remove_final_layer_norm", False)
+        known = cls(**found, final_layer_norm=found.get("do_layer_norm_before", True) and not removed)
+        if known.hidden_size % known.num_attention_heads:
             raise ModelError(
-                f"hidden_size {config['hidden_size']} is not a multiple of {config['num_attention_heads']} heads"
+                f"hidden_size {known.hidden_size} is not a multiple of {known.num_attention_heads} heads: {WAY_OUT}"
             )
-        activation = config.get("activation_function", "relu")
-        if activation not in ops.ACTIVATIONS:
-            raise ModelError(f"activation {activation!r} is unknown; known are {', '.join(ops.ACTIVATIONS)}")
-        known = {name: config[name] for name in cls.__slots__ if config.get(name) is not None}
-        removed = config.get("_remove_final_layer_norm", False)
-        known["final_layer_norm"] = bool(config.get("do_layer_norm_before", True)) and not removed
-        return cls(**known)
+        check_tokens({name: found[name] for name in TOKENS if name in found}, known.vocab_size)
+        check_size(known.num_parameters)
+        return known
 
 
 def _size(hidden: int, layers: int, heads: int, **more: Any) -> OPTConfig:

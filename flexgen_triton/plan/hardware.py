@@ -16,6 +16,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from .json_file import JsonError, parse_json, read_text
+
 GIB = 1 << 30
 MARGIN = 0.05  # of a tier's free memory, left alone unless a limit is given
 PROFILE_DIR = Path(__file__).with_name("profiles")
@@ -118,9 +120,9 @@ class Hardware:
     def from_json(cls, text: str, origin: str = "profile") -> Hardware:
         """Read a profile; raises HardwareError naming `origin` and what is wrong with it."""
         try:
-            found = json.loads(text)
-        except ValueError as error:
-            raise HardwareError(f"{origin} is not valid JSON: {error}") from error
+            found = parse_json(text, origin)
+        except JsonError as error:
+            raise HardwareError(str(error)) from error
         if not isinstance(found, dict):
             raise HardwareError(f"{origin} holds no profile")
         needed = [f.name for f in fields(cls) if f.name not in OPTIONAL]
@@ -131,6 +133,14 @@ class Hardware:
             return cls(**{f.name: _typed(f.name, str(f.type), found[f.name]) for f in fields(cls) if f.name in found})
         except HardwareError as error:
             raise HardwareError(f"{origin}: {error}") from error
+
+    @classmethod
+    def from_file(cls, path: Path, origin: str | None = None) -> Hardware:
+        """Read a profile's file; raises HardwareError."""
+        try:
+            return cls.from_json(read_text(path), origin or str(path))
+        except JsonError as error:
+            raise HardwareError(str(error)) from error
 
     def limited(self, gpu: int | None = None, host: int | None = None, disk: int | None = None) -> Hardware:
         """The same machine with other capacities, in bytes; None keeps one."""
@@ -154,6 +164,7 @@ class Hardware:
 OPTIONAL = ("disk_compute", "dequantize_rows", "overhead", "correction", "process_bytes", "context_bytes", "disk_table")
 CURVES = ("h2d", "d2h", "h2d_pageable", "d2h_pageable", "disk_read", "disk_write", "prefill_attention", "elementwise")
 SCALARS: dict[str, tuple[type, ...]] = {"str": (str,), "bool": (bool,), "int": (int,), "float": (int, float)}
+POSITIVE = ("disk_rows", "device_read", "host_read")
 CURVES_BY_FORMAT = ("matmul", "decode_attention", "host_attention")
 RATES = (
     *CURVES,
@@ -188,14 +199,32 @@ def _typed(name: str, kind: str, value: Any) -> Any:
         if name in CURVES_BY_FORMAT:
             return {key: _curve(points) for key, points in value.items()}
         if kind.startswith("Mapping"):
-            return {key: float(number) for key, number in value.items()}
+            return {key: float(_number(number)) for key, number in value.items()}
         if name == "disk_table":
-            return tuple(tuple(map(float, row)) for row in value)
+            return tuple(_table_row(row) for row in value)
         if not isinstance(value, SCALARS[kind]):
             raise TypeError(f"{value!r} is no {kind}")
-    except (HardwareError, TypeError, ValueError, AttributeError) as error:
+        if kind in ("int", "float"):
+            return _number(value, kind, above_zero=name in POSITIVE)
+    except (HardwareError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise HardwareError(f"{name}: {error}") from error
     return value
+
+
+def _number(value: Any, kind: str = "float", *, above_zero: bool = False) -> Any:
+    """A figure that is finite and not negative; raises TypeError or HardwareError."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{value!r} is no {kind}")
+    if not math.isfinite(value) or value < 0 or (above_zero and value == 0):
+        raise HardwareError(f"{value!r} is not {'above 0' if above_zero else 'a number from 0 on'}")
+    return value
+
+
+def _table_row(row: Any) -> tuple[float, ...]:
+    found = tuple(float(_number(n, above_zero=True)) for n in row)
+    if len(found) != 3:
+        raise HardwareError(f"a row has {len(found)} numbers; it needs bytes, threads and bytes/s")
+    return found
 
 
 def _curve(points: Any) -> Curve:
@@ -238,4 +267,4 @@ def load_profile(name: str | Path) -> Hardware:
     path = shipped if shipped.is_file() else Path(name).expanduser()
     if not path.is_file():
         raise HardwareError(f"{name} is no file and no known machine; known are {', '.join(profile_names())}")
-    return Hardware.from_json(path.read_text(encoding="utf-8"), str(name))
+    return Hardware.from_file(path, str(name))

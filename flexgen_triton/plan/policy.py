@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 WEIGHT_GROUPS = (32, 64, 128)
 CACHE_GROUP = 64
+LOSSY = ("4bit", "4bit-cache", "sparse")  # what changes the output, by the names that allow it
 
 
 class PolicyError(ValueError):

@@ -17,14 +17,13 @@ from .fit import fits, need
 from .hardware import GIB, Hardware, HardwareError
 from .placement import Tier
 from .plan import Plan, make_plan
-from .policy import Policy, PolicyError
+from .policy import LOSSY, Policy, PolicyError
 from .predict import Prediction, predict
 from .relax import ATTENDED, Optimum, Relaxation, Shares, shortened, whole_tiers, with_shares
 from .spec import Batch, ModelSpec, Workload, stored_as
 
 GPU_BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 GPU_BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-LOSSY = ("4bit", "4bit-cache", "sparse")
 SPARSITY = 0.1  # FlexGen's: V of a tenth of the tokens
 MODEST = 0.98  # of the best throughput, where that spares sequences in flight
 CLOSE = 0.995  # a policy this near to the next bound ends the search

@@ -6,7 +6,6 @@ The file lies in the offload directory, whose disk's speed is part of it. Not ye
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import platform
 import re
@@ -30,6 +29,7 @@ from ..models.opt import OPT, OPTConfig, model_spec
 from ..models.sampling_params import SamplingParams
 from ..plan.cost import seconds
 from ..plan.hardware import Hardware, HardwareError
+from ..plan.json_file import JsonError, read_object
 from ..plan.layout import cache_fields
 from ..plan.link import Span
 from ..plan.policy import Policy
@@ -302,9 +302,8 @@ def profile_path(folders: Folders, device: torch.device) -> Path:
 def cached_profile(folders: Folders, device: torch.device) -> Hardware | None:
     """This machine's profile with the capacities of now; None where there is none that this version can read."""
     try:
-        text = profile_path(folders, device).read_text(encoding="utf-8")
-        return with_capacities(Hardware.from_json(text), device, folders)
-    except (FileNotFoundError, HardwareError):
+        return with_capacities(Hardware.from_file(profile_path(folders, device)), device, folders)
+    except HardwareError:
         return None
 
 
@@ -366,9 +365,6 @@ def _busy(lanes: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, f
 def read_run(path: Path) -> Mapping[str, Any]:
     """The figures that `bench --json` wrote; raises HardwareError where the file holds none, OSError."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise HardwareError(f"{path} is not valid JSON ({error}); write one with `bench --json`") from error
-    if not isinstance(found, dict):
-        raise HardwareError(f"{path} holds no figures of a run; write them with `bench --json`")
-    return found
+        return read_object(path)
+    except JsonError as error:
+        raise HardwareError(f"{error}; write a run's figures with `bench --json`") from error
