@@ -60,6 +60,7 @@ class Weights:
             self._host = opened.enter_context(Arena("host weights", host_bytes, cpu, pin=pin))
             bounce_bytes = BOUNCE_BYTES if on_gpu and not pin else 0
             self._bounce = opened.enter_context(Arena("bounce", bounce_bytes, cpu, pin=True))
+            opened.callback(self._resident.clear)  # views keep the memory
             self.gpu_bytes, self.host_bytes = self._gpu.nbytes, self._host.nbytes
             with Arena("load staging", LOAD_CHUNK if on_gpu else 0, cpu, pin=True) as staging:
                 self._resident += [self._load_resident(p, staging.buffer, progress) for p in self._all()]
@@ -193,7 +194,6 @@ class Weights:
             into.copy_(on_host, non_blocking=True)
 
     def close(self) -> None:
-        self._resident.clear()
         self._lookup.clear()
         self._opened.close()
 
