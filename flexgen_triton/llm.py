@@ -129,6 +129,7 @@ class LLM:
         self.offload_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.last_report: RunReport | None = None  # of the last `generate`
         self.totals = Totals()  # of the last `stream`
+        self._taken: int | None = None  # bytes of this process that a search counted with
         self._drawn = 0  # seeds given to requests without one
         self._engine: Engine | None = None
         self._automatic = isinstance(policy, str)
@@ -163,6 +164,7 @@ class LLM:
             offload_dir=self.offload_dir,
             copies=self._copies,
             limits=self._limits,
+            taken=self._taken,
             progress=self._phase("load"),
         )
 
@@ -180,7 +182,9 @@ class LLM:
             copies=self._copies,
             progress=self._progress,
         )
-        return here(found, self.spec, self._base, self._device)
+        found = here(found, self.spec, self._base, self._device)
+        self._taken = found.process_bytes
+        return found
 
     def problem(
         self,

@@ -95,7 +95,9 @@ class Engine:
 
     `copies` says whether host memory is apart from the device's; on the CPU it is not, and True makes the engine move
     bytes as if it were. `limits` are the bytes that this process may use of a tier, with all that it takes already;
-    without one it is what is free. Raises PolicyError before allocating when weights, or later a workload, do not fit.
+    without one it is what is free. `taken` is what the process had of the host's memory when the policy was searched
+    for; by default what it has when it first generates. Raises PolicyError before allocating when weights, or later a
+    workload, do not fit.
     """
 
     def __init__(
@@ -109,6 +111,7 @@ class Engine:
         offload_dir: Path,
         copies: bool | None = None,
         limits: Limits = NO_LIMITS,
+        taken: int | None = None,
         progress: Progress | None = None,
     ) -> None:
         self._limits = limits
@@ -117,7 +120,8 @@ class Engine:
         self._offload_dir = offload_dir
         self._dtype = getattr(torch, spec.dtype)
         smallest = self.plan(Workload((Batch((1,), 2),)))
-        self._taken: int | None = None  # bytes of the process beside its weights, when its first run began
+        self._taken = taken
+        self._resident_bytes = 0  # of weights in this process's memory
         fit.check(smallest, self._available())
         if device.type == "cpu" or policy.cpu_cache_compute:
             ops.prepare(spec, smallest.cache_layout.fields, sparse=policy.attn_sparsity < 1)
@@ -128,6 +132,7 @@ class Engine:
         except BaseException:
             self._disk.close()
             raise
+        self._resident_bytes = self.weights.host_bytes + (self.weights.gpu_bytes if device.type == "cpu" else 0)
 
     def plan(self, workload: Workload) -> Plan:
         """The plan of one block; pure."""
@@ -154,13 +159,8 @@ class Engine:
         return {t: n if (a := allowed[t]) is None else max(min(n, a - used[t]), 0) for t, n in free.items()}
 
     @property
-    def _resident_bytes(self) -> int:
-        """Bytes of the weights that lie in this process's memory."""
-        return self.weights.host_bytes + (self.weights.gpu_bytes if self.device.type == "cpu" else 0)
-
-    @property
     def _libraries(self) -> int:
-        """Bytes that libraries have taken since the first run began, of those that every plan sets aside for them."""
+        """Bytes that libraries have taken since then, of those that every plan sets aside for them."""
         if self._taken is None:
             return 0
         return min(max(rss() - self._resident_bytes - self._taken, 0), LIBRARY_BYTES)
