@@ -44,7 +44,6 @@ POLICIES = {
     "8 GPU batches": Policy(4, 8, 50, 0, 100, 0, 100, 0),
 }
 LOOSER = {"tight": 1.0, "middle": 1.5, "loose": 3.0}  # times the least that would do
-AUTOMATIC_PROMPTS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +55,7 @@ class Job:
     cpu_memory: int | None
     prompt_len: int
     gen_len: int
+    num_prompts: int  # of an automatic policy; others get a block
     offload_dir: str
     dtype: str
 
@@ -69,7 +69,7 @@ class Job:
 
 
 def work(job: Job) -> dict[str, Any]:
-    """Load, generate one block (or AUTOMATIC_PROMPTS prompts), and give what was planned and taken."""
+    """Load, generate one block (or `num_prompts` prompts), and give what was planned and taken."""
     from flexgen_triton import LLM, SamplingParams
     from flexgen_triton.bench import measure, random_prompts
     from flexgen_triton.memory.arena import peak_rss
@@ -84,7 +84,7 @@ def work(job: Job) -> dict[str, Any]:
         device="cpu",
         offload_dir=job.offload_dir,
     ) as llm:
-        count = job.policy.block_size if job.policy else AUTOMATIC_PROMPTS
+        count = job.policy.block_size if job.policy else job.num_prompts
         prompts = random_prompts(count, job.prompt_len, llm.spec.vocab, 0)
         params = SamplingParams(max_tokens=job.gen_len, ignore_eos=True, temperature=0)
         if job.policy is None:
@@ -186,7 +186,7 @@ def _shares(policy: dict[str, Any]) -> str:
 
 def _job(model: str, policy: Policy | None, cpu_memory: int | None, args: argparse.Namespace) -> Job:
     dtype = "auto" if model == "demo" else args.dtype
-    return Job(model, policy, cpu_memory, args.prompt_len, args.gen_len, str(args.offload_dir), dtype)
+    return Job(model, policy, cpu_memory, args.prompt_len, args.gen_len, args.num_prompts, str(args.offload_dir), dtype)
 
 
 def row(case: Case) -> Row:
@@ -224,6 +224,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--policies", default=",".join((*POLICIES, "automatic")), metavar="NAME,...")
     parser.add_argument("--prompt-len", type=int, default=64)
     parser.add_argument("--gen-len", type=int, default=16)
+    parser.add_argument("--num-prompts", type=int, default=64, help="of automatic policies")
     parser.add_argument("--dtype", default="bfloat16", help="of the models with random weights")
     parser.add_argument("--offload-dir", type=Path, default=OFFLOAD_DIR)
     parser.add_argument("--out", type=Path, metavar="FILE")

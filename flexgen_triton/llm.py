@@ -154,6 +154,7 @@ class LLM:
         self.folders = as_folders(offload_dir)
         self.last_report: RunReport | None = None  # of the last `generate`
         self.totals = Totals()  # of the last `stream`
+        self._taken: int | None = None  # bytes of this process that a search counted with
         self._drawn = 0  # seeds given to requests without one
         self._engine: Engine | None = None
         self._closed = False
@@ -211,6 +212,7 @@ class LLM:
             folders=self.folders,
             copies=self._copies,
             limits=self._limits,
+            taken=self._taken,
             progress=partial(self._prepared, "load"),
             check=self._check,
         )
@@ -232,7 +234,9 @@ class LLM:
             copies=self._copies,
             progress=self._prepared,
         )
-        return here(found, self.spec, self._base, self._device)
+        found = here(found, self.spec, self._base, self._device)
+        self._taken = found.process_bytes
+        return found
 
     def problem(
         self,

@@ -43,7 +43,7 @@ from .workspace import temporaries, workspace_bytes
 PART_BYTES = 64 << 20  # a streamed layer is cut at least this fine, so that disk and link overlap within it
 Extents = Mapping[str, Sequence[Extent]]  # by module
 
-LIBRARY_BYTES = 48 << 20  # threads, their heaps and matrix libraries' buffers, as measured
+LIBRARY_BYTES = 48 << 20  # threads, matrix libraries' buffers and what a search leaves: 8 to 25 MiB on two cores
 HOST_RINGS = ("stage_in", "stage_out", "query", "answer")  # the others are the device's
 _NO_WORK = Work(rows=0, products=(), weight_bytes=0, hidden_bytes=0, first_of_load=False)
 

@@ -22,7 +22,6 @@ from .engine import Limits, RunReport
 from .measure import MEASURING_BYTES, cached_profile, load_or_measure
 from .totals import Choice
 
-SEARCH_BYTES = 5 << 20  # that looking for a policy leaves in the process
 KEEP = 0.9  # a policy in use this near to the best is kept: another one means loading all weights anew
 
 
@@ -72,7 +71,7 @@ def here(hardware: Hardware, model: ModelSpec, base: Policy, device: torch.devic
     if device.type == "cpu" or base.cpu_cache_compute:
         spec = stored_as(model, base)
         ops.prepare(spec, cache_fields(spec, is_4bit=base.is_cache_4bit), sparse=base.attn_sparsity < 1)
-    return replace(hardware, process_bytes=rss() + SEARCH_BYTES)
+    return replace(hardware, process_bytes=rss())
 
 
 def choose(problem: Problem, hardware: Hardware, current: Policy | None = None) -> Choice:

@@ -101,9 +101,10 @@ class Engine:
 
     `copies` says whether host memory is apart from the device's; on the CPU it is not, and True makes the engine move
     bytes as if it were. `limits` are the bytes that this process may use of a tier, with all that it takes already;
-    without one it is what is free. `check` is called on the caller's thread whenever an op is issued, and what it
-    raises ends the run. Raises PolicyError before allocating when weights, or later a workload, do not fit, and
-    ForkedError in a fork of a process that has made an engine.
+    without one it is what is free. `taken` is what the process had of the host's memory when the policy was searched
+    for; by default what it has when it first generates. `check` is called on the caller's thread whenever an op is
+    issued, and what it raises ends the run. Raises PolicyError before allocating when weights, or later a workload, do
+    not fit, and ForkedError in a fork of a process that has made an engine.
     """
 
     def __init__(
@@ -117,6 +118,7 @@ class Engine:
         folders: Folders,
         copies: bool | None = None,
         limits: Limits = NO_LIMITS,
+        taken: int | None = None,
         progress: Progress | None = None,
         check: Check | None = None,
     ) -> None:
@@ -127,7 +129,8 @@ class Engine:
         self._folders = folders
         self._dtype = getattr(torch, spec.dtype)
         smallest = self.plan(Workload((Batch((1,), 2),)))
-        self._taken: int | None = None  # bytes of the process beside its weights, when its first run began
+        self._taken = taken
+        self._resident_bytes = 0  # of weights in this process's memory
         fit.check(smallest, self._available())
         if device.type == "cpu" or policy.cpu_cache_compute:
             ops.prepare(spec, smallest.cache_layout.fields, sparse=policy.attn_sparsity < 1)
@@ -138,6 +141,7 @@ class Engine:
         except BaseException:
             self._disk.close()
             raise
+        self._resident_bytes = self.weights.host_bytes + (self.weights.gpu_bytes if device.type == "cpu" else 0)
         self._holdings = Holdings(self.weights, self._disk)
         weakref.finalize(self, self._holdings.close)
 
@@ -178,13 +182,8 @@ class Engine:
         return {t: n if (a := allowed[t]) is None else max(min(n, a - used[t]), 0) for t, n in free.items()}
 
     @property
-    def _resident_bytes(self) -> int:
-        """Bytes of the weights that lie in this process's memory."""
-        return self.weights.host_bytes + (self.weights.gpu_bytes if self.device.type == "cpu" else 0)
-
-    @property
     def _libraries(self) -> int:
-        """Bytes that libraries have taken since the first run began, of those that every plan sets aside for them."""
+        """Bytes that libraries have taken since then, of those that every plan sets aside for them."""
         if self._taken is None:
             return 0
         return min(max(rss() - self._resident_bytes - self._taken, 0), LIBRARY_BYTES)

@@ -1,12 +1,15 @@
-"""What the plan sets aside for attention on the host is what its kernels ask for."""
+"""What the plan sets aside for computations is what they ask for, and what it counts as free is free."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 
 from flexgen_triton.kernels import cpu_attention, cpu_jit
+from flexgen_triton.memory.arena import Arena, rss
 from flexgen_triton.models.opt import OPTConfig, model_spec
 from flexgen_triton.plan import workspace
+from flexgen_triton.plan.placement import Tier
 from flexgen_triton.plan.plan import make_plan
 from flexgen_triton.plan.policy import Policy
 from flexgen_triton.plan.spec import Workload
@@ -31,3 +34,21 @@ def test_attention_on_the_host_has_the_room_it_asks_for(hidden, heads, prompt_le
     if sparsity < 1:
         asked = cpu_attention.sparse_workspace_bytes(*shape, blocks, plan.kept(blocks))
     assert asked <= plan.temporaries["hosted"]
+
+
+@pytest.mark.parametrize(
+    ("policy", "prompt_len", "gen_len"), [((8, 8), 64, 16), ((16, 1), 60, 4), ((64, 1), 32, 96)], ids=str
+)
+def test_cache_that_counts_as_unwritten_is_not_resident(policy, prompt_len, gen_len):
+    """Written in an arena as prompts fill it: huge pages become resident whole, beyond what was written."""
+    spec = model_spec(OPTConfig(512, 12, 4, 2048, vocab_size=99), "small", "float16")
+    plan = make_plan(spec, Policy(*policy), Workload.uniform(prompt_len, gen_len, *policy), copies=False)
+    layout, homes = plan.cache_layout, plan.homes[Tier.GPU]
+    with Arena("homes", homes, torch.device("cpu")) as arena:
+        before = rss()
+        for k in range(policy[1]):
+            for _ in range(12):
+                home = arena.take(layout.dense(plan.cache_home_blocks(k), policy[0]))
+                home[: layout.dense(layout.blocks(prompt_len), policy[0])].fill_(1)
+        resident = rss() - before
+    assert resident <= homes - workspace._unfilled_bytes(plan) + (1 << 20)
