@@ -56,14 +56,8 @@ class SamplingParams:
             self._settle(name, int(value), low, high)
         for name, low, high in _REAL:
             value = getattr(self, name)
-            number = (
-                value
-                if isinstance(value, int)
-                else float(value)
-                if isinstance(value, float | np.integer | np.floating)
-                else None
-            )
-            if number is None or isinstance(value, bool) or not abs(number) <= sys.float_info.max:
+            number = _real(value)
+            if number is None or not abs(number) <= sys.float_info.max:
                 raise ValueError(f"{name} is {value!r}; it must be a finite number")
             self._settle(name, number, low, high)
         for name in _YES_OR_NO:
@@ -123,6 +117,13 @@ _REAL = (
     ("presence_penalty", -2, 2),
     ("frequency_penalty", -2, 2),
 )
+
+
+def _real(value: object) -> float | None:
+    """Python's own number for one of its own or of numpy's; None for anything else."""
+    if isinstance(value, np.integer | np.floating):
+        return float(value)
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:
