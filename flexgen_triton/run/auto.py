@@ -20,6 +20,7 @@ from ..plan.search import Problem, available, modest, search
 from ..plan.spec import ModelSpec, stored_as
 from .engine import Limits, RunReport
 from .measure import MEASURING_BYTES, cached_profile, load_or_measure
+from .running import check_process
 from .totals import Choice
 
 KEEP = 0.9  # a policy in use this near to the best is kept: another one means loading all weights anew
@@ -66,8 +67,10 @@ def _check_room(limit: int) -> None:
 def here(hardware: Hardware, model: ModelSpec, base: Policy, device: torch.device) -> Hardware:
     """The machine as a run in this process finds it: with what the process has taken by now, its kernels loaded.
 
-    A profile knows only what another process took, which had compiled them for every format.
+    A profile knows only what another process took, which had compiled them for every format. Raises ForkedError in a
+    fork of a process that computed.
     """
+    check_process()
     if device.type == "cpu" or base.cpu_cache_compute:
         spec = stored_as(model, base)
         ops.prepare(spec, cache_fields(spec, is_4bit=base.is_cache_4bit), sparse=base.attn_sparsity < 1)
