@@ -182,7 +182,7 @@ class LLM:
             copies=self._copies,
             progress=self._progress,
         )
-        found = here(found, self.spec, self._base, self._device)
+        found = here(found, self.spec, self._base)
         self._taken = found.process_bytes
         return found
 

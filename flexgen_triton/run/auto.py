@@ -62,14 +62,13 @@ def _check_room(limit: int) -> None:
         )
 
 
-def here(hardware: Hardware, model: ModelSpec, base: Policy, device: torch.device) -> Hardware:
+def here(hardware: Hardware, model: ModelSpec, base: Policy) -> Hardware:
     """The machine as a run in this process finds it: with what the process has taken by now, its kernels loaded.
 
-    A profile knows only what another process took, which had compiled them for every format.
+    A profile knows only what another process took, which had loaded them for every format.
     """
-    if device.type == "cpu" or base.cpu_cache_compute:
-        spec = stored_as(model, base)
-        ops.prepare(spec, cache_fields(spec, is_4bit=base.is_cache_4bit), sparse=base.attn_sparsity < 1)
+    spec = stored_as(model, base)
+    ops.prepare(spec, cache_fields(spec, is_4bit=base.is_cache_4bit), sparse=base.attn_sparsity < 1)
     return replace(hardware, process_bytes=rss())
 
 
