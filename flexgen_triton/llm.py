@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import xxhash
 
+from .memory.arena import Resident
 from .model_source import check_device, choose_dtype, find_model
 from .models.checkpoint import open_store
 from .models.opt import OPT, ModelError, model_spec
@@ -26,7 +27,7 @@ from .plan.placement import PAGE
 from .plan.policy import Policy, PolicyError
 from .plan.search import Problem
 from .plan.spec import ModelSpec, stored_as
-from .run.auto import choose, here, machine, typical_length
+from .run.auto import choose, machine, settled, typical_length
 from .run.engine import MIN_WAITING, Engine, Limits, RunReport
 from .run.request import Request
 from .run.totals import Choice, Totals
@@ -129,7 +130,7 @@ class LLM:
         self.offload_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.last_report: RunReport | None = None  # of the last `generate`
         self.totals = Totals()  # of the last `stream`
-        self._taken: int | None = None  # bytes of this process that a search counted with
+        self._taken: Resident | None = None  # what this process had when it searched for a policy
         self._drawn = 0  # seeds given to requests without one
         self._engine: Engine | None = None
         self._automatic = isinstance(policy, str)
@@ -182,9 +183,8 @@ class LLM:
             copies=self._copies,
             progress=self._progress,
         )
-        found = here(found, self.spec, self._base)
-        self._taken = found.process_bytes
-        return found
+        self._taken = settled(self.spec, self._base)
+        return replace(found, process_bytes=self._taken.total)
 
     def problem(
         self,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..memory.arena import rss
+from ..memory.arena import Resident, rss
 from ..models import ops
 from ..plan.fit import amount, fits
 from ..plan.hardware import Hardware, load_profile
@@ -62,14 +62,14 @@ def _check_room(limit: int) -> None:
         )
 
 
-def here(hardware: Hardware, model: ModelSpec, base: Policy) -> Hardware:
-    """The machine as a run in this process finds it: with what the process has taken by now, its kernels loaded.
+def settled(model: ModelSpec, base: Policy) -> Resident:
+    """Bytes that this process has before it searches, the kernels loaded that a run needs.
 
     A profile knows only what another process took, which had loaded them for every format.
     """
     spec = stored_as(model, base)
     ops.prepare(spec, cache_fields(spec, is_4bit=base.is_cache_4bit), sparse=base.attn_sparsity < 1)
-    return replace(hardware, process_bytes=rss())
+    return Resident.now()
 
 
 def choose(problem: Problem, hardware: Hardware, current: Policy | None = None) -> Choice:
