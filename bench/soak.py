@@ -78,8 +78,10 @@ class Soak:
         self.outputs = self.calls = self.abandoned = self.refused = 0
 
     def call(self) -> None:
-        """One stream or one `generate`; now and then the policy is changed first."""
-        if self.calls % PER_POLICY == 0:
+        """One stream or one `generate`; now and then the policy is changed first, to each of them once at the start."""
+        if self.calls < len(POLICIES):
+            self.llm.use(POLICIES[self.calls])
+        elif self.calls % PER_POLICY == 0:
             self.llm.use(self.random.choice(POLICIES))
         self.calls += 1
         draw = self.random.random()

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from .arguments import as_allowed, as_device, as_folders, as_model, as_pair, as_params, check_others, check_policy
 from .defaults import AUTO as AUTO
 from .defaults import DEFAULT_OFFLOAD_DIR as DEFAULT_OFFLOAD_DIR
+from .memory.arena import Resident
 from .model_source import check_device, choose_dtype, find_model
 from .models.checkpoint import open_store
 from .models.opt import OPT, ModelError, model_spec
@@ -33,7 +34,7 @@ from .plan.search import Problem
 from .plan.spec import ModelSpec, stored_as
 from .prompts import Prompt as Prompt
 from .prompts import as_prompt, as_prompts
-from .run.auto import choose, here, machine, typical_length
+from .run.auto import choose, machine, settled, typical_length
 from .run.engine import MIN_WAITING, Engine, Limits, RunReport
 from .run.request import Request
 from .run.running import CLOSED, ClosedError, check_process
@@ -154,7 +155,7 @@ class LLM:
         self.folders = as_folders(offload_dir)
         self.last_report: RunReport | None = None  # of the last `generate`
         self.totals = Totals()  # of the last `stream`
-        self._taken: int | None = None  # bytes of this process that a search counted with
+        self._taken: Resident | None = None  # what this process had when it searched for a policy
         self._drawn = 0  # seeds given to requests without one
         self._engine: Engine | None = None
         self._closed = False
@@ -234,9 +235,8 @@ class LLM:
             copies=self._copies,
             progress=self._prepared,
         )
-        found = here(found, self.spec, self._base, self._device)
-        self._taken = found.process_bytes
-        return found
+        self._taken = settled(self.spec, self._base, self._device)
+        return replace(found, process_bytes=self._taken.total)
 
     def problem(
         self,

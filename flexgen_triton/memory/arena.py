@@ -9,6 +9,7 @@ import mmap
 import warnings
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -151,9 +152,22 @@ def _headroom(group: Path, limit_name: str, usage_name: str) -> int | None:
     return int(limit) - int(usage) + cache
 
 
+@dataclass(frozen=True, slots=True)
+class Resident:
+    """Bytes of this process that are in memory: all, and those that no file holds; the others come and go."""
+
+    total: int
+    anonymous: int
+
+    @classmethod
+    def now(cls) -> Resident:
+        status = _numbers(Path("/proc/self/status"))
+        return cls(*(status.get(f"{name}:", 0) * 1024 for name in ("VmRSS", "RssAnon")))
+
+
 def rss() -> int:
     """Bytes of this process that are in memory now, mapped files included."""
-    return _numbers(Path("/proc/self/status")).get("VmRSS:", 0) * 1024
+    return Resident.now().total
 
 
 def peak_rss() -> int:

@@ -22,6 +22,7 @@ ALIGNMENT = 16 << 10  # what the temporaries of a computation lose by starting a
 DECODE_PROGRAMS = 16 * 304  # that attention is split for at most: 16 for each multiprocessor of the largest chip
 MIN_SPLIT_TOKENS, MAX_SPLITS = 128, 64  # of a sequence, in attention on a GPU
 HOST_THREADS, HOST_CHUNK = 128, 32  # that attend on the host at most, and tokens that each widens at a time
+HEAP_BYTES = 64 << 20  # that the process's heap keeps of what was freed
 HUGE_PAGE = 2 << 20  # that large buffers are made of, where the system has them
 SEGMENTS = 3  # that a sequence's cache is in at most: full blocks, the open one, the newest token
 
@@ -30,10 +31,10 @@ def workspace_bytes(plan: Plan) -> int:
     """Temporaries of decoding and, beside them, of the prompts' largest computation, with the logits.
 
     In place, pages count when they are first written: what the cache does not yet hold after the prompts is taken
-    off what the prompts' computation needs.
+    off what the prompts' computation needs, but for what the heap keeps of that.
     """
     prompts = _rows_bytes(plan, max(b.prompt_tokens for b in plan.workload.batches))
-    on_top = max(prompts - (0 if plan.copies else _unfilled_bytes(plan)), 0)
+    on_top = max(prompts - (0 if plan.copies else _unfilled_bytes(plan)), min(prompts, HEAP_BYTES))
     return on_top + _head_bytes(plan) + _logits_bytes(plan) + sum(_used(plan).values())
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..memory.arena import rss
+from ..memory.arena import Resident, rss
 from ..memory.stripes import Folders
 from ..models import ops
 from ..plan.fit import amount, fits
@@ -64,17 +64,17 @@ def _check_room(limit: int) -> None:
         )
 
 
-def here(hardware: Hardware, model: ModelSpec, base: Policy, device: torch.device) -> Hardware:
-    """The machine as a run in this process finds it: with what the process has taken by now, its kernels loaded.
+def settled(model: ModelSpec, base: Policy, device: torch.device) -> Resident:
+    """Bytes that this process has before it searches, the kernels loaded that a run needs.
 
-    A profile knows only what another process took, which had compiled them for every format. Raises ForkedError in a
+    A profile knows only what another process took, which had loaded them for every format. Raises ForkedError in a
     fork of a process that computed.
     """
     check_process()
     if device.type == "cpu" or base.cpu_cache_compute:
         spec = stored_as(model, base)
         ops.prepare(spec, cache_fields(spec, is_4bit=base.is_cache_4bit), sparse=base.attn_sparsity < 1)
-    return replace(hardware, process_bytes=rss())
+    return Resident.now()
 
 
 def choose(problem: Problem, hardware: Hardware, current: Policy | None = None) -> Choice:

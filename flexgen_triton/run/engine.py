@@ -15,7 +15,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from ..memory.arena import host_available, rss
+from ..memory.arena import Resident, host_available, rss
 from ..memory.buffers import Buffers, Sizes
 from ..memory.disk import DiskQueue
 from ..memory.lanes import Check
@@ -118,7 +118,7 @@ class Engine:
         folders: Folders,
         copies: bool | None = None,
         limits: Limits = NO_LIMITS,
-        taken: int | None = None,
+        taken: Resident | None = None,
         progress: Progress | None = None,
         check: Check | None = None,
     ) -> None:
@@ -170,9 +170,8 @@ class Engine:
 
     def _available(self) -> dict[Tier, int]:
         """Bytes of each tier that are free, within the limits."""
-        libraries = self._libraries
-        free = {Tier.HOST: host_available() + libraries, Tier.DISK: self._folders.free_bytes()}
-        used = {Tier.HOST: rss() - libraries, Tier.GPU: 0, Tier.DISK: 0}
+        used = {Tier.HOST: self._used(), Tier.GPU: 0, Tier.DISK: 0}
+        free = {Tier.HOST: host_available() + rss() - used[Tier.HOST], Tier.DISK: self._folders.free_bytes()}
         if self.device.type == "cuda":
             free[Tier.GPU], total = torch.cuda.mem_get_info(self.device)
             used[Tier.GPU] = total - free[Tier.GPU]
@@ -181,16 +180,21 @@ class Engine:
         allowed = {Tier.GPU: self._limits.gpu, Tier.HOST: self._limits.host, Tier.DISK: self._limits.disk}
         return {t: n if (a := allowed[t]) is None else max(min(n, a - used[t]), 0) for t, n in free.items()}
 
-    @property
-    def _libraries(self) -> int:
-        """Bytes that libraries have taken since then, of those that every plan sets aside for them."""
+    def _used(self) -> int:
+        """Bytes that this process has of the host's memory, without the libraries' share of every plan.
+
+        Since `taken` libraries may have used that share; pages of files that came since then can go again.
+        """
         if self._taken is None:
-            return 0
-        return min(max(rss() - self._resident_bytes - self._taken, 0), LIBRARY_BYTES)
+            return rss()
+        grown = Resident.now().anonymous - self._resident_bytes - self._taken.anonymous
+        return self._taken.total + self._resident_bytes + max(grown - LIBRARY_BYTES, 0)
 
     def _begin(self) -> None:
+        """Note what the process has before its first run, its weights aside."""
         if self._taken is None:
-            self._taken = rss() - self._resident_bytes
+            now, weights = Resident.now(), self._resident_bytes
+            self._taken = Resident(now.total - weights, now.anonymous - weights)
 
     def generate(
         self,

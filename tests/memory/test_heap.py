@@ -1,4 +1,4 @@
-"""The process's heap: one for all threads, and large blocks that are freed leave it; so runs after runs do not grow."""
+"""The process's heap: one for all threads, and bounded in what it keeps; so runs after runs do not grow."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ import sys
 
 import pytest
 
+from flexgen_triton.environment import KEPT_BYTES
+from flexgen_triton.plan.workspace import HEAP_BYTES
+
 MIB = 1 << 20
 SETTINGS = ("MALLOC_ARENA_MAX", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
 
 pytestmark = pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33 or later")
 
-# What the tests ask of a process: heaps of so many threads, and what a heap keeps of blocks of falling sizes.
+# What the tests ask of a process: heaps of so many threads, and what stays of large blocks.
 PROGRAM = """
 import ctypes, os, sys, tempfile, threading
 import flexgen_triton
@@ -47,30 +50,34 @@ for t in threads: t.start()
 for t in threads: t.join()
 
 before = resident()
-for mib in (24, 16, 8, 4):
-    block = libc.malloc(mib << 20)
-    ctypes.memset(block, 1, mib << 20)
-    libc.free(block)
+for turn in range(2):
+    blocks = [libc.malloc(24 << 20) for _ in range(8)]
+    for block in blocks:
+        ctypes.memset(block, 1, 24 << 20)
+    for block in blocks:
+        libc.free(block)
 print(heaps(), resident() - before)
 """
 
 
 def heaps_and_kept(**variables: str) -> tuple[int, int]:
-    """Heaps after six threads ran at once, and bytes that stay resident of blocks up to 24 MiB that were freed."""
+    """Heaps after six threads ran at once, and bytes that stay resident of 192 MiB that were freed."""
     environment = {name: value for name, value in os.environ.items() if name not in SETTINGS} | variables
     done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=True)
     heaps, kept = done.stdout.split()
     return int(heaps), int(kept)
 
 
-def test_threads_share_one_heap_which_gives_large_blocks_back():
+def test_threads_share_one_heap_that_keeps_no_more_than_the_plan_counts():
     heaps, kept = heaps_and_kept()
     assert heaps == 1
-    assert kept < 2 * MIB
+    assert kept <= HEAP_BYTES + MIB
 
 
 def test_a_setting_of_the_users_stays():
-    heaps, kept = heaps_and_kept(MALLOC_ARENA_MAX="4")
-    assert heaps == 4
-    assert kept < 2 * MIB
+    assert heaps_and_kept(MALLOC_ARENA_MAX="4")[0] == 4
     assert heaps_and_kept(GLIBC_TUNABLES="glibc.malloc.arena_max=3")[0] == 3
+
+
+def test_the_plan_and_the_heap_agree():
+    assert HEAP_BYTES == KEPT_BYTES
