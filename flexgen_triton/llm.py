@@ -21,6 +21,7 @@ from .arguments import as_allowed, as_device, as_folders, as_model, as_pair, as_
 from .defaults import AUTO as AUTO
 from .defaults import DEFAULT_OFFLOAD_DIR as DEFAULT_OFFLOAD_DIR
 from .memory.arena import Resident
+from .memory.store import CHUNK
 from .model_source import check_device, choose_dtype, find_model
 from .models.checkpoint import open_store
 from .models.opt import OPT, ModelError, model_spec
@@ -253,6 +254,7 @@ class LLM:
         base, typical, differ = self._base, typical_length(prompt_lens), len(set(prompt_lens)) > 1
         lens = tuple(prompt_lens) if differ and num_prompts is not None else ()
         room = self.spec.max_positions - max((typical, *lens))  # the longest prompt need not ask for most
+        align = PAGE if self._is_read_in_place and not self._verify else CHUNK
         return Problem(
             self.spec,
             typical,
@@ -263,14 +265,16 @@ class LLM:
             stored=self._is_read_in_place,
             prompt_lens=lens,
             base=base,
-            alignment=2 * PAGE * len(self.spec.modules),
+            align=align,
+            alignment=2 * (align if self._is_read_in_place else PAGE) * len(self.spec.modules),
         )
 
     @property
     def _is_read_in_place(self) -> bool:
         """Whether weights are surely read where they lie, so that they take no more of the disk."""
-        is_changed = "4bit" in self._allow or self._base.compress_weight or len(self.folders.paths) > 1
-        return self.source.is_stored and not is_changed
+        is_4bit = "4bit" in self._allow or self._base.compress_weight
+        is_converted = is_4bit or self.spec.dtype != self.source.dtype or len(self.folders.paths) > 1
+        return self.source.is_stored and not is_converted
 
     def _settle(self, waiting: Sequence[PreparedPrompt], num_prompts: int | None, gen_len: int) -> Choice | None:
         """With an automatic policy: find the one for these prompts and load the weights as it says.

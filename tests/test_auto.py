@@ -6,7 +6,9 @@ import pytest
 from machines import SMALL_GPU, TWO_CORES
 
 from flexgen_triton import LLM, Policy, SamplingParams
+from flexgen_triton.plan.fit import need
 from flexgen_triton.plan.hardware import HardwareError
+from flexgen_triton.plan.placement import Tier
 from flexgen_triton.plan.policy import PolicyError
 from flexgen_triton.run import auto
 
@@ -15,7 +17,7 @@ KIB, MIB = 1 << 10, 1 << 20
 
 
 def automatic(tiny, tmp_path, **more) -> LLM:
-    return LLM(str(tiny.path), dtype="float32", offload_dir=tmp_path, hardware=TWO_CORES, **more)
+    return LLM(str(tiny.path), **{"dtype": "float32", "offload_dir": tmp_path, "hardware": TWO_CORES, **more})
 
 
 def test_the_default_policy_is_found_for_the_prompts(tiny, tmp_path):
@@ -28,6 +30,23 @@ def test_the_default_policy_is_found_for_the_prompts(tiny, tmp_path):
         engine = llm.engine
         llm.generate(tiny.prompts, GREEDY)
         assert llm.engine is engine  # nothing was loaded again
+
+
+@pytest.mark.parametrize(
+    ("more", "in_place"),
+    [({}, True), ({"verify": True}, True), ({"dtype": "bfloat16"}, False), ({"allow": ["4bit"]}, False)],
+    ids=str,
+)
+def test_a_search_leaves_room_for_how_the_store_is_aligned(tiny, tmp_path, more, in_place):
+    """Converted weights and those with checksums are read in chunks of 256 KiB, which take more than their bytes."""
+    with automatic(tiny, tmp_path, **more) as llm:
+        problem = llm.problem([8], 4, 2)
+        assert problem.stored == in_place
+        for gpu, cpu in ((100, 0), (40, 30), (0, 0)):
+            policy = Policy(2, 1, gpu, cpu)
+            llm.use(policy)
+            planned, taken = problem.plan(policy, copies=False), llm.engine.plan(problem.workload(2, 1))
+            assert need(taken)[Tier.HOST] <= need(planned)[Tier.HOST] + problem.alignment
 
 
 def test_a_small_device_is_filled_and_the_rest_offloaded(tiny, tmp_path):

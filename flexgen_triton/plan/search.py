@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from .fit import fits, need
 from .hardware import GIB, Hardware, HardwareError
-from .placement import Tier
+from .placement import PAGE, Tier
 from .plan import Plan, make_plan
 from .policy import LOSSY, Policy, PolicyError
 from .predict import Prediction, predict
@@ -52,6 +52,7 @@ class Problem:
     stored: bool = True  # the weights are on the disk already, in every format that may be chosen
     prompt_lens: tuple[int, ...] = ()  # all of them, where they differ
     base: Policy = field(default_factory=Policy)  # what the search does not choose
+    align: int = PAGE  # weights are read at multiples of this
     alignment: int = 0  # bytes more than planned that a store of another layout may take of a tier
 
     def __post_init__(self) -> None:
@@ -86,7 +87,7 @@ class Problem:
 
     def plan(self, policy: Policy, *, copies: bool) -> Plan:
         workload = self.workload(policy.gpu_batch_size, policy.num_gpu_batches)
-        return make_plan(stored_as(self.model, policy), policy, workload, copies=copies)
+        return make_plan(stored_as(self.model, policy), policy, workload, align=self.align, copies=copies)
 
     def throughput(self, policy: Policy, block_seconds: float) -> float:
         """Generated tokens per second over one block or, where their number is given, over all prompts."""
