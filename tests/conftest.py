@@ -21,6 +21,17 @@ from flexgen_triton.demo import DEMO_DIR
 settings.register_profile("ci", derandomize=True)  # CI judges the change, not the draw
 if os.environ.get("CI"):
     settings.load_profile("ci")
+EXAMPLES = int(os.environ.get("FLEXGEN_EXAMPLES", "1"))  # so many times as many of every property
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if EXAMPLES == 1:
+        return
+    tests = {t for item in items if (t := getattr(getattr(item, "obj", None), "__func__", getattr(item, "obj", None)))}
+    for test in tests:
+        own = getattr(test, "_hypothesis_internal_use_settings", None)  # hypothesis has no public name for it
+        if own is not None:
+            test._hypothesis_internal_use_settings = settings(own, max_examples=EXAMPLES * own.max_examples)
 
 
 @pytest.fixture(scope="session")
