@@ -20,14 +20,14 @@ from flexgen_triton.progress import Display
 
 MODEL = (
     "model path offload_dir policy gpu_batch_size num_gpu_batches percent sep_layer pin_weight cpu_cache_compute "
-    "keep_open_blocks attn_sparsity compress_weight compress_cache overlap dtype device copies"
+    "keep_open_blocks attn_sparsity compress_weight compress_cache overlap dtype device copies verify"
 )
 SAMPLING = (
     "max_tokens min_tokens temperature repetition_penalty presence_penalty frequency_penalty n stop stop_token_id "
     "ignore_eos"
 )
 EFFECTIVE = {  # options that do something whatever stands beside them, or contradict it and are refused for that
-    "bench": f"{MODEL} gen_len json_file dry_run no_log",
+    "bench": f"{MODEL} gen_len json_file dry_run no_log debug_mode",
     "generate": f"{MODEL} {SAMPLING} prompts file whole is_json log_json",
     "measure": "offload_dir profile_file run_file device",
     "plan": (
@@ -58,6 +58,7 @@ IGNORED = [  # a command line, and the flag in it that would be ignored
     ((*RUN, "--dry-run", "--trace", "t.json"), "--trace"),
     ((*DRY, "--log-file", "l"), "--log-file"),
     ((*DRY, "--verbose", "1"), "--verbose"),
+    ((*DRY, "--verify"), "--verify"),
     ((*RUN, "--cut-gen-len", "2", "--gen-len", "8", "--dry-run"), "--cut-gen-len"),
     ((*DRY, "--seed", "1"), "--seed"),
     (("bench", *AT, "--prompts", "p.txt", "--num-prompts", "3"), "--num-prompts has no effect with --prompts"),
@@ -147,11 +148,17 @@ def test_a_flag_that_has_an_effect_is_not(refused, args):
     assert done.exit_code == 0 and "plan" in done.output
 
 
+def test_a_dry_run_says_that_it_is_of_the_whole_run(refused):
+    """FlexGen's published commands cut their runs, and are tried with --dry-run."""
+    done = CliRunner().invoke(cli, (*DRY, "--debug-mode", "fewer_batch"), catch_exceptions=False)
+    assert done.exit_code == 0 and "the plan is of the whole run" in done.output
+
+
 def test_the_demo_runs_where_it_is_told_to(tmp_path, monkeypatch):
     places = []
     monkeypatch.setattr(bench, "run_demo", lambda console, offload_dir: places.append(offload_dir))
     done = CliRunner().invoke(cli, ["bench", "--offload-dir", str(tmp_path)], catch_exceptions=False)
-    assert done.exit_code == 0 and places == [tmp_path]
+    assert done.exit_code == 0 and places == [(tmp_path,)]
 
 
 # Files that are written in the end
