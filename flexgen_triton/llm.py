@@ -212,6 +212,7 @@ class LLM:
             prompt_lens=lens,
             base=base,
             alignment=2 * PAGE * len(self.spec.modules),
+            in_place=self.source.is_stored and self.spec.dtype == self.source.dtype,
         )
 
     def _settle(self, waiting: Sequence[PreparedPrompt], num_prompts: int | None, gen_len: int) -> Choice | None:
