@@ -10,9 +10,11 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
+from flexgen_triton.memory.arena import peak_rss, reset_peak_rss, rss
 from flexgen_triton.plan.hardware import Curve, HardwareError, load_profile
 from flexgen_triton.run import measure as module
 from flexgen_triton.run.measure import (
+    MEASURING_BYTES,
     cached_profile,
     load_or_measure,
     measure,
@@ -23,6 +25,7 @@ from flexgen_triton.run.measure import (
 )
 
 CPU = torch.device("cpu")
+MIB = 1 << 20
 FORMATS = {"float32", "float16", "bfloat16", "4-bit"}
 LANES = {"disk_in", "disk_out", "h2d", "d2h", "host_attention", "compute"}
 
@@ -38,8 +41,18 @@ def directory(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def machine(directory, told):
-    return measure(CPU, directory, quick=True, progress=lambda *args: told.append(args))
+def took() -> list[int]:
+    """Bytes that measuring added to the process at its peak."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def machine(directory, told, took):
+    reset_peak_rss()
+    before = rss()
+    found = measure(CPU, directory, quick=True, progress=lambda *args: told.append(args))
+    took.append(peak_rss() - before)
+    return found
 
 
 def curves(machine) -> dict[str, Curve]:
@@ -83,6 +96,11 @@ def test_what_is_no_rate(machine, directory):
 
 def test_nothing_is_left_in_the_directory(machine, directory):
     assert list(directory.iterdir()) == []
+
+
+def test_it_takes_no_more_memory_than_limits_are_checked_for(machine, took):
+    """Measured quickly it takes 330 MiB, at length 530."""
+    assert took[0] < MEASURING_BYTES - 160 * MIB
 
 
 def test_progress_ends_where_it_said(machine, told):
