@@ -21,7 +21,6 @@ from .arguments import as_allowed, as_device, as_folders, as_model, as_pair, as_
 from .defaults import AUTO as AUTO
 from .defaults import DEFAULT_OFFLOAD_DIR as DEFAULT_OFFLOAD_DIR
 from .memory.arena import Resident
-from .memory.store import CHUNK
 from .model_source import check_device, choose_dtype, find_model
 from .models.checkpoint import open_store
 from .models.opt import OPT, ModelError, model_spec
@@ -29,7 +28,7 @@ from .models.sampling import Logprobs
 from .models.sampling_params import SamplingParams
 from .outputs import CompletionOutput, RequestMetrics, RequestOutput
 from .plan.hardware import Hardware
-from .plan.placement import PAGE
+from .plan.placement import PAGE, STORE_ALIGN
 from .plan.policy import Policy, PolicyError
 from .plan.search import Problem
 from .plan.spec import ModelSpec, stored_as
@@ -254,7 +253,7 @@ class LLM:
         base, typical, differ = self._base, typical_length(prompt_lens), len(set(prompt_lens)) > 1
         lens = tuple(prompt_lens) if differ and num_prompts is not None else ()
         room = self.spec.max_positions - max((typical, *lens))  # the longest prompt need not ask for most
-        align = PAGE if self._is_read_in_place and not self._verify else CHUNK
+        in_place = self._is_read_in_place
         return Problem(
             self.spec,
             typical,
@@ -262,19 +261,17 @@ class LLM:
             num_prompts,
             self._allow,
             max_latency,
-            stored=self._is_read_in_place,
+            stored=in_place and "4bit" not in self._allow and not base.compress_weight,
             prompt_lens=lens,
             base=base,
-            align=align,
-            alignment=2 * (align if self._is_read_in_place else PAGE) * len(self.spec.modules),
+            alignment=2 * (STORE_ALIGN if in_place and self._verify else PAGE) * len(self.spec.modules),
+            in_place=in_place and not self._verify,
         )
 
     @property
     def _is_read_in_place(self) -> bool:
-        """Whether weights are surely read where they lie, so that they take no more of the disk."""
-        is_4bit = "4bit" in self._allow or self._base.compress_weight
-        is_converted = is_4bit or self.spec.dtype != self.source.dtype or len(self.folders.paths) > 1
-        return self.source.is_stored and not is_converted
+        """Whether weights that are not in 4 bits are read where they lie, whatever the policy."""
+        return self.source.is_stored and self.spec.dtype == self.source.dtype and len(self.folders.paths) == 1
 
     def _settle(self, waiting: Sequence[PreparedPrompt], num_prompts: int | None, gen_len: int) -> Choice | None:
         """With an automatic policy: find the one for these prompts and load the weights as it says.

@@ -15,6 +15,7 @@ from itertools import pairwise
 from .spec import ModuleSpec, TensorSpec
 
 PAGE = 4096
+STORE_ALIGN = 256 << 10  # that a store of our own is read at multiples of: it has a checksum for each
 
 
 class Tier(Enum):

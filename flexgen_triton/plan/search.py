@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from .fit import fits, need
 from .hardware import GIB, Hardware, HardwareError
-from .placement import PAGE, Tier
+from .placement import PAGE, STORE_ALIGN, Tier
 from .plan import Plan, make_plan
 from .policy import LOSSY, Policy, PolicyError
 from .predict import Prediction, predict
@@ -52,8 +52,8 @@ class Problem:
     stored: bool = True  # the weights are on the disk already, in every format that may be chosen
     prompt_lens: tuple[int, ...] = ()  # all of them, where they differ
     base: Policy = field(default_factory=Policy)  # what the search does not choose
-    align: int = PAGE  # weights are read at multiples of this
     alignment: int = 0  # bytes more than planned that a store of another layout may take of a tier
+    in_place: bool = True  # weights of the model's own dtype are read where they lie; others from a store of our own
 
     def __post_init__(self) -> None:
         unknown = sorted(self.allow - set(LOSSY))
@@ -87,7 +87,9 @@ class Problem:
 
     def plan(self, policy: Policy, *, copies: bool) -> Plan:
         workload = self.workload(policy.gpu_batch_size, policy.num_gpu_batches)
-        return make_plan(stored_as(self.model, policy), policy, workload, align=self.align, copies=copies)
+        model = stored_as(self.model, policy)
+        align = PAGE if self.in_place and not model.is_4bit else STORE_ALIGN
+        return make_plan(model, policy, workload, align=align, copies=copies)
 
     def throughput(self, policy: Policy, block_seconds: float) -> float:
         """Generated tokens per second over one block or, where their number is given, over all prompts."""

@@ -7,17 +7,19 @@ import torch
 
 from flexgen_triton.kernels import cpu_attention, cpu_jit
 from flexgen_triton.memory.arena import Arena, rss
+from flexgen_triton.memory.store import CHUNK
 from flexgen_triton.models.opt import OPTConfig, model_spec
 from flexgen_triton.plan import workspace
-from flexgen_triton.plan.placement import Tier
+from flexgen_triton.plan.placement import STORE_ALIGN, Tier
 from flexgen_triton.plan.plan import make_plan
 from flexgen_triton.plan.policy import Policy
 from flexgen_triton.plan.spec import Workload
 
 
-def test_the_plan_counts_with_the_kernels_own_sizes():
+def test_the_plan_counts_with_the_kernels_and_stores_own_sizes():
     assert workspace.HOST_CHUNK == cpu_attention.CHUNK
     assert workspace.HOST_THREADS == cpu_jit.MAX_THREADS
+    assert STORE_ALIGN == CHUNK
 
 
 @pytest.mark.parametrize("sparsity", [1.0, 0.1], ids=["dense", "sparse"])

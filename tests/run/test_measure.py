@@ -10,6 +10,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
+from flexgen_triton.memory.arena import peak_rss, reset_peak_rss, rss
 from flexgen_triton.memory.stripes import Folders
 from flexgen_triton.plan.cost import seconds
 from flexgen_triton.plan.hardware import Curve, HardwareError, load_profile
@@ -17,6 +18,7 @@ from flexgen_triton.plan.link import Span
 from flexgen_triton.plan.schedule import Lane, Op
 from flexgen_triton.run import measure as module
 from flexgen_triton.run.measure import (
+    MEASURING_BYTES,
     cached_profile,
     load_or_measure,
     measure,
@@ -27,6 +29,7 @@ from flexgen_triton.run.measure import (
 )
 
 CPU = torch.device("cpu")
+MIB = 1 << 20
 FORMATS = {"float32", "float16", "bfloat16", "4-bit"}
 LANES = {"disk_in", "disk_out", "h2d", "d2h", "host_attention", "compute"}
 
@@ -42,8 +45,18 @@ def directory(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def machine(directory, told):
-    return measure(CPU, Folders.of(directory), quick=True, progress=lambda *args: told.append(args))
+def took() -> list[int]:
+    """Bytes that measuring added to the process at its peak."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def machine(directory, told, took):
+    reset_peak_rss()
+    before = rss()
+    found = measure(CPU, Folders.of(directory), quick=True, progress=lambda *args: told.append(args))
+    took.append(peak_rss() - before)
+    return found
 
 
 def curves(machine) -> dict[str, Curve]:
@@ -98,6 +111,11 @@ def test_an_overhead_is_what_an_op_takes_beyond_its_bytes():
 
 def test_nothing_is_left_in_the_directory(machine, directory):
     assert list(directory.iterdir()) == []
+
+
+def test_it_takes_no_more_memory_than_limits_are_checked_for(machine, took):
+    """Measured quickly it takes 330 MiB, at length 530."""
+    assert took[0] < MEASURING_BYTES - 160 * MIB
 
 
 def test_progress_ends_where_it_said(machine, told):

@@ -130,3 +130,16 @@ def test_streams_of_all_shapes_leave_nothing_behind(tiny, tmp_path):
         after = held()
     more = {kind: after[kind] - before[kind] for kind in kinds if after[kind] > before[kind]}
     assert sum(more.values()) < 12, f"after 36 more streams: {more}"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"], ids=["read in place", "converted"])
+def test_a_search_plans_the_weights_as_they_will_lie(tiny, tmp_path, dtype):
+    """A store of our own is read in larger pieces than a checkpoint: what is cut takes more of the memory."""
+    policies = [Policy(2, 1, percent, 0) for percent in (0, 8, 50, 100)]
+    with LLM(str(tiny.path), dtype=dtype, offload_dir=tmp_path) as llm:
+        problem = llm.problem([8], 4, 2)
+        for policy in (*policies, Policy(2, 1, 50, 0, compress_weight=True)):
+            llm.use(policy)
+            planned = problem.plan(policy, copies=False)
+            real = llm.engine.plan(planned.workload)
+            assert need(real)[Tier.HOST] <= need(planned)[Tier.HOST] + problem.alignment
