@@ -13,7 +13,8 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -125,18 +126,36 @@ def test_generate_ends_with_one_line(offload, send, capfd, place):
     assert capfd.readouterr().err == SAID.decode()
 
 
+@contextmanager
+def interrupted_when_ready() -> Iterator[None]:
+    """Within, SIGINT comes a moment after the command has set its handler; how long it is loaded does not matter."""
+    own, ended = signal.getsignal(signal.SIGINT), threading.Event()
+
+    def send() -> None:
+        while signal.getsignal(signal.SIGINT) is own and not ended.wait(0.01):
+            pass
+        if not ended.wait(0.2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        sender.join()
+
+
 @pytest.mark.parametrize("whole", [False, True], ids=["lines", "whole"])
 @pytest.mark.parametrize("is_open", [False, True], ids=["nobody writes", "nothing comes"])
 def test_generate_ends_while_it_waits_for_prompts(tmp_path, capfd, is_open, whole):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     writer = os.open(pipe, os.O_RDWR) if is_open else -1
-    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
     try:
-        result = CliRunner().invoke(cli, ["generate", "-f", str(pipe), *["--whole"][:whole]])
+        with interrupted_when_ready():
+            result = CliRunner().invoke(cli, ["generate", "-f", str(pipe), *["--whole"][:whole]])
     finally:
-        timer.join()
         if is_open:
             os.close(writer)
     assert result.exit_code == 130 and result.output == "", (result.output, result.exception)
@@ -145,13 +164,10 @@ def test_generate_ends_while_it_waits_for_prompts(tmp_path, capfd, is_open, whol
 
 def test_a_job_ends_while_it_waits_for_standard_input(tmp_path, monkeypatch, capfd):
     reader, writer = os.pipe()
-    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
     with open(reader) as stream, open(writer, "w"):
         monkeypatch.setattr(sys, "stdin", stream)
-        timer.start()
-        with pytest.raises(SystemExit) as ended:
+        with interrupted_when_ready(), pytest.raises(SystemExit) as ended:
             run_batch.command.main(["-i", "-", "-o", str(tmp_path / "out.jsonl")], standalone_mode=False)
-        timer.join()
     assert ended.value.code == 130 and not list(tmp_path.iterdir())
     assert capfd.readouterr().err == SAID.decode() + "stopped: the same command goes on\n"
 
