@@ -8,6 +8,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined:
 if "PYTEST_XDIST_WORKER" in os.environ:  # the other cores run other tests
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -17,6 +18,10 @@ from tiny_models import MODELS, Tiny, make_tiny
 from transformers import OPTForCausalLM
 
 from flexgen_triton.demo import DEMO_DIR
+
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:  # as in the background: tests send them, and commands leave it so
+        signal.signal(number, handler)
 
 settings.register_profile("ci", derandomize=True)  # CI judges the change, not the draw
 if os.environ.get("CI"):
