@@ -55,9 +55,11 @@ def as_device(device: Any) -> torch.device:
     except (RuntimeError, TypeError):
         found = None
     if found is None or found.type not in ("cpu", "cuda"):
-        raise ArgumentError(f'device is {shown(device)}; it must be "cpu", "cuda" or one of several GPUs, "cuda:1"')
+        raise ArgumentError(
+            f"device is {shown(device)}, which is none to compute on; use cpu, or cuda where there is one"
+        )
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise ArgumentError(f'device is {str(found)!r}, but there are {torch.cuda.device_count()} GPUs here; use "cpu"')
+        raise ArgumentError(f"device is {str(found)!r}, but there are {torch.cuda.device_count()} GPUs here; use cpu")
     return found
 
 

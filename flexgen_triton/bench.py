@@ -237,8 +237,8 @@ def command(context: click.Context, /, **options: Any) -> None:
 
 def run(console: Console, *, by_hand: bool, **o: Any) -> None:
     """One benchmark run, as the flags say."""
-    if o["dry_run"] and o["debug_mode"]:
-        click.echo("--debug-mode cuts a run and this is none: the plan is of the whole run", err=True)
+    if o["dry_run"] and (o["debug_mode"] or o["cut_gen_len"]):  # FlexGen's published commands have them
+        click.echo("--debug-mode and --cut-gen-len cut a run, and this is none: the plan is of the whole run", err=True)
     o = debugged(o)
     policy = flags_policy(o)
     if by_hand and o["dry_run"]:

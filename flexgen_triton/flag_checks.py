@@ -101,7 +101,7 @@ RULES = (
         "on the plan of a policy given by flags: it is of one block, of prompts of --prompt-len tokens",
     ),
     Rule(
-        ("trace", "log_file", "verbose", "cut_gen_len", "verify"),
+        ("trace", "log_file", "verbose", "verify"),
         lambda f: bool(f["dry_run"]),
         "with --dry-run: nothing is run",
     ),

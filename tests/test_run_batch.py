@@ -400,6 +400,7 @@ def test_formats_that_an_automatic_policy_is_told_are_part_of_the_job(make, tmp_
     job.args = [a for a in job.args if a not in POLICY] + ["--hardware", profile_file(tmp_path), "--device", "cpu"]
     job.done("--compress-cache")
     assert "begun with cache in 4 bits, this is uncompressed" in job.refused()
+    job.args = [a for a in job.args if a not in ("--hardware", profile_file(tmp_path))]
     assert job.run("--compress-cache", "--gpu-batch-size", "2").exit_code == 0  # by hand, of the same formats
 
 

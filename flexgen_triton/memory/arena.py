@@ -162,7 +162,8 @@ class Resident:
     @classmethod
     def now(cls) -> Resident:
         status = _numbers(Path("/proc/self/status"))
-        return cls(*(status.get(f"{name}:", 0) * 1024 for name in ("VmRSS", "RssAnon")))
+        total, private, shared = (status.get(f"{name}:", 0) * 1024 for name in ("VmRSS", "RssAnon", "RssShmem"))
+        return cls(total, private + shared)
 
 
 def rss() -> int:

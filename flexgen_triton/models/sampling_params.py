@@ -6,8 +6,7 @@ import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-
-import numpy as np
+from typing import Any
 
 MAX_LOGPROBS = 100  # alternatives a position; a table of the whole vocabulary is not what they are for
 MAX_SEED = 1 << 64
@@ -48,23 +47,23 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for name, low, high in _WHOLE:
-            value = getattr(self, name)
+            value = _plain(getattr(self, name))
             if value is None and name in ("seed", "logprobs", "prompt_logprobs"):
                 continue
-            if not isinstance(value, int | np.integer) or isinstance(value, bool):
-                raise ValueError(f"{name} is {value!r}; it must be a whole number")
-            self._settle(name, int(value), low, high)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be a whole number")
+            self._settle(name, value, low, high)
         for name, low, high in _REAL:
-            value = getattr(self, name)
-            number = _real(value)
-            if number is None or not abs(number) <= sys.float_info.max:
-                raise ValueError(f"{name} is {value!r}; it must be a finite number")
-            self._settle(name, number, low, high)
+            value = _plain(getattr(self, name))
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not is_number or not abs(value) <= sys.float_info.max:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be a finite number")
+            self._settle(name, value, low, high)
         for name in _YES_OR_NO:
-            value = getattr(self, name)
-            if not isinstance(value, bool | np.bool_):
-                raise ValueError(f"{name} is {value!r}; it must be True or False")
-            object.__setattr__(self, name, bool(value))
+            value = _plain(getattr(self, name))
+            if not isinstance(value, bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be True or False")
+            object.__setattr__(self, name, value)
         for name in ("top_p", "repetition_penalty"):
             if getattr(self, name) == 0:
                 raise ValueError(f"{name} is 0; it must be above 0")
@@ -88,11 +87,11 @@ class SamplingParams:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(() if self.stop is None else self.stop)
         if not all(isinstance(s, str) and s for s in stop):
             raise ValueError(f"stop is {self.stop!r}; it must be a text, or several, none of them empty")
-        ids = tuple(() if self.stop_token_ids is None else self.stop_token_ids)
-        if not all(isinstance(t, int | np.integer) and not isinstance(t, bool) and t >= 0 for t in ids):
+        ids = tuple(map(_plain, () if self.stop_token_ids is None else self.stop_token_ids))
+        if not all(isinstance(t, int) and not isinstance(t, bool) and t >= 0 for t in ids):
             raise ValueError(f"stop_token_ids is {self.stop_token_ids!r}; it must be token ids")
         object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(map(int, ids)))
+        object.__setattr__(self, "stop_token_ids", ids)
 
     @property
     def is_greedy(self) -> bool:
@@ -119,11 +118,9 @@ _REAL = (
 )
 
 
-def _real(value: object) -> float | None:
-    """Python's own number for one of its own or of numpy's; None for anything else."""
-    if isinstance(value, np.integer | np.floating):
-        return float(value)
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+def _plain(value: Any) -> Any:
+    """Python's own value for one of numpy's, told by what it can do: importing numpy takes a command's help too long."""
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:
