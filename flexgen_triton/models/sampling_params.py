@@ -119,7 +119,7 @@ _REAL = (
 
 
 def _plain(value: Any) -> Any:
-    """Python's own value for one of numpy's, told by what it can do: importing numpy takes a command's help too long."""
+    """Python's own value for one of numpy's, told by what it can do: importing numpy takes help too long."""
     return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
 
 
