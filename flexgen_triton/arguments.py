@@ -56,7 +56,7 @@ def as_device(device: Any) -> torch.device:
         found = None
     if found is None or found.type not in ("cpu", "cuda"):
         raise ArgumentError(
-            f"device is {shown(device)}, which is none to compute on; use cpu, or cuda where there is one"
+            f"device is {shown(device)}; it must be one to compute on: use cpu, or cuda where there is a GPU"
         )
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise ArgumentError(f"device is {str(found)!r}, but there are {torch.cuda.device_count()} GPUs here; use cpu")

@@ -70,7 +70,7 @@ def test_measured_kept_and_corrected(tmp_path, refused):
     ("args", "words"),
     [
         ("--device tpu9", "tpu9"),
-        ("--device meta", "none to compute on; use cpu"),
+        ("--device meta", "one to compute on: use cpu"),
         ("--refine run.json --device cpu", "no profile of this machine"),
         ("--offload-dir file --quick --device cpu", "file"),
     ],
