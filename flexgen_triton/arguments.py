@@ -1,4 +1,4 @@
-"""What LLM is given, checked before anything is read: a mistake is one sentence that names the argument."""
+"""The arguments of LLM, checked before anything is read: a mistake is one sentence that names the argument."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
+from .defaults import AUTO
 from .memory.stripes import Folders
 from .models.sampling_params import SamplingParams
 from .plan.policy import LOSSY, Policy, PolicyError
 from .prompts import is_whole, shown
 
-AUTO = "auto"
 PARAMS_ARE = "sampling_params is a SamplingParams, or a list of one for each prompt"
 
 
@@ -37,7 +37,7 @@ def check_policy(policy: Any, *, automatic: bool) -> None:
 
 
 def as_allowed(allow: Any) -> frozenset[str]:
-    """What an automatic policy may change of the output."""
+    """The changes of the output that an automatic policy may make."""
     if isinstance(allow, str) or not isinstance(allow, Collection):
         raise ArgumentError(f"allow is {shown(allow)}; give a list of some of {', '.join(LOSSY)}")
     wrong = next((word for word in allow if word not in LOSSY), None)

@@ -25,7 +25,6 @@ from .batch_answers import AnswerError
 from .batch_format import ChatRequest, CompletionRequest, LineError, SeenIds
 from .journal import MAX_LINE, Answers, Journal, Line, Passing, read_lines
 from .llm import LLM, PreparedPrompt
-from .memory.disk import open_regular
 from .model_source import DEMO, choose_dtype, find_model
 from .models.config import ModelError
 from .options import LOG_JSON, Check, Command, base_policy, is_by_hand, model_options, open_model
@@ -246,7 +245,7 @@ def files_digest(directory: Path) -> str:
         size = path.stat().st_size
         digest.update(f"{path.name} {size} ".encode())
         step = max((size - SAMPLE) // (SAMPLES - 1), SAMPLE)
-        with open(open_regular(path), "rb") as file:
+        with path.open("rb") as file:
             for start in range(0, size, step):
                 file.seek(start)
                 digest.update(file.read(SAMPLE))

@@ -18,13 +18,13 @@ from typing import Any, NamedTuple, Self, TypeVar
 
 import xxhash
 
-from ..plan.placement import PAGE, Extent
+from ..plan.placement import PAGE, STORE_ALIGN, Extent
 from .disk import DiskFile, Readable, open_regular
 from .stripes import StripedFile, StripedWriter, part_bytes, part_paths
 
 STORE_VERSION = 3
 MANIFEST = "manifest.json"
-CHUNK = 256 << 10  # bytes under one checksum
+CHUNK = STORE_ALIGN  # bytes under one checksum
 HASH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
