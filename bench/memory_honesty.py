@@ -117,7 +117,7 @@ def run(job: Job, limit: int | None) -> tuple[LimitedRun, dict[str, Any]]:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What one run was to stay within, and did. `limit`: of its group; `planned` and `peak`: of the process."""
+    """The bytes a run was allowed, and took. `limit`: of its group; `planned` and `peak`: of the process."""
 
     name: str
     limit: int

@@ -50,7 +50,7 @@ PER_POLICY = 8  # calls
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What the process held at one moment, in bytes; the last four only where they were asked for."""
+    """The memory of the process at one moment, in bytes; the last four only where they were asked for."""
 
     at_s: float
     outputs: int
@@ -137,7 +137,7 @@ class Soak:
         )
 
     def sample(self, started: float, *, objects: bool) -> Sample:
-        """What the process holds now."""
+        """Take a sample of the process now."""
         status = _status()
         more: dict[str, int] = {}
         if objects:

@@ -48,7 +48,7 @@ class Command(click.Command):
 
 
 def _num_values(option: click.Option) -> int:
-    """How many arguments after the option are its values whatever they look like."""
+    """Count the arguments after the option that are its values whatever they look like."""
     is_optional = isinstance(option.flag_value, bool | str)
     return 0 if option.is_flag or option.count or is_optional else option.nargs
 

@@ -186,7 +186,7 @@ def log_name(model: str, policy: Policy, *, prompt_len: int, gen_len: int) -> st
 
 
 def _format_marks(config: CompressionConfig, dim: int) -> Iterator[str]:
-    """What of a 4-bit format is not the default."""
+    """Name each setting of a 4-bit format that is not the default."""
     if config.group_size != CACHE_GROUP:
         yield f"group{config.group_size}"
     if config.group_dim != dim:

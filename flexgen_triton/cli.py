@@ -11,7 +11,7 @@ from .command_line import invoke
 
 
 class Entry(NamedTuple):
-    """Where a command is, and the first sentence of its help, so that neither listing nor choosing loads the others."""
+    """A command's module and the first sentence of its help, so that neither listing nor choosing loads the others."""
 
     module: str
     help: str

@@ -84,7 +84,7 @@ def _earliest(times: Iterable[float | None]) -> float | None:
 
 
 def _checked(progress: Report | None, check: Callable[[], None] | None) -> Report:
-    """What is told of work on the caller's own thread: there `check` is called too."""
+    """Return a report for work on the caller's own thread, which calls `check` too."""
 
     def report(phase: str, done: int, total: int) -> None:
         if check:

@@ -86,7 +86,7 @@ def print_hardware(console: Console, hardware: Hardware) -> None:
 
 
 def _rows(h: Hardware) -> Iterator[tuple[str, str, str]]:
-    """What is shown of a machine: name, unit, rates."""
+    """Rows of a machine's table: name, unit, rates."""
     sizes = {"GPU": h.gpu_bytes, "host": h.host_bytes, "disk": h.disk_bytes}
     yield "capacity", "GiB", _numbers({name: nbytes / GIB for name, nbytes in sizes.items() if nbytes})
     for kind, curve in h.matmul.items():

@@ -166,7 +166,7 @@ def _download(model: str, not_there: str = "") -> Path:
 
 
 def _reason(error: OSError) -> str:
-    """Why a repository cannot be had, without the advice on huggingface_hub's own arguments."""
+    """The reason that a repository cannot be had, without the advice on huggingface_hub's own arguments."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     if isinstance(error, LocalEntryNotFoundError):

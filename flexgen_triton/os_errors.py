@@ -54,7 +54,7 @@ def sentence(error: OSError) -> str:
 
 
 def reason(error: OSError) -> str:
-    """Why something could not be written, to stand inside a sentence."""
+    """The reason that something could not be written, to stand inside a sentence."""
     return FULL.get(error.errno or 0, (error.strerror or "it failed").lower())
 
 

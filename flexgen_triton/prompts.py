@@ -19,7 +19,7 @@ _NO_PROMPTS = (bytes, bytearray, memoryview, Mapping, Set)
 
 
 class PromptError(ValueError):
-    """What is no prompt; the message says what one is."""
+    """Something that is no prompt; the message says what one is."""
 
 
 def as_prompts(given: Any) -> list[Prompt]:

@@ -55,7 +55,7 @@ class _Mount:
 
 
 def storage(directory: Path, *, proc: Path = PROC, sys: Path = SYS) -> Storage:
-    """What lies under a directory, or under the place where it would be made."""
+    """The storage under a directory, or under the place where it would be made."""
     mount = _mount_of(directory, proc)
     node = _node(mount, sys)
     drives = () if node is None else tuple(dict.fromkeys(_drives(node, proc, sys)))

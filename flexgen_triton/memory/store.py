@@ -90,7 +90,7 @@ class Store:
         return sum(e.nbytes for extents in self.extents.values() for e in extents)
 
     def parts(self, file: int) -> tuple[Path, ...]:
-        """Where a file lies: itself, or its parts."""
+        """The paths of a file: its own, or those of its parts."""
         return part_paths(self.files[file].name, (self.files[file].parent, *self.others))
 
     @property
@@ -239,7 +239,7 @@ def write_checked_json(path: Path, body: Mapping[str, Any]) -> None:
 
 
 def read_checked_json(path: Path) -> Any:
-    """What `write_checked_json` wrote; raises one of UNREADABLE where it is damaged or no file at all."""
+    """Read what `write_checked_json` wrote; raises one of UNREADABLE where it is damaged or no file at all."""
     with open(open_regular(path), encoding="ascii") as file:
         whole = json.load(file)
     if whole["xxh3_64"] != _body_check(whole["store"]):

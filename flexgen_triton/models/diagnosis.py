@@ -108,7 +108,7 @@ def _read(store: Store, tensor: TensorSpec, extent: Extent) -> Iterator[_Piece]:
 
 
 def _damage(spec: ModelSpec, store: Store, tensor: TensorSpec) -> str:
-    """How many numbers of a tensor are not finite, by the checkpoint's names."""
+    """Counts of a tensor's numbers that are not finite, by the checkpoint's names."""
     nans: Counter[str] = Counter()
     infinite: Counter[str] = Counter()
     for piece in _pieces(spec, store):

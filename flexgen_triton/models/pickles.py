@@ -73,7 +73,7 @@ def _pickles(file: Path) -> Iterator[io.BytesIO]:
 
 
 def _globals(stream: io.BytesIO) -> Iterator[str]:
-    """What one pickle imports; raises one of _UNREADABLE where it is damaged."""
+    """List the names that one pickle imports; raises one of _UNREADABLE where it is damaged."""
     strings: deque[str] = deque(maxlen=2)  # the last on the stack: STACK_GLOBAL takes module and name from there
     memo: dict[int, str | None] = {}
     top: str | None = None  # of the stack, where it is a string

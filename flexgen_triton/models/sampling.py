@@ -166,7 +166,7 @@ class Sampler:
 
 
 class _Found:
-    """What a step finds out about each row, in one stretch of memory, so that the host fetches it at once."""
+    """The findings of a step about each row, in one stretch of memory, so that the host fetches them at once."""
 
     def __init__(self, rows: int, device: torch.device) -> None:
         self._bytes = torch.empty(16 * rows, dtype=torch.uint8, device=device)

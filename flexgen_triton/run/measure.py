@@ -275,7 +275,7 @@ def _ratio(report: RunReport, lane: Lane, hardware: Hardware) -> float:
 
 
 def machine_name(device: torch.device, folders: Folders) -> str:
-    """What the speed of a machine depends on: its processor, the cores this process may use, its GPU, its drives."""
+    """Name what a machine's speed depends on: its processor, the cores this process may use, its GPU, its drives."""
     cores = len(os.sched_getaffinity(0))
     gpu = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
     drives = f", {len(folders.paths)} drives" if len(folders.paths) > 1 else ""
