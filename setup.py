@@ -14,8 +14,7 @@ class BuildWithKernels(build_py):
         super().run()
         if not self.editable_mode:
             target = Path(self.build_lib) / "flexgen_triton" / "kernels"
-            for file in Path("kernels").glob("*.py"):
-                shutil.copy(file, target)
+            shutil.copytree("kernels", target, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
 
 
 setup(cmdclass={"build_py": BuildWithKernels})

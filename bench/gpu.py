@@ -30,16 +30,16 @@ sys.path.insert(0, str(rows.ROOT / "tests"))
 import kernel_speed
 
 from flexgen_triton import LLM, Policy, SamplingParams
-from flexgen_triton.bench import random_prompts
-from flexgen_triton.figures import lanes_json, predicted_json, timing
+from flexgen_triton.commands.bench import random_prompts
+from flexgen_triton.commands.figures import lanes_json, predicted_json, timing
+from flexgen_triton.machine.auto import predict_run
+from flexgen_triton.machine.measure import measure
 from flexgen_triton.memory.arena import Arena
 from flexgen_triton.memory.stripes import Folders
 from flexgen_triton.plan.hardware import Hardware
 from flexgen_triton.plan.schedule import Op
-from flexgen_triton.run.auto import predict_run
-from flexgen_triton.run.block import Block
-from flexgen_triton.run.measure import measure
-from flexgen_triton.run.request import Request
+from flexgen_triton.run.actions import Block
+from flexgen_triton.sequences.sequence import Request
 
 if TYPE_CHECKING:
     from tiny_models import Tiny

@@ -71,9 +71,9 @@ class Job:
 def work(job: Job) -> dict[str, Any]:
     """Load, generate one block (or `num_prompts` prompts), and give what was planned and taken."""
     from flexgen_triton import LLM, SamplingParams
-    from flexgen_triton.bench import measure, random_prompts
+    from flexgen_triton.commands.bench import measure, random_prompts
+    from flexgen_triton.machine.auto import choose
     from flexgen_triton.memory.arena import peak_rss
-    from flexgen_triton.run.auto import choose
 
     with LLM(
         job.model,

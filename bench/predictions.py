@@ -172,7 +172,7 @@ def run(job: Job) -> dict[str, Any]:
 def work(job_file: Path, out: Path) -> None:
     """The worker: loads the model, generates once, and writes what was measured and predicted."""
     from flexgen_triton import LLM, SamplingParams
-    from flexgen_triton.bench import measure, random_prompts
+    from flexgen_triton.commands.bench import measure, random_prompts
     from flexgen_triton.plan.fit import need
     from flexgen_triton.plan.hardware import load_profile
 

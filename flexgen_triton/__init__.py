@@ -6,9 +6,9 @@ TYPE_CHECKING = False  # typing's own takes as long to import as all the rest
 if TYPE_CHECKING:
     from .flex_opt import OptLM
     from .llm import LLM
-    from .models.sampling_params import SamplingParams
-    from .outputs import CompletionOutput, RequestOutput
     from .plan.policy import CompressionConfig, Policy
+    from .sequences.outputs import CompletionOutput, RequestOutput
+    from .sequences.params import SamplingParams
     from .utils import ExecutionEnv
 
 __version__ = "0.1.0"
@@ -28,9 +28,9 @@ def __getattr__(name: str) -> object:
     """Import the public names on first use, so that planning needs no torch."""
     from importlib import import_module
 
-    homes = {"LLM": ".llm", "SamplingParams": ".models.sampling_params"}
+    homes = {"LLM": ".llm", "SamplingParams": ".sequences.params"}
     homes |= {"OptLM": ".flex_opt", "ExecutionEnv": ".utils"}
-    homes |= dict.fromkeys(("CompletionOutput", "RequestOutput"), ".outputs")
+    homes |= dict.fromkeys(("CompletionOutput", "RequestOutput"), ".sequences.outputs")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(homes.get(name, ".plan.policy"), __name__), name)

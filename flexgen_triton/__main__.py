@@ -4,6 +4,6 @@ if __name__ == "__main__":
     from . import interrupts
 
     interrupts.loading()
-    from .cli import main
+    from .commands.main import main
 
     main()

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from .defaults import AUTO
+from .memory.device import default_device, num_gpus
 from .memory.stripes import Folders
-from .models.sampling_params import SamplingParams
 from .plan.policy import LOSSY, Policy, PolicyError
-from .prompts import is_whole, shown
+from .sequences.params import SamplingParams
+from .sequences.prompts import is_whole, shown
 
 PARAMS_ARE = "sampling_params is a SamplingParams, or a list of one for each prompt"
 
@@ -49,7 +50,7 @@ def as_allowed(allow: Any) -> frozenset[str]:
 def as_device(device: Any) -> torch.device:
     """The device to compute on; None is the GPU where there is one."""
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return default_device()
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError):
@@ -58,8 +59,8 @@ def as_device(device: Any) -> torch.device:
         raise ArgumentError(
             f"device is {shown(device)}; it must be one to compute on: use cpu, or cuda where there is a GPU"
         )
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise ArgumentError(f"device is {str(found)!r}, but there are {torch.cuda.device_count()} GPUs here; use cpu")
+    if found.type == "cuda" and (found.index or 0) >= num_gpus():
+        raise ArgumentError(f"device is {str(found)!r}, but there are {num_gpus()} GPUs here; use cpu")
     return found
 
 

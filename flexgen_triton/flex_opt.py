@@ -18,15 +18,15 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from rich.console import Console
 
-from . import figures
-from .bench import DEBUG_MODES, FEWER_STEPS, log_name
+from .commands import figures
+from .commands.bench import DEBUG_MODES, FEWER_STEPS, log_name
+from .commands.options import flags_policy
 from .llm import DEFAULT_OFFLOAD_DIR, LLM
-from .model_source import DUMMY
-from .models.sampling_params import SamplingParams
+from .models.locate import DUMMY
 from .opt_config import OptConfig, download_opt_weights, get_opt_config
-from .options import flags_policy
-from .outputs import answered
 from .plan.policy import CACHE_GROUP, CompressionConfig, Policy
+from .sequences.outputs import answered
+from .sequences.params import SamplingParams
 from .utils import ExecutionEnv, Task, TorchDevice, TorchDisk, TorchMixedDevice, str2bool
 
 __all__ = [
@@ -199,6 +199,6 @@ def get_filename(args: argparse.Namespace) -> str:
 
 
 if __name__ == "__main__":
-    from .bench import main
+    from .commands.bench import main
 
     main()

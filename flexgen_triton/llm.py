@@ -20,28 +20,28 @@ from numpy.typing import NDArray
 from .arguments import as_allowed, as_device, as_folders, as_model, as_pair, as_params, check_others, check_policy
 from .defaults import AUTO as AUTO
 from .defaults import DEFAULT_OFFLOAD_DIR as DEFAULT_OFFLOAD_DIR
+from .machine.auto import choose, machine, settled, typical_length
 from .memory.arena import Resident
-from .model_source import check_device, choose_dtype, find_model
 from .models.checkpoint import open_store
+from .models.locate import check_device, choose_dtype, find_model
 from .models.opt import OPT, ModelError, model_spec
-from .models.sampling import Logprobs
-from .models.sampling_params import SamplingParams
-from .outputs import CompletionOutput, RequestMetrics, RequestOutput
 from .plan.hardware import Hardware
 from .plan.placement import PAGE, STORE_ALIGN
 from .plan.policy import Policy, PolicyError
 from .plan.search import Problem
 from .plan.spec import ModelSpec, stored_as
-from .prompts import Prompt as Prompt
-from .prompts import as_prompt, as_prompts
-from .run.auto import choose, machine, settled, typical_length
 from .run.engine import MIN_WAITING, Engine, Limits, RunReport
-from .run.request import Request
 from .run.running import CLOSED, ClosedError, check_process
 from .run.totals import Choice, Totals
+from .sequences.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from .sequences.params import SamplingParams
+from .sequences.prompts import Prompt as Prompt
+from .sequences.prompts import as_prompt, as_prompts
+from .sequences.sampler import Logprobs
+from .sequences.sequence import Request
+from .sequences.text import TextStream
+from .sequences.tokenizer import check_files, has_tokenizer, load_tokenizer
 from .sizes import parse_size
-from .text import TextStream
-from .tokenizer import check_files, has_tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

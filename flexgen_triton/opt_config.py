@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .model_source import DEMO, find_model
+from .models.locate import DEMO, find_model
 from .models.opt import ModelError, OPTConfig, config_by_name
 
 NUMPY_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": np.float16}  # of bfloat16, the size

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import re
-from typing import Any
-
-import click
 
 UNITS = {"": 1, "b": 1} | {
     f"{prefix}{binary}b": (1024 if binary else 1000) ** power
@@ -20,18 +17,3 @@ def parse_size(size: int | str) -> int:
     if not found or found[2] not in UNITS or len(found[1]) > 30:
         raise ValueError(f"{size!r} is no amount of memory; write it as 16GiB, 208GB, 1600MB or in bytes")
     return int(float(found[1]) * UNITS[found[2]])
-
-
-class Size(click.ParamType):  # type: ignore[type-arg]
-    """An amount of memory on the command line."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        try:
-            return parse_size(value)
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-
-
-SIZE = Size()

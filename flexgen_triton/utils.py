@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from numpy.typing import ArrayLike
 
 from .memory.arena import peak_rss, rss
+from .memory.device import allocated_bytes, has_gpu, peak_allocated_bytes
 
 __all__ = [
     "GB",
@@ -64,9 +64,9 @@ class TorchDevice:
         """Bytes in use and at most: torch's on the GPU, the process's own on the host, 0 where there is no GPU."""
         if self.name == "cpu":
             return rss(), peak_rss()
-        if not torch.cuda.is_available():
+        if not has_gpu():
             return 0, 0
-        return torch.cuda.memory_allocated(self.name), torch.cuda.max_memory_allocated(self.name)
+        return allocated_bytes(self.name), peak_allocated_bytes(self.name)
 
     def print_stats(self, output_file: str | Path | None = None) -> tuple[int, int]:
         """Print what `mem_stats` returns, or write it to a file."""

@@ -16,7 +16,7 @@ from typing import Any
 from click.testing import CliRunner, Result
 
 from flexgen_triton import demo
-from flexgen_triton.run_batch import command
+from flexgen_triton.commands.run_batch import command
 
 ROOT = Path(__file__).parents[1]
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -74,7 +74,8 @@ class Job:
             if limit is not None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-        code = "from flexgen_triton.command_line import invoke; from flexgen_triton.run_batch import command; "
+        code = "from flexgen_triton.commands.command_line import invoke\n"
+        code += "from flexgen_triton.commands.run_batch import command\n"
         code += ('print("ready", flush=True); ' if ready else "") + "invoke(command)"
         return subprocess.Popen(
             [sys.executable, "-c", code, *map(str, self.args)],

@@ -10,13 +10,20 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "flexgen_triton"
-ORDER = ("plan", "memory", "models", "run")  # imports go down this list only: a folder may import those before it
-ENTRY_POINTS = {
-    "environment.py", "bench.py", "llm.py", "cli.py", "figures.py", "plan_command.py", "sizes.py", "__main__.py",
-    "options.py", "progress.py", "generate_command.py", "run_batch.py", "flex_opt.py", "measure_command.py",
-    "command_line.py", "flag_checks.py", "console.py", "utils.py", "abbreviations.py", "completion.py", "chatbot.py",
-    "data_wrangle.py",
-}  # fmt: skip
+LAYERS = (  # imports go down this list only, from the last to the first
+    {"defaults", "demo", "environment", "interrupts", "kernels", "os_errors", "sizes", "stopping"},  # import nothing
+    {"plan"},
+    {"memory"},
+    {"models"},
+    {"sequences"},
+    {"run"},
+    {"machine"},
+    {"arguments", "llm", "opt_config", "utils"},
+    {"jobs"},
+    {"commands"},
+    {"__init__", "__main__", "apps", "bench", "flex_opt"},
+)
+SPEAKERS = {"commands", "apps", "environment", "flex_opt", "utils"}  # the last two by FlexGen's interface
 
 
 def sources(*folders: str) -> list[Path]:
@@ -46,20 +53,26 @@ def users(pattern: str, paths: list[Path]) -> set[str]:
 def test_only_the_arena_allocates_large_buffers():
     """Elsewhere under memory/ and run/ nothing allocates but small index tensors and logits."""
     allocation = r"torch\.(zeros|full|rand\w*)\(|mmap\.mmap|pin_memory|cudaHostRegister|frombuffer"
-    assert users(allocation, sources("memory", "run")) <= {"memory/arena.py", "memory/disk.py", "memory/store.py"}
+    found = users(allocation, sources("memory", "run"))
+    assert found <= {"memory/arena.py", "memory/disk.py", "memory/store.py", "memory/device.py"}
     assert users(r"torch\.empty\(", sources("memory", "run")) <= {
         "memory/arena.py",
         "memory/cache.py",  # a few counts of each sequence that the host attends to
         "memory/disk.py",  # rows gathered from a table
         "memory/store.py",
         "memory/scratch.py",  # prompts' temporaries
-        "run/block.py",  # logits
+        "run/actions.py",  # logits
     }
 
 
 def test_only_lanes_and_disk_touch_threads_streams_and_events():
-    pattern = r"import threading|import queue|concurrent\.futures|cuda\.Stream\(|cuda\.Event\("
-    assert users(pattern, list(PACKAGE.rglob("*.py"))) <= {"memory/lanes.py", "memory/disk.py"}
+    pattern = r"import threading|import queue|concurrent\.futures|\bnew_stream\(|\brecord\("
+    allowed = {"memory/lanes.py", "memory/disk.py", "memory/device.py"}
+    assert users(pattern, list(PACKAGE.rglob("*.py"))) <= allowed
+
+
+def test_only_one_module_names_the_gpus_library():
+    assert users(r"torch\.cuda|cudart", list(PACKAGE.rglob("*.py"))) == {"memory/device.py"}
 
 
 def test_only_ops_imports_the_kernels():
@@ -80,24 +93,35 @@ def test_planning_starts_without_torch():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
-@pytest.mark.parametrize("folder", ORDER)
-def test_imports_go_down_only(folder):
-    allowed = set(ORDER[: ORDER.index(folder) + 1])
-    if folder == "models":
-        allowed.add("kernels")
-    for path in sources(folder):
-        inside = {n.split(".")[1] for n in imports(path) if n.startswith("flexgen_triton.")}
-        assert inside <= allowed, f"{path} imports {inside - allowed}"
+def layer(name: str) -> int:
+    """The place in LAYERS of a module or folder of the package."""
+    return next(n for n, names in enumerate(LAYERS) if name in names)
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_down_only(path):
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    own = layer(parts[0])
+    inside = {n.split(".")[1] for n in imports(path) if n.startswith("flexgen_triton.")} - {parts[0]}
+    names = {n for n in inside if any(n in names for names in LAYERS)}  # not what __init__ offers
+    climbing = {n for n in names if layer(n) > own or (own == 0 and n)}
+    assert not climbing, f"{path} imports {climbing}"
+
+
+def test_every_module_has_its_layer():
+    found = {p.relative_to(PACKAGE).with_suffix("").parts[0] for p in PACKAGE.rglob("*.py")}
+    assert found == set().union(*LAYERS)
 
 
 def test_the_engine_does_not_import_transformers():
     importers = {str(p.relative_to(PACKAGE)) for p in PACKAGE.rglob("*.py") if "transformers" in imports(p)}
-    assert importers <= {"tokenizer.py", "llm.py"}, "the second one names a type only"
+    assert importers <= {"sequences/tokenizer.py", "llm.py"}, "the second one names a type only"
 
 
-def test_only_entry_points_print_parse_arguments_or_read_the_environment():
-    pattern = r"\bprint\(|sys\.argv|argparse|import click|os\.environ|getenv"
-    assert {Path(p).name for p in users(pattern, list(PACKAGE.rglob("*.py")))} <= ENTRY_POINTS
+def test_only_commands_print_parse_arguments_or_read_the_environment():
+    pattern = r"\bprint\(|sys\.argv|argparse|import click|import rich|from rich|os\.environ|getenv"
+    found = {Path(p).with_suffix("").parts[0] for p in users(pattern, list(PACKAGE.rglob("*.py")))}
+    assert found <= SPEAKERS
 
 
 def test_there_is_no_mutable_module_state():

@@ -13,14 +13,15 @@ import pytest
 import torch
 
 import flexgen_triton
-from flexgen_triton import LLM, Policy, SamplingParams, flex_opt, opt_config, plan_command, utils
+from flexgen_triton import LLM, Policy, SamplingParams, flex_opt, opt_config, utils
+from flexgen_triton.commands import plan as plan_command
 from flexgen_triton.demo import DEMO_DIR
 from flexgen_triton.flex_opt import CompressionConfig, ExecutionEnv, OptLM, str2bool
-from flexgen_triton.model_source import find_model, find_sizes
+from flexgen_triton.models.locate import find_model, find_sizes
 from flexgen_triton.models.opt import ModelError, config_by_name, model_spec
 from flexgen_triton.opt_config import OptConfig, get_opt_config
-from flexgen_triton.outputs import RequestOutput, answered
 from flexgen_triton.plan.policy import PolicyError
+from flexgen_triton.sequences.outputs import RequestOutput, answered
 
 ROOT = Path(__file__).parents[1]
 PAD = 1

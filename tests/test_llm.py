@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flexgen_triton import LLM, Policy, SamplingParams
-from flexgen_triton.model_source import check_device, choose_dtype, find_model
+from flexgen_triton.models.locate import check_device, choose_dtype, find_model
 from flexgen_triton.models.opt import ModelError
 
 ROOT = Path(__file__).parents[1]

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from batch_jobs import line
 
-from flexgen_triton.cli import cli
-from flexgen_triton.command_line import invoke
+from flexgen_triton.commands.command_line import invoke
+from flexgen_triton.commands.main import cli
 from flexgen_triton.os_errors import sentence
 
 

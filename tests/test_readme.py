@@ -13,8 +13,8 @@ import pytest
 import torch
 from machines import TWO_CORES
 
+from flexgen_triton.machine.measure import profile_path, save_profile
 from flexgen_triton.memory.stripes import Folders
-from flexgen_triton.run.measure import profile_path, save_profile
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from flexgen_triton import LLM, Policy, SamplingParams
-from flexgen_triton.bench import random_prompts
+from flexgen_triton.commands.bench import random_prompts
 
 GEN_LEN = 4
 CASES = {

@@ -7,11 +7,11 @@ from typing import Any
 
 import click
 
-from ..command_line import invoke
-from ..generate_command import pieces
+from ..commands.command_line import invoke
+from ..commands.generate import pieces
+from ..commands.options import Command, load_by_hand, model_options
 from ..llm import LLM, Prompt
-from ..models.sampling_params import SamplingParams
-from ..options import Command, load_by_hand, model_options
+from ..sequences.params import SamplingParams
 
 OPENING = "This is a conversation in which an assistant answers what a user asks, briefly and truthfully.\n"
 USER, ASSISTANT = "User", "Assistant"

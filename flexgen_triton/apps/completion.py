@@ -6,9 +6,9 @@ from typing import Any
 
 import click
 
-from ..command_line import invoke
-from ..models.sampling_params import SamplingParams
-from ..options import Command, load_by_hand, model_options
+from ..commands.command_line import invoke
+from ..commands.options import Command, load_by_hand, model_options
+from ..sequences.params import SamplingParams
 
 PROMPTS = (
     "Question: Which river flows through Cairo?\n"

@@ -11,11 +11,11 @@ from typing import Any
 
 import click
 
-from ..command_line import invoke
+from ..commands.command_line import invoke
+from ..commands.options import Command, load_by_hand, model_options
 from ..llm import LLM
-from ..models.sampling_params import SamplingParams
-from ..options import Command, load_by_hand, model_options
-from ..outputs import answered
+from ..sequences.outputs import answered
+from ..sequences.params import SamplingParams
 
 Row = dict[str, str]
 

@@ -12,10 +12,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
+
+from .device import gpu_memory, has_gpu, register, synchronize, unregister
 
 PAGE = 4096
 HUGE_PAGE = 2 << 20
@@ -42,7 +44,7 @@ class Arena:
         self.pinned = False
         self.used = 0
         self.buffer = _device_bytes(name, nbytes, device) if device.type != "cpu" else _host_bytes(name, nbytes)
-        if pin and nbytes and device.type == "cpu" and torch.cuda.is_available():
+        if pin and nbytes and device.type == "cpu" and has_gpu():
             self.pinned = _register(name, self.buffer)
 
     def take(self, nbytes: int, align: int = PAGE) -> Tensor:
@@ -63,7 +65,7 @@ class Arena:
     def close(self) -> None:
         """Free the arena whole. Views that are still alive stay readable and keep the memory until they die."""
         if self.pinned:
-            _cudart().cudaHostUnregister(self.buffer.data_ptr())
+            unregister(self.buffer)
             self.pinned = False
         self.buffer = torch.empty(0, dtype=torch.uint8, device=self.device)
         self.nbytes = self.used = 0
@@ -95,20 +97,16 @@ def _device_bytes(name: str, nbytes: int, device: torch.device) -> Tensor:
     """[nbytes] uint8 zeros on a GPU."""
     try:
         zeros = torch.zeros(nbytes, dtype=torch.uint8, device=device)
-        torch.cuda.synchronize(device)  # other streams will write here, and must not be overtaken by the zeros
+        synchronize(device)  # other streams will write here, and must not be overtaken by the zeros
         return zeros
     except torch.OutOfMemoryError as error:
-        free = torch.cuda.mem_get_info(device)[0]
+        free, _ = gpu_memory(device)
         raise ArenaError(f"arena {name} needs {nbytes} bytes of {device}; {free} are free") from error
-
-
-def _cudart() -> Any:
-    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
 
 def _register(name: str, buffer: Tensor) -> bool:
     """Pin `buffer` with the CUDA driver, or warn and leave it pageable."""
-    status = int(_cudart().cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0))
+    status = register(buffer)
     if status:
         warnings.warn(
             f"arena {name}: {buffer.numel()} bytes could not be pinned (CUDA error {status}; is `ulimit -l` or the "

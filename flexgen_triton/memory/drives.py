@@ -1,6 +1,6 @@
 """What a directory's bytes lie on, by /proc and /sys: its filesystem, and the drives under it.
 
-Reads only, but for `takes_direct`, which opens a file of no name. Knows no speeds; `run/measure.py` measures them.
+Reads only, but for `takes_direct`, which opens a file of no name. Knows no speeds; `machine/measure.py` measures them.
 """
 
 from __future__ import annotations

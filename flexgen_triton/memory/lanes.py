@@ -16,6 +16,8 @@ from typing import Any, Self
 
 import torch
 
+from .device import Event, Stream, current_stream, new_stream, on_stream, record
+
 LaneName = Hashable
 LaneWait = tuple[LaneName, int]  # a lane and the position of one of its pieces of work
 OnDone = Callable[[Any, float, float], None]  # tag, and the seconds at which it began and ended
@@ -40,15 +42,15 @@ class LaneStoppedError(RuntimeError):
 class _Lane:
     """State of one lane; its worker is the only writer, under the lanes' lock."""
 
-    def __init__(self, name: LaneName, stream: torch.cuda.Stream | None) -> None:
+    def __init__(self, name: LaneName, stream: Stream | None) -> None:
         self.name, self.stream = name, stream
         self.queue: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
         self.submitted = 0
         self.done = 0  # pieces run, or enqueued on the stream
-        self.events: dict[int, torch.cuda.Event] = {}
+        self.events: dict[int, Event] = {}
         self.thread: threading.Thread | None = None
 
-    def event(self, position: int) -> torch.cuda.Event:
+    def event(self, position: int) -> Event:
         """The event behind that work, or, of work so old that its event was dropped, the oldest that is kept."""
         return self.events.get(position) or next(iter(self.events.values()))
 
@@ -77,8 +79,8 @@ class Lanes:
         self._error: BaseException | None = None
         self._outstanding = 0
         with_stream = set(streams) if device.type == "cuda" else set()
-        self._lanes = {n: _Lane(n, self._stream() if n in with_stream else None) for n in names}
-        self._stream_times: list[tuple[Any, torch.cuda.Event, torch.cuda.Event]] = []
+        self._lanes = {n: _Lane(n, new_stream(device) if n in with_stream else None) for n in names}
+        self._stream_times: list[tuple[Any, Event, Event]] = []
         self._with_stream = bool(with_stream)
         self.restart(on_done)
         for lane in self._lanes.values():
@@ -98,7 +100,7 @@ class Lanes:
                 lane.submitted = lane.done = 0
                 lane.events.clear()
             self._on_done = on_done
-            self._base = self._record(None) if self._with_stream else None
+            self._base = record(current_stream(self._device)) if self._with_stream else None
             self._start = time.perf_counter()
 
     def submit(self, name: LaneName, run: Callable[[], None], waits: Sequence[LaneWait], tag: Any) -> int:
@@ -205,14 +207,14 @@ class Lanes:
             self._on_done(work.tag, start - self._start, time.perf_counter() - self._start)
             self._done(lane, None)
             return
-        began = self._record(lane.stream)
-        with torch.cuda.stream(lane.stream):
+        began = record(lane.stream)
+        with on_stream(lane.stream):
             work.run()
-        ended = self._record(lane.stream)
+        ended = record(lane.stream)
         self._stream_times.append((work.tag, began, ended))
         self._done(lane, ended)
 
-    def _done(self, lane: _Lane, event: torch.cuda.Event | None) -> None:
+    def _done(self, lane: _Lane, event: Event | None) -> None:
         with self._changed:
             if event is not None:
                 lane.events[lane.done] = event
@@ -220,11 +222,3 @@ class Lanes:
             lane.done += 1
             self._outstanding -= 1
             self._changed.notify_all()
-
-    def _stream(self) -> torch.cuda.Stream:
-        return torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-
-    def _record(self, stream: torch.cuda.Stream | None) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record(stream or torch.cuda.current_stream(self._device))
-        return event

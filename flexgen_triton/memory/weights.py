@@ -16,6 +16,7 @@ from torch import Tensor
 from ..plan.placement import LayerPlacement, Run, Segment, Share
 from ..plan.plan import Part, Plan
 from .arena import Arena
+from .device import current_stream
 from .disk import DiskQueue
 from .scratch import Scratch, Uploads
 from .store import Store
@@ -123,7 +124,7 @@ class Weights:
         for low in range(0, len(source), BOUNCE_BYTES):  # pageable: through a pinned buffer
             piece = source[low : low + BOUNCE_BYTES]
             staged = self._bounce.buffer[: len(piece)]
-            torch.cuda.current_stream(self._device).synchronize()
+            current_stream(self._device).synchronize()
             staged.copy_(piece)
             target[low : low + len(piece)].copy_(staged, non_blocking=True)
 

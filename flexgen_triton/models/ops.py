@@ -23,6 +23,7 @@ from torch import Tensor
 from ..kernels.formats import SEARCHED, KVSegment, quantize_kv
 from ..kernels.formats import quantize_weight as quantize
 from ..memory.cache import Fields, PromptTarget, Segment, TokenTarget
+from ..memory.device import current_stream
 from ..memory.scratch import Scratch
 from ..plan.layout import Field
 from ..plan.spec import BLOCK_ROWS, ModelSpec
@@ -191,7 +192,7 @@ def _linear4(
             activation=FUSED_ACTIVATIONS[activation] if activation else None,
             residual=None if residual is None else residual[:, here],
             out=out[:, here],
-            workspace=_workspace(x.device, torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0),
+            workspace=_workspace(x.device, current_stream(x.device).cuda_stream if x.is_cuda else 0),
             empty=scratch.take,
         )
 
@@ -199,7 +200,7 @@ def _linear4(
 def crossover_rows(device: torch.device) -> int:
     """From so many rows of x on, 4-bit matrices on `device` are dequantised: on a GPU once a load, on the CPU anew."""
     if device.type == "cpu":
-        from ..kernels.cpu_matmul_q4 import CROSSOVER_ROWS
+        from ..kernels.cpu.matmul_q4 import CROSSOVER_ROWS
 
         return int(CROSSOVER_ROWS)
     from ..kernels.chips import chip_of
@@ -225,7 +226,7 @@ def _linear4_on_cpu(
     residual: Tensor | None,
     scratch: Scratch,
 ) -> None:
-    from ..kernels.cpu_matmul_q4 import linear_q4
+    from ..kernels.cpu.matmul_q4 import linear_q4
 
     wide = _widened(x, scratch)
     y = out if out.dtype == torch.float32 else scratch.take(*out.shape, dtype=torch.float32)
@@ -287,7 +288,7 @@ def _widened_product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor
 
 def prepare(spec: ModelSpec, fields: Sequence[Field], *, sparse: bool) -> None:
     """Compile what generating on the CPU will call, for these formats: seconds the first time, then kept on disk."""
-    from ..kernels.cpu_matmul_q4 import CROSSOVER_ROWS
+    from ..kernels.cpu.matmul_q4 import CROSSOVER_ROWS
 
     q = torch.zeros(1, spec.num_heads, spec.head_dim, dtype=getattr(torch, spec.dtype))
     shapes = [(1, 1, 2, spec.num_kv_heads, 1, f.width) for f in fields]
@@ -314,7 +315,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, scratch: S
     if uses_triton(x):
         from ..kernels.norm import layer_norm as normalise
     else:
-        from ..kernels.cpu_norm import layer_norm as normalise
+        from ..kernels.cpu.norm import layer_norm as normalise
     normalise(x, weight, bias, eps=LAYER_NORM_EPS, out=out)
     return out
 
@@ -353,7 +354,7 @@ def write_tokens(k: Tensor, v: Tensor, target: TokenTarget) -> None:
     if uses_triton(k):
         from ..kernels.elementwise import append_kv
     else:
-        from ..kernels.cpu_append import append_kv
+        from ..kernels.cpu.append import append_kv
     append_kv(k[rows], v[rows], *_k_and_v(target.fields), target.at)
 
 
@@ -430,8 +431,8 @@ def decode_attention(
 
             attend_on_gpu(q, _kv_segments(segments), out=out, empty=scratch.take)
         else:
-            from ..kernels.cpu_attention import decode_attention as attend
-            from ..kernels.cpu_attention import decode_workspace_bytes
+            from ..kernels.cpu.attention import decode_attention as attend
+            from ..kernels.cpu.attention import decode_workspace_bytes
 
             workspace = scratch.take(decode_workspace_bytes(*q.shape) // 4, dtype=torch.float32)
             attend(q, _kv_segments(segments), out=out, workspace=workspace)
@@ -459,8 +460,8 @@ def sparse_decode_attention(
 
             attend_on_gpu(q, _kv_segments(segments), keep, max_keep=max_keep, out=out, empty=scratch.take)
         else:
-            from ..kernels.cpu_attention import sparse_decode_attention as attend
-            from ..kernels.cpu_attention import sparse_workspace_bytes
+            from ..kernels.cpu.attention import sparse_decode_attention as attend
+            from ..kernels.cpu.attention import sparse_workspace_bytes
 
             blocks = sum(len(s.k[0]) * s.k[0].shape[3] for s in segments)
             nbytes = sparse_workspace_bytes(*q.shape, blocks, max_keep)

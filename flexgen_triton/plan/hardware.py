@@ -1,7 +1,7 @@
 """What a machine can do, in bytes, bytes per second and floating-point operations per second.
 
-Measured by run/measure.py, or read from one of the profiles that ship with the package (profiles/*.json), whose figures
-come from data sheets and publications.
+Measured by machine/measure.py, or read from one of the profiles that ship with the package (profiles/*.json), whose
+figures come from data sheets and publications.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..memory.arena import Resident, host_available, rss
 from ..memory.buffers import Buffers, Sizes
+from ..memory.device import gpu_memory
 from ..memory.disk import DiskQueue
 from ..memory.lanes import Check
 from ..memory.store import Store
@@ -31,10 +32,10 @@ from ..plan.placement import Tier
 from ..plan.plan import LIBRARY_BYTES, Plan, make_plan
 from ..plan.policy import Policy, PolicyError
 from ..plan.spec import Batch, ModelSpec, Workload
-from .batching import Batches, Pool, divide, make_batches, workload
-from .block import Block
+from ..sequences.batching import Batches, Pool, divide, make_batches, workload
+from ..sequences.sequence import NOT_FINITE, Request
+from .actions import Block
 from .executor import execute, open_lanes
-from .request import NOT_FINITE, Request
 from .running import CLOSED, Holdings, Run, check_process
 from .totals import Totals
 from .trace import Timeline
@@ -173,7 +174,7 @@ class Engine:
         used = {Tier.HOST: self._used(), Tier.GPU: 0, Tier.DISK: 0}
         free = {Tier.HOST: host_available() + rss() - used[Tier.HOST], Tier.DISK: self._folders.free_bytes()}
         if self.device.type == "cuda":
-            free[Tier.GPU], total = torch.cuda.mem_get_info(self.device)
+            free[Tier.GPU], total = gpu_memory(self.device)
             used[Tier.GPU] = total - free[Tier.GPU]
         elif self.copies:
             free[Tier.GPU] = free[Tier.HOST]

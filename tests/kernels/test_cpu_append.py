@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flexgen_triton.kernels.cpu_append import append_kv
+from flexgen_triton.kernels.cpu.append import append_kv
 from flexgen_triton.kernels.elementwise import append_kv_ref
 from flexgen_triton.kernels.formats import kv_width
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flexgen_triton.kernels.cpu_attention import (
+from flexgen_triton.kernels.cpu.attention import (
     decode_attention,
     decode_attention_lse,
     decode_workspace_bytes,

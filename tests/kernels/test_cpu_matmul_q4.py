@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from flexgen_triton.kernels import cpu_matmul_q4
-from flexgen_triton.kernels.cpu_matmul_q4 import CROSSOVER_ROWS, dequantize, linear_q4, matmul_q4, matmul_q4_ref
+from flexgen_triton.kernels.cpu import matmul_q4 as cpu_matmul_q4
+from flexgen_triton.kernels.cpu.matmul_q4 import CROSSOVER_ROWS, dequantize, linear_q4, matmul_q4, matmul_q4_ref
 from flexgen_triton.kernels.formats import BLOCK_ROWS, dequantize_weight, quantize_weight
 
 NAN = float("nan")

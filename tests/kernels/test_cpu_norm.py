@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flexgen_triton.kernels.cpu_norm import EPS, layer_norm
+from flexgen_triton.kernels.cpu.norm import EPS, layer_norm
 from flexgen_triton.kernels.norm import layer_norm_ref
 
 SHAPES = {  # M, K

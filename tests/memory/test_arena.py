@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flexgen_triton.memory import arena as arena_module
+from flexgen_triton.memory import device as device_module
 from flexgen_triton.memory.arena import PAGE, Arena, ArenaError, host_available, peak_rss, reset_peak_rss, rss
 
 CPU = torch.device("cpu")
@@ -86,7 +86,7 @@ class FakeDriver:
 def fake_cuda(monkeypatch: pytest.MonkeyPatch, status: int) -> FakeDriver:
     driver = FakeDriver(status)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(arena_module, "_cudart", lambda: driver)
+    monkeypatch.setattr(device_module, "_runtime", lambda: driver)
     return driver
 
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def spec_of(path: Path):
-    from flexgen_triton.model_source import find_model
+    from flexgen_triton.models.locate import find_model
 
     source = find_model(str(path))
     return model_spec(source.config, source.name, "float32")

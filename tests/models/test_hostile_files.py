@@ -33,11 +33,11 @@ from test_checkpoint import (
 )
 from torch import Tensor
 
+from flexgen_triton.jobs.job import files_digest
 from flexgen_triton.memory.store import MANIFEST, Store, StoreError
 from flexgen_triton.models.checkpoint import CheckpointError, open_store
 from flexgen_triton.models.config import ModelError
 from flexgen_triton.models.sources import BinWeights
-from flexgen_triton.run_batch import files_digest
 
 SECONDS = 2.0
 DEEP = "[" * 100_000

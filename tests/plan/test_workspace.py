@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flexgen_triton.kernels import cpu_attention, cpu_jit
+from flexgen_triton.kernels.cpu import attention as cpu_attention
+from flexgen_triton.kernels.cpu import jit as cpu_jit
 from flexgen_triton.memory.arena import Arena, rss
 from flexgen_triton.memory.store import CHUNK
 from flexgen_triton.models.opt import OPTConfig, model_spec

@@ -22,8 +22,8 @@ from flexgen_triton import LLM, Policy, SamplingParams
 from flexgen_triton.memory.arena import Arena
 from flexgen_triton.models import ops
 from flexgen_triton.plan.schedule import Op
-from flexgen_triton.run.block import Block
-from flexgen_triton.run.request import Request
+from flexgen_triton.run.actions import Block
+from flexgen_triton.sequences.sequence import Request
 
 FORMATS = {  # dtype, 4-bit weights, 4-bit cache, share of V
     "fp32": ("float32", False, False, 1.0),
@@ -87,7 +87,7 @@ class Watch(TorchDispatchMode):
 def python_bytes() -> int:
     """Of objects made in the engine's own files, but for its records of what ran when."""
     package = str(Path(ops.__file__).parents[1])
-    wanted = [tracemalloc.Filter(True, f"{package}/{name}") for name in ("models/*", "memory/*", "run/block.py")]
+    wanted = [tracemalloc.Filter(True, f"{package}/{name}") for name in ("models/*", "memory/*", "run/actions.py")]
     return sum(t.size for t in tracemalloc.take_snapshot().filter_traces(wanted).traces)
 
 

@@ -12,7 +12,7 @@ import pytest
 from flexgen_triton import LLM, Policy, SamplingParams
 from flexgen_triton.memory.arena import Arena
 from flexgen_triton.plan.policy import PolicyError
-from flexgen_triton.run.block import Block
+from flexgen_triton.run.actions import Block
 
 GREEDY = SamplingParams(max_tokens=6, ignore_eos=True, temperature=0)
 HOSTED = Policy(3, 2, 0, 0, 0, 60, 0, 0, cpu_cache_compute=True, cpu_attention_percent=50)

@@ -15,13 +15,13 @@ import pytest
 from machines import TWO_CORES, profile_file
 
 from flexgen_triton import LLM, Policy, SamplingParams
+from flexgen_triton.machine.auto import MEASURING_BYTES
 from flexgen_triton.memory.arena import rss
 from flexgen_triton.plan.fit import need
 from flexgen_triton.plan.hardware import GIB
 from flexgen_triton.plan.placement import Tier
 from flexgen_triton.plan.plan import LIBRARY_BYTES
 from flexgen_triton.plan.policy import PolicyError
-from flexgen_triton.run.auto import MEASURING_BYTES
 
 MIB = 1 << 20
 GREEDY = SamplingParams(max_tokens=4, ignore_eos=True, temperature=0)

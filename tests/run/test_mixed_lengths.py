@@ -13,7 +13,7 @@ import torch
 from transformers import OPTConfig, OPTForCausalLM
 
 from flexgen_triton import LLM, Policy, SamplingParams
-from flexgen_triton.outputs import RequestOutput
+from flexgen_triton.sequences.outputs import RequestOutput
 
 COUNT, LONGEST, MOST_TOKENS, VOCAB = 200, 400, 16, 211
 SPREAD = (20, 30, 25, 40, 40, 30)

@@ -14,12 +14,13 @@ from safetensors.torch import load_file, save_file
 from tiny_models import Tiny
 from torch import Tensor
 
-from flexgen_triton import LLM, Policy, SamplingParams, bench
-from flexgen_triton.cli import cli
+from flexgen_triton import LLM, Policy, SamplingParams
+from flexgen_triton.commands import bench
+from flexgen_triton.commands.main import cli
 from flexgen_triton.demo import DEMO_DIR
 from flexgen_triton.flex_opt import ExecutionEnv, OptLM
-from flexgen_triton.outputs import OutputError, RequestOutput
 from flexgen_triton.run import engine as engine_module
+from flexgen_triton.sequences.outputs import OutputError, RequestOutput
 
 GREEDY = SamplingParams(max_tokens=10, ignore_eos=True, temperature=0)
 MIXED = (20, 30, 25, 30, 40, 30)

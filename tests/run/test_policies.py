@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tiny_models import MODELS, NEW_TOKENS, Tiny
 
 from flexgen_triton import LLM, Policy, SamplingParams
-from flexgen_triton.run.request import Request
+from flexgen_triton.sequences.sequence import Request
 
 PERCENTS = {
     "all on the GPU": (100, 0, 100, 0, 100, 0),

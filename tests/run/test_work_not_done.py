@@ -7,12 +7,12 @@ import random
 import pytest
 
 from flexgen_triton.models.opt import config_by_name, model_spec
-from flexgen_triton.models.sampling_params import SamplingParams
 from flexgen_triton.plan.generator import Generator
 from flexgen_triton.plan.plan import Plan, make_plan
 from flexgen_triton.plan.policy import Policy
-from flexgen_triton.run.batching import divide, workload
-from flexgen_triton.run.request import Request
+from flexgen_triton.sequences.batching import divide, workload
+from flexgen_triton.sequences.params import SamplingParams
+from flexgen_triton.sequences.sequence import Request
 
 CONFIG = config_by_name("opt-125m")
 assert CONFIG is not None

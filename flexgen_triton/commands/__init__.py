@@ -1,0 +1,1 @@
+"""The commands: all that parses flags, prints or reads the environment."""

@@ -1,0 +1,420 @@
+"""`python -m flexgen_triton plan`: the best policies for a model on a machine, predicted, and how to run the best."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import click
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ..defaults import DEFAULT_OFFLOAD_DIR
+from ..machine.auto import machine
+from ..memory.device import default_device
+from ..memory.stripes import Folders
+from ..models.locate import DUMMY, ModelSource, choose_dtype, find_local, find_sizes, hub_name, read_config
+from ..models.opt import ModelError, config_by_name, model_spec
+from ..plan.fit import fits, need
+from ..plan.hardware import GIB, Hardware, profile_names
+from ..plan.placement import Tier
+from ..plan.plan import Plan
+from ..plan.policy import Policy
+from ..plan.predict import PHASES, Prediction
+from ..plan.search import Found, Problem, Searched, available, frontier, search, worth
+from ..run.engine import Limits
+from .console import WIDTH, console, print_table
+from .options import ALLOW, DTYPE, OFFLOAD_DIR, Command, memory_options
+from .progress import Display
+
+TIERS = {"gpu": "GPU", "cpu": "host", "disk": "disk"}
+RESOURCES = {
+    "gpu": "GiB of GPU memory",
+    "cpu": "GiB of host memory",
+    "disk": "GiB of disk",
+    "h2d": "GB/s from host to GPU",
+    "d2h": "GB/s from GPU to host",
+    "disk_in": "GB/s of disk read",
+    "disk_out": "GB/s of disk write",
+    "host_attention": "GB/s of attention on the host",
+}
+NOTHING = 0.0005  # a gain below this share of the throughput is none
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A policy to tell about. Without a prediction it was not simulated: its figures are the relaxation's, bounds."""
+
+    policy: Policy
+    plan: Plan
+    tokens_per_s: float
+    latency_s: float
+    prediction: Prediction | None = None
+
+    @property
+    def at_most(self) -> str:
+        """Before a figure that is a bound."""
+        return "" if self.prediction else "≤ "
+
+
+def choices(searched: Searched) -> Iterator[Choice]:
+    """What was simulated, best first; then what else is on the frontier of throughput and latency and fits."""
+    for found in searched.found:
+        yield _simulated(found)
+    known = {(f.policy.gpu_batch_size, f.policy.num_gpu_batches) for f in searched.found}
+    free = available(searched.hardware, searched.problem)
+    for latency, tokens_per_s, policy in reversed(frontier(searched)):
+        plan = searched.problem.plan(policy, copies=searched.hardware.copies)
+        if (policy.gpu_batch_size, policy.num_gpu_batches) not in known and fits(plan, free):
+            yield Choice(policy, plan, tokens_per_s, latency)
+
+
+def _simulated(found: Found) -> Choice:
+    return Choice(found.policy, found.plan, found.tokens_per_s, found.latency_s, found.prediction)
+
+
+def memory(plan: Plan, searched: Searched) -> dict[str, dict[str, float]]:
+    """By tier the bytes of weights, cache and activations, of rings and workspace, of all, and those there are.
+
+    The disk's weights are the whole store that they are read from. The host's cache has the blocks of tokens of the
+    disk's sequences that are not full yet.
+    """
+    store = {Tier.DISK: plan.model.weight_bytes}
+    found = {}
+    for tier, free in available(searched.hardware, searched.problem).items():
+        tiers = (tier,) if plan.copies or tier is Tier.DISK else (Tier.GPU, Tier.HOST)
+        weights = store.get(tier) or sum(plan.placement["weights"][t.value] for t in tiers)
+        activations = sum(plan.placement["activations"][t.value] for t in tiers)
+        homes = sum(plan.homes[t] for t in tiers)
+        needs = need(plan)[tier] + store.get(tier, 0)
+        found[tier.value] = {
+            "weights": float(weights),
+            "cache": float(homes - activations),
+            "activations": float(activations),
+            "other": float(needs - weights - homes),
+            "need": float(needs),
+            "available": free + store.get(tier, 0),
+        }
+    return {tier: found[tier] for tier in TIERS if tier in found}
+
+
+# The model, and the command that runs a policy
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of which only the configuration is needed, and the flags by which the benchmark finds it."""
+
+    source: ModelSource
+    dtype: str
+    flags: tuple[str, ...]
+
+    @classmethod
+    def find(cls, model: str, path: str | None, dtype: str) -> Model:
+        """A known OPT size needs no checkpoint; of a hub repository only config.json is fetched. Raises ModelError."""
+        is_here = path == DUMMY or find_local(model, path) is not None
+        known = not is_here and config_by_name(model) is not None
+        remote = not is_here and not known and hub_name(model) is not None
+        source = _remote_config(model) if remote else find_sizes(model, path)
+        chosen = choose_dtype(dtype, source)
+        path = path or (DUMMY if known else None)
+        flags = ["--model", model, *(["--path", path] if path else [])]
+        return cls(source, chosen, (*flags, *(["--dtype", chosen] if chosen != source.dtype else [])))
+
+
+def _remote_config(model: str) -> ModelSource:
+    """A hub repository's configuration alone; raises ModelError."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        path = Path(hf_hub_download(model, "config.json"))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise ModelError(
+            f"{model} is no directory here, no known OPT size, nor to be had from the hub: {error}"
+        ) from error
+    return read_config(path, model.rsplit("/", 1)[-1], None)
+
+
+def bench_command(model: Model, problem: Problem, policy: Policy, offload_dirs: Sequence[Path]) -> list[str]:
+    """The benchmark's command for that policy: what it leaves out is the benchmark's default."""
+    p, default = policy, Policy()
+    percent = (p.w_gpu_percent, p.w_cpu_percent, p.cache_gpu_percent, p.cache_cpu_percent)
+    command = ["python", "-m", "flexgen_triton.bench", *model.flags]
+    command += ["--prompt-len", str(problem.prompt_len), "--gen-len", str(problem.gen_len)]
+    command += ["--gpu-batch-size", str(p.gpu_batch_size), "--num-gpu-batches", str(p.num_gpu_batches)]
+    command += ["--percent", *(f"{x:g}" for x in (*percent, p.act_gpu_percent, p.act_cpu_percent))]
+    command += ["--compress-weight"] if p.compress_weight else []
+    command += ["--compress-cache"] if p.compress_cache else []
+    group = p.comp_weight_config.group_size
+    command += ["--group-size", str(group)] if group != default.comp_weight_config.group_size else []
+    command += ["--attn-sparsity", f"{p.attn_sparsity:g}"] if p.attn_sparsity != default.attn_sparsity else []
+    command += ["--cpu-cache-compute"] if p.cpu_cache_compute else []
+    command += ["--cpu-attention-percent", f"{p.cpu_attention_percent:g}"] if p.cpu_attention_percent != 100 else []
+    command += ["--keep-open-blocks"] if p.keep_open_blocks else []
+    for flag in ("sep_layer", "overlap", "pin_weight"):
+        command += [] if getattr(p, flag) else [f"--{flag.replace('_', '-')}", "false"]
+    command += ["--num-prompts", str(problem.num_prompts)] if problem.num_prompts else []
+    given = [] if tuple(offload_dirs) == (DEFAULT_OFFLOAD_DIR,) else offload_dirs
+    return [*command, *(word for path in given for word in ("--offload-dir", str(path)))]
+
+
+def shell_lines(command: list[str], width: int = WIDTH) -> str:
+    """A command in lines no longer than `width` where its words allow it, each continued by a backslash."""
+    lines = [""]
+    for n, word in enumerate(map(shlex.quote, command)):
+        whole = [word, *_values(command[n + 1 :])] if word.startswith("--") else [word]
+        if lines[-1] and len(lines[-1]) + len(" ".join(whole)) + 3 > width:
+            lines.append("   ")
+        lines[-1] += f" {word}" if lines[-1] else word
+    return " \\\n".join(lines)
+
+
+def _values(words: list[str]) -> Iterator[str]:
+    """The words before the next flag."""
+    for word in words:
+        if word.startswith("--"):
+            return
+        yield word
+
+
+# Printing
+
+
+def show(console: Console, searched: Searched, told: list[Choice], gains: Mapping[str, float]) -> None:
+    """All that was found out, for people."""
+    problem, best, hardware = searched.problem, searched.best, searched.hardware
+    prompts = "as many prompts as are best" if problem.num_prompts is None else f"{problem.num_prompts} prompts"
+    console.print(
+        f"[bold]{escape(problem.model.name)}[/] {problem.model.dtype}, {prompts}, {problem.prompt_len} tokens in, "
+        f"{problem.gen_len} out, on [bold]{escape(hardware.name)}[/]"
+    )
+    console.print("A prediction of what this engine will do there, by simulating its schedule; nothing was run.\n")
+    print_table(console, _policies(searched, told))
+    console.print(
+        f"No policy of these block sizes is predicted above [bold]{searched.bound_tokens_per_s:.4g} tok/s[/]; "
+        f"the best found is {searched.gap:.1%} below that.\n"
+    )
+    print_table(console, _memory_table(best.plan, searched))
+    print_table(console, _lanes_table(best.prediction))
+    print_table(console, _worth_table(gains, best.tokens_per_s))
+    console.print(f"The machine's figures: {hardware.source}\n", markup=False)
+
+
+def _table(title: str, words: int, *headings: str) -> Table:
+    """A table whose first columns, `words` of them, are words and the others numbers."""
+    table = Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False
+    )
+    for n, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if n < words else "right", no_wrap=True)
+    return table
+
+
+def _policies(searched: Searched, told: list[Choice]) -> Table:
+    copies = searched.hardware.copies
+    tiers = "/".join(TIERS.values() if copies else ("host", "disk"))
+    bounds = "" if all(c.prediction for c in told) else "; ≤: a bound, not simulated"
+    attended = "; attended: of the cache, by the host" if any(c.policy.attended_percent for c in told) else ""
+    title = f"policies: per cent on {tiers}{attended}{bounds}"
+    table = _table(
+        title, 7, "batches", "weights", "cache", "attended", "act.", "format", "busiest lanes",
+        "tok/s", "latency s", f"GiB of {tiers}",
+    )  # fmt: skip
+    for choice in told:
+        table.add_row(
+            f"{choice.policy.gpu_batch_size} x {choice.policy.num_gpu_batches}",
+            *(_shares(choice.policy, kind, copies=copies) for kind in ("w", "cache")),
+            f"{choice.policy.attended_percent:.0f}" if copies else "all",
+            _shares(choice.policy, "act", copies=copies),
+            _format(choice.policy),
+            ", ".join(_busiest(choice.prediction).values()) if choice.prediction else "",
+            f"{choice.at_most}{choice.tokens_per_s:.4g}",
+            f"{_seconds(choice.latency_s)}",
+            " / ".join(f"{tier['need'] / GIB:.1f}" for tier in memory(choice.plan, searched).values()),
+        )
+    return table
+
+
+def _shares(policy: Policy, kind: str, *, copies: bool) -> str:
+    gpu, cpu, disk = (getattr(policy, f"{kind}_{tier}_percent") for tier in TIERS)
+    return f"{gpu:g}/{cpu:g}/{disk:g}" if copies else f"{gpu + cpu:g}/{disk:g}"
+
+
+def _format(policy: Policy) -> str:
+    """What is in 4 bits, and how much of V is read."""
+    small = [name for name, is_4bit in (("w", policy.compress_weight), ("kv", policy.compress_cache)) if is_4bit]
+    texts = [f"4-bit {'+'.join(small)}"] if small else []
+    texts += [f"{policy.attn_sparsity:.0%} V"] if policy.attn_sparsity < 1 else []
+    return ", ".join(texts) or "as is"
+
+
+def _busiest(prediction: Prediction) -> dict[str, str]:
+    """The busiest lane of each phase; a single new token has no decode."""
+    return {phase: prediction.busiest(phase) for phase in PHASES if prediction.lanes[phase]}
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.0f}" if seconds >= 100 else f"{seconds:.3g}"
+
+
+def _memory_table(plan: Plan, searched: Searched) -> Table:
+    kinds = ("weights", "cache", "activations", "other", "need", "available")
+    table = _table(
+        "the best: GiB of each tier (the disk's weights: the whole store)", 1,
+        "", "weights", "cache", "activations", "rings, workspace", "needed", "available", "used",
+    )  # fmt: skip
+    for tier, nbytes in memory(plan, searched).items():
+        share = f"{nbytes['need'] / nbytes['available']:.1%}" if nbytes["available"] > 0 else ""
+        table.add_row(TIERS[tier], *(f"{nbytes[kind] / GIB:.2f}" for kind in kinds), share)
+    return table
+
+
+def _lanes_table(prediction: Prediction) -> Table:
+    title = f"the best: busy lanes of one block; makespan / bound {prediction.total_s / prediction.bound_s:.3f}"
+    table = _table(title, 1, "lane", "prefill s", "of prefill", "decode s", "of decode")
+    seconds = dict(zip(PHASES, (prediction.prefill_s, prediction.decode_s), strict=True))
+    for lane in dict.fromkeys(lane for phase in PHASES for lane in prediction.lanes[phase]):
+        cells: list[str] = []
+        for phase, whole in seconds.items():
+            busy = prediction.lanes[phase].get(lane, 0.0)
+            cells += [f"{busy:.4g}", f"{busy / whole:.0%}" if whole else ""]
+        table.add_row(lane, *cells)
+    table.add_row("all", f"{prediction.prefill_s:.4g}", "", f"{prediction.decode_s:.4g}", "", style="bold")
+    return table
+
+
+def _worth_table(gains: Mapping[str, float], tokens_per_s: float) -> Table:
+    table = _table("what one more would bring", 1, "one more", "tok/s", "")
+    for name, gain in sorted(gains.items(), key=lambda item: -item[1]):
+        if gain >= NOTHING * tokens_per_s:
+            table.add_row(RESOURCES[name], f"+{gain:.3g}", f"+{gain / tokens_per_s:.1%}")
+    nothing = [RESOURCES[name] for name, gain in gains.items() if gain < NOTHING * tokens_per_s]
+    for name in nothing:
+        table.add_row(name, "nothing", "")
+    return table
+
+
+# JSON
+
+
+def as_json(searched: Searched, told: list[Choice], gains: Mapping[str, float], command: list[str]) -> dict[str, Any]:
+    """All that was found out, for programs."""
+    problem, hardware = searched.problem, searched.hardware
+    return {
+        "note": "a prediction for this engine, by simulating its schedule; not a run",
+        "model": problem.model.name,
+        "dtype": problem.model.dtype,
+        "prompt_len": problem.prompt_len,
+        "gen_len": problem.gen_len,
+        "num_prompts": problem.num_prompts,
+        "allow": sorted(problem.allow),
+        "max_latency_s": problem.max_latency,
+        "hardware": {
+            "name": hardware.name,
+            "source": hardware.source,
+            "copies": hardware.copies,
+            "gpu_bytes": hardware.gpu_bytes,
+            "cpu_bytes": hardware.host_bytes,
+            "disk_bytes": hardware.disk_bytes,
+        },
+        "policies": [_choice_json(choice, searched) for choice in told],
+        "bound_tokens_per_s": searched.bound_tokens_per_s,
+        "gap": searched.gap,
+        "worth": dict(gains),
+        "frontier": [
+            {"latency_s": latency, "bound_tokens_per_s": tokens_per_s, "policy": policy_json(policy)}
+            for latency, tokens_per_s, policy in frontier(searched)
+        ],
+        "command": command,
+    }
+
+
+def policy_json(policy: Policy) -> dict[str, Any]:
+    """The policy's fields as the benchmark's figures have them, and the group size of 4-bit weights."""
+    fields = {name: getattr(policy, name) for name in Policy.__slots__ if not name.startswith("comp_")}
+    return {**fields, "group_size": policy.comp_weight_config.group_size}
+
+
+def _choice_json(choice: Choice, searched: Searched) -> dict[str, Any]:
+    prediction = choice.prediction
+    found: dict[str, Any] = {
+        "policy": policy_json(choice.policy),
+        "simulated": prediction is not None,
+        "tokens_per_s": choice.tokens_per_s,
+        "latency_s": choice.latency_s,
+        "memory": memory(choice.plan, searched),
+    }
+    if prediction:
+        found |= {"prefill_s": prediction.prefill_s, "decode_s": prediction.decode_s, "bound_s": prediction.bound_s}
+        found["lanes"] = {phase: dict(busy) for phase, busy in prediction.lanes.items()}
+        found["busiest"] = _busiest(prediction)
+    return found
+
+
+# The command
+
+
+def find_policies(model: Model, hardware: Hardware, options: Mapping[str, Any]) -> Searched:
+    """Search as the options say; a spinner on stderr meanwhile, where that is a terminal."""
+    problem = Problem(
+        model_spec(model.source.config, model.source.name, model.dtype),
+        options["prompt_len"],
+        options["gen_len"],
+        options["num_prompts"],
+        options["allow"],
+        options["max_latency"],
+        stored=model.source.is_stored and "4bit" not in options["allow"],
+    )
+    with Console(stderr=True).status("searching"):
+        return search(problem, hardware)
+
+
+@click.command("plan", cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--model", required=True, help="A checkpoint's directory, a hub id, an OPT size by name, or 'demo'.")
+@click.option("--path", help="The checkpoint's directory; for a known OPT size none is needed.")
+@click.option("--hardware", help=f"A profile's file, or one of {', '.join(profile_names())}; default: this machine.")
+@click.option("--prompt-len", type=click.IntRange(1), default=512, show_default=True)
+@click.option("--gen-len", type=click.IntRange(1), default=32, show_default=True)
+@click.option("--num-prompts", type=click.IntRange(1), help="How many there are; default: as many as are best.")
+@ALLOW
+@click.option("--max-latency", type=click.FloatRange(0, min_open=True), help="Seconds for a block of prompts.")
+@memory_options
+@DTYPE
+@OFFLOAD_DIR
+@click.option("--top", type=click.IntRange(1), default=5, show_default=True, help="How many policies to print.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write all of it here.")
+@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw throughput, latency, memory (PNG).")
+def command(**options: Any) -> None:
+    """Find the best policies for a model on a machine, by prediction: nothing is run."""
+    if options["plot"]:
+        from .plan_plot import require_matplotlib
+
+        require_matplotlib()
+    model = Model.find(options["model"], options["path"], options["dtype"])
+    limits = Limits(options["gpu_mem"], options["cpu_mem"], options["disk_mem"])
+    device = default_device()
+    with Display() as bars:
+        folders = Folders.of(options["offload_dir"])
+        hardware = machine(device, folders, limits, profile=options["hardware"], progress=bars.phase)
+    searched = find_policies(model, hardware, options)
+    told = list(islice(choices(searched), options["top"]))
+    gains = worth(searched)
+    to_run = bench_command(model, searched.problem, searched.best.policy, options["offload_dir"])
+    printed = console()
+    show(printed, searched, told, gains)
+    printed.print("To run the best:\n")
+    printed.print(shell_lines(to_run), soft_wrap=True, markup=False)
+    if options["json_file"]:
+        options["json_file"].write_text(json.dumps(as_json(searched, told, gains, to_run), indent=1) + "\n")
+    if options["plot"]:
+        from .plan_plot import draw
+
+        draw(searched, memory(searched.best.plan, searched), options["plot"])

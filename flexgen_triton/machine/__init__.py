@@ -1,0 +1,1 @@
+"""The machine: its rates, and the policy that suits them."""

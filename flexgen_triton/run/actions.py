@@ -1,0 +1,383 @@
+"""One block of the schedule at work: the actions that its ops name, on its sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..memory.activations import Activations
+from ..memory.buffers import Buffers
+from ..memory.cache import Cache, Segment
+from ..memory.disk import DiskQueue
+from ..memory.scratch import Scratch
+from ..memory.weights import Segments, Weights
+from ..models import ops
+from ..models.ops import Matrix, Matrix4, Weight
+from ..models.opt import OPT
+from ..plan.layout import Group
+from ..plan.plan import Plan
+from ..plan.schedule import Op, Slot
+from ..plan.spec import ModuleSpec
+from ..plan.workspace import SCORED_ROWS
+from ..sequences.sampler import Sampler
+from ..sequences.scorer import PromptScorer
+from ..sequences.sequence import NOT_FINITE, Request
+
+
+class Block:
+    """State of the GPU batches of one plan while it runs; `actions` maps an op's name to what it does.
+
+    `on_step(i, k)` is called when GPU batch k has its tokens of token step i, on the lane that computes.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        batches: Sequence[Sequence[Request]],
+        model: OPT,
+        weights: Weights,
+        buffers: Buffers,
+        disk: DiskQueue,
+        *,
+        dtype: torch.dtype,
+        on_step: Callable[[int, int], None],
+        keep_logits: Callable[[int, Tensor], None] | None = None,
+    ) -> None:
+        self._plan, self._batches, self._model, self._weights, self._buffers = plan, batches, model, weights, buffers
+        self._cache = Cache(plan, buffers, disk, lambda k: [s.finished for s in batches[k]])
+        self._activations = Activations(plan, buffers, disk, dtype)
+        self._device, self._dtype, self._work = buffers.device, dtype, buffers.work
+        self._on_step, self._keep_logits = on_step, keep_logits
+        self._samplers = [self._sampler(batch) for batch in batches]
+        self._next: list[list[int]] = [[t for s in batch for t in s.prompt] for batch in batches]
+        self._head_input: dict[int, Tensor] = {}
+        self._logits: dict[int, Tensor] = {}
+        self._scorers: dict[int, list[_Scored]] = {}
+        self._views: dict[int, Mapping[str, Weight]] = {}  # by layer, counted on from token step to token step
+        self._dense = [Scratch(room) for room in buffers.dense.chunk(plan.layers_in_use)]
+        self._keep: dict[tuple[int, int], tuple[Tensor, int]] = {}
+        self._step = -1
+        self._nothing = self._passed = torch.empty(0)
+
+    def _sampler(self, batch: Sequence[Request]) -> Sampler:
+        return Sampler(
+            [s.params for s in batch],
+            [s.seed for s in batch],
+            [s.prompt for s in batch],
+            vocab=self._plan.model.vocab,
+            eos=self._model.config.eos_token_id,
+            device=self._device,
+        )
+
+    @property
+    def actions(self) -> dict[str, Callable[[Op], int | None]]:
+        """What each op does; a transfer of fewer bytes than planned returns how many."""
+        return {
+            "read_weight": self._read_weight,
+            "load_weight": self._load_weight,
+            "read_cache": lambda op: self._cache.read(op, self._into(op)),
+            "load_cache": lambda op: self._cache.load(op, self._slot(op, "stage_in"), self._bytes(op, "cache")),
+            "store_cache": lambda op: self._cache.store(op, self._slot(op, "cache_out"), self._slot(op, "stage_out")),
+            "write_cache": lambda op: self._cache.write(op, self._staged_out(op, "cache_out")),
+            "read_hidden": lambda op: self._activations.read(op, self._into(op)),
+            "load_hidden": lambda op: self._activations.load(op, self._slot(op, "stage_in"), self._bytes(op, "hidden")),
+            "store_hidden": lambda op: self._activations.store(
+                op, self._bytes(op, "hidden_out"), self._slot(op, "stage_out")
+            ),
+            "write_hidden": self._write_hidden,
+            "compute": self._compute,
+            "project": self._project,
+            "store_query": self._store_query,
+            "attend": self._attend_on_device,
+            "attend_host": self._attend_on_host,
+            "load_attended": self._load_attended,
+            "finish": self._finish,
+        }
+
+    def alive(self, i: int, k: int) -> bool:
+        """Whether GPU batch k still has an unfinished sequence."""
+        return not all(s.finished for s in self._batches[k])
+
+    # Slots
+
+    def _slot(self, op: Op, ring: str) -> Tensor | None:
+        slot = op.slot(ring)
+        return self._buffers.slot(slot) if slot is not None else None
+
+    def _bytes(self, op: Op, ring: str) -> Tensor:
+        slot = self._slot(op, ring)
+        assert slot is not None, f"{op} has no slot in {ring}"
+        return slot
+
+    def _into(self, op: Op) -> Tensor:
+        """What a read fills: the one slot it writes."""
+        written: Slot = op.writes[0]
+        return self._buffers.slot(written)
+
+    def _staged_out(self, op: Op, direct: str) -> Tensor | None:
+        staged = self._slot(op, "stage_out")
+        return staged if staged is not None else self._slot(op, direct)
+
+    # Weights and hidden states
+
+    def _read_weight(self, op: Op) -> None:
+        part = self._plan.parts[op.j][op.part]
+        self._weights.read(part, self._into(op), staged=self._plan.copies)
+
+    def _load_weight(self, op: Op) -> None:
+        part = self._plan.parts[op.j][op.part]
+        self._weights.load(op.j, part, self._slot(op, "stage_in"), self._bytes(op, "weight"))
+
+    def _write_hidden(self, op: Op) -> None:
+        staged = self._staged_out(op, "hidden_out")
+        assert staged is not None
+        self._activations.write(op, staged)
+
+    # Arithmetic
+
+    @torch.inference_mode()
+    def _compute(self, op: Op) -> None:
+        """A whole layer."""
+        self._start(op)
+        self._leave(op, self._run(op, self._tensors(op), self._enter(op), self._plan.layers[op.j].modules))
+
+    def _run(self, op: Op, w: Mapping[str, Weight], x: Tensor, modules: Sequence[ModuleSpec]) -> Tensor:
+        for module in modules:
+            if module.kind == "embed":
+                x = self._embed(op, w)
+            elif module.kind == "attention":
+                attended = self._attend(op, *self._qkv(self._model.project(w, x, self._work)))
+                x = self._model.output(w, x, attended, self._work)
+            elif module.kind == "mlp":
+                x = self._model.mlp(w, x, self._work)
+            else:
+                self._head(op, w, x, part=module.index)
+        return x
+
+    def _start(self, op: Op) -> None:
+        """Take temporaries back, but for what the computation before hands on; at a token step all that it was sent."""
+        if op.enters:
+            self._work.begin(planned=op.i > 0)
+        if op.i != self._step:
+            self._step = op.i
+            self._buffers.uploads.begin(planned=op.i > 0)
+            self._cache.start_step()
+            self._keep.clear()
+
+    def _tensors(self, op: Op) -> Mapping[str, Weight]:
+        """Layer j's weights, made once for all GPU batches that use this load of them."""
+        n = op.i * len(self._plan.layers) + op.j
+        if n not in self._views:
+            for old in [m for m in self._views if m <= n - self._plan.layers_in_use]:
+                del self._views[old]
+            room = self._dense[n % self._plan.layers_in_use]
+            room.begin()  # what the layer before there may have dequantised
+            self._views[n] = dict(self._named(op.j, self._weights.view(op.j, self._slot(op, "weight")), room))
+        return self._views[n]
+
+    def _named(self, j: int, found: Segments, room: Scratch) -> Iterator[tuple[str, Weight]]:
+        for tensor in self._plan.layers[j].tensors:
+            packing = tensor.packing
+            if packing is None:
+                if tensor.name in found:  # not an embedding's table
+                    yield tensor.name, Matrix(found[tensor.name])
+            elif packing.half == "codes":
+                scales = found[f"{packing.matrix}.scales"]
+                yield packing.matrix, Matrix4(packing.shape, packing.group_size, found[tensor.name], scales, room)
+
+    def _enter(self, op: Op) -> Tensor:
+        """The hidden state that enters this layer; the parts of the head after the first share one input."""
+        layer = self._plan.layers[op.j]
+        if op.j == 0 or (layer.is_head and layer.modules[0].index > 0):
+            return self._nothing
+        return self._activations.get(op, self._slot(op, "hidden"), self._work) if op.enters else self._passed
+
+    def _leave(self, op: Op, x: Tensor) -> None:
+        """Keep a layer's result, or hand it to the next computation, or both."""
+        self._passed = x
+        if op.keeps and not self._plan.layers[op.j].is_head:
+            self._activations.put(op, x, self._slot(op, "hidden_out"))
+
+    def _embed(self, op: Op, w: Mapping[str, Weight]) -> Tensor:
+        batch = self._plan.workload.batches[op.k]
+        if op.i == 0:
+            positions = np.concatenate([np.arange(n) for n in batch.prompt_lens])
+        else:
+            positions = np.array(batch.cached(op.i))
+        rows = partial(self._weights.rows, scratch=self._work, uploads=self._buffers.uploads)
+        return self._model.embed(w, rows, np.array(self._next[op.k]), positions, self._work)
+
+    def _qkv(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Q [T, H, D], K and V [T, Hkv, D] of what a model projects, [T, H + 2 Hkv, D]."""
+        model = self._plan.model
+        keys = model.num_heads + model.num_kv_heads
+        return projected[:, : model.num_heads], projected[:, model.num_heads : keys], projected[:, keys:]
+
+    def _attend(self, op: Op, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = self._slot(op, "cache_out")
+        if op.i == 0:
+            for target in self._cache.prompt_targets(op, out):
+                ops.write_prompt(k, v, target)
+            return ops.prefill_attention(q, k, v, self._plan.workload.batches[op.k].prompt_lens)
+        self._write_tokens(op, k, v)
+        result = self._work.take(*q.shape, dtype=q.dtype)
+        self._attend_groups(op, q, result)
+        return result
+
+    def _write_tokens(self, op: Op, k: Tensor, v: Tensor) -> None:
+        for place in self._cache.token_targets(op, self._slot(op, "cache_out")):
+            ops.write_tokens(k, v, place)
+
+    def _attend_groups(self, op: Op, q: Tensor, out: Tensor) -> None:
+        """Decode attention of the sequences that the device attends to: their rows of q [B, H, D] to those of out."""
+        for group, segments in self._cache.segments(op, self._slot(op, "cache"), self._slot(op, "cache_out")):
+            self._attend_group(op, group, q[group.rows], segments, out[group.rows])
+
+    def _attend_group(self, op: Op, group: Group, q: Tensor, segments: Sequence[Segment], out: Tensor) -> None:
+        if self._plan.policy.attn_sparsity == 1:
+            ops.decode_attention(q, segments, out=out, scratch=self._work)
+            return
+        tag = op.k, group.first
+        if tag not in self._keep:
+            counts = [self._plan.kept(n) for n in self._cache.cached(op, group)]
+            self._keep[tag] = self._buffers.uploads.numbers(counts, torch.int32), max(counts)
+        ops.sparse_decode_attention(q, segments, *self._keep[tag], out=out, scratch=self._work)
+
+    # Attention on two lanes: a layer's computation up to it, attention here and there, and what follows
+
+    @torch.inference_mode()
+    def _project(self, op: Op) -> None:
+        """Q, K and V of all new tokens, those of the device's sequences to their cache."""
+        self._start(op)
+        self._rows(op, "projected").copy_(self._model.project(self._tensors(op), self._enter(op), self._work))
+        _, k, v = self._qkv(self._rows(op, "projected"))
+        self._write_tokens(op, k, v)
+
+    def _store_query(self, op: Op) -> None:
+        """d2h: Q, K and V of the sequences that the host attends to."""
+        rows = self._plan.groups[op.k].cache.attended.rows
+        self._rows(op, "query").copy_(self._rows(op, "projected")[rows], non_blocking=True)
+
+    @torch.inference_mode()
+    def _attend_on_device(self, op: Op) -> None:
+        self._attend_groups(op, self._qkv(self._rows(op, "projected"))[0], self._rows(op, "result"))
+
+    @torch.inference_mode()
+    def _attend_on_host(self, op: Op) -> None:
+        """Append the new tokens at their home on the host and attend there, in place."""
+        q, k, v = self._qkv(self._rows(op, "query"))
+        attended, answer, scratch = self._cache.attended(op), self._rows(op, "answer"), self._buffers.hosted
+        ops.write_tokens(k, v, attended.target)
+        scratch.begin()
+        if self._plan.policy.attn_sparsity == 1:
+            ops.decode_attention(q, attended.segments, out=answer, scratch=scratch)
+        else:
+            keep = attended.keep
+            ops.sparse_decode_attention(
+                q, attended.segments, keep, int(keep.numpy().max()), out=answer, scratch=scratch
+            )
+
+    def _load_attended(self, op: Op) -> None:
+        """h2d: what the host made of them."""
+        rows = self._plan.groups[op.k].cache.attended.rows
+        self._rows(op, "result")[rows].copy_(self._rows(op, "answer"), non_blocking=True)
+
+    @torch.inference_mode()
+    def _finish(self, op: Op) -> None:
+        """What follows attention in a layer."""
+        self._start(op)
+        w, layer = self._tensors(op), self._plan.layers[op.j]
+        x = self._model.output(w, self._enter(op), self._rows(op, "result"), self._work)
+        self._leave(op, self._run(op, w, x, layer.modules[1:]))
+
+    def _rows(self, op: Op, ring: str) -> Tensor:
+        """A ring's slot as rows of heads [n, H, D]: of all sequences, or in host memory of those it attends to."""
+        model, batch = self._plan.model, self._plan.workload.batches[op.k]
+        heads = model.num_heads + (2 * model.num_kv_heads if ring in ("projected", "query") else 0)
+        size = batch.size if ring in ("projected", "result") else self._plan.groups[op.k].cache.attended.size
+        numbers = self._bytes(op, ring).view(self._dtype)
+        return numbers[: size * heads * model.head_dim].view(size, heads, model.head_dim)
+
+    def _head(self, op: Op, w: Mapping[str, Weight], x: Tensor, *, part: int) -> None:
+        batch = self._plan.workload.batches[op.k]
+        columns = self._model.head_columns(w)
+        if part == 0:
+            if op.i == 0:
+                last = torch.tensor(batch.prompt_lens).cumsum(0) - 1
+                self._scorers[op.k] = self._score_inputs(op.k, w, x)
+                self._head_input[op.k] = self._model.head_input(w, x[last.to(x.device)], self._work)
+                shape = (batch.size, self._plan.model.vocab)
+                self._logits[op.k] = torch.empty(shape, dtype=torch.float32, device=self._device)
+            else:
+                self._head_input[op.k].copy_(self._model.head_input(w, x, self._work))
+        self._model.logits(w, self._head_input[op.k], self._logits[op.k][:, columns], self._work)
+        for scored in self._scorers[op.k] if op.i == 0 else ():
+            self._score(scored, w, columns)
+        if op.j + 1 == len(self._plan.layers):
+            self._finish_step(op)
+
+    def _finish_step(self, op: Op) -> None:
+        logits = self._logits[op.k]
+        if self._keep_logits:
+            self._keep_logits(op.k, logits.clone())
+        for scored in self._scorers.pop(op.k, ()):
+            scored.finish()
+        drawn = self._samplers[op.k].sample(logits)
+        self._next[op.k] = drawn.tokens
+        for row in drawn.wrong:
+            self._fail(op, row, logits)
+        for sequence, token, logprobs in zip(self._batches[op.k], drawn.tokens, drawn.logprobs, strict=True):
+            sequence.append(token, logprobs, self._model.config.eos_token_id)
+        self._on_step(op.i, op.k)
+
+    def _fail(self, op: Op, row: int, logits: Tensor) -> None:
+        """End a sequence whose logits are not finite, if it has not ended."""
+        sequence = self._batches[op.k][row]
+        if not sequence.finished:
+            wrong = self._samplers[op.k].describe(row, logits)
+            where = f"the output projection's logits at token step {op.i}"
+            sequence.fail(f"{where} are not all numbers: {wrong}", NOT_FINITE)
+
+    # Log-probabilities of prompts
+
+    def _score_inputs(self, k: int, w: Mapping[str, Weight], x: Tensor) -> list[_Scored]:
+        """What the head multiplies to score the prompts that ask for it: packed rows [T, E] -> a part for each."""
+        found, first = [], 0
+        for request in self._batches[k]:
+            stop = first + len(request.prompt)
+            num = request.params.prompt_logprobs
+            if num is not None and stop - first > 1:
+                targets = torch.tensor(request.prompt[1:], device=x.device)
+                scorer = PromptScorer(targets, num, x.device)
+                found.append(_Scored(request, scorer, self._model.head_input(w, x[first : stop - 1], self._work)))
+            first = stop
+        return found
+
+    def _score(self, scored: _Scored, w: Mapping[str, Weight], columns: slice) -> None:
+        """Add this part of the vocabulary, a few positions at a time."""
+        for low in range(0, len(scored.rows), SCORED_ROWS):
+            rows = scored.rows[low : low + SCORED_ROWS]
+            shape = (len(rows), columns.stop - columns.start)
+            logits = torch.empty(shape, dtype=torch.float32, device=rows.device)
+            self._model.logits(w, rows, logits, self._work)
+            scored.scorer.add(logits, position=low, token=columns.start)
+
+
+class _Scored(NamedTuple):
+    """A request whose prompt is scored, and what the head multiplies for it: [T - 1, width]."""
+
+    request: Request
+    scorer: PromptScorer
+    rows: Tensor
+
+    def finish(self) -> None:
+        """Hand the request its prompt's log-probabilities, or have it fail where there are none."""
+        if wrong := self.scorer.wrong():
+            self.request.fail(f"the output projection's logits of the prompt are not all numbers: {wrong}", NOT_FINITE)
+        else:
+            self.request.prompt_logprobs = self.scorer.result()

@@ -1,0 +1,1 @@
+"""Prompts and their answers: what is asked, drawn and returned."""
