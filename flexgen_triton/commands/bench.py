@@ -13,6 +13,7 @@ from click.core import ParameterSource
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from xxhash import xxh64_hexdigest
 
 from .. import demo
 from ..arguments import as_device
@@ -40,6 +41,7 @@ from .console import print_table
 from .options import Command, flags_policy, is_by_hand, load_model, model_options
 from .progress import Display
 
+MAX_NAME = 220  # characters of a log's name: file systems take 255 with the ending, a digest is 16
 DEBUG_MODES = ("fewer_batch", "breakdown")
 FEWER_STEPS = 4  # token steps of a debug mode: prefill, and decode steps enough for a mean
 STRATEGIES = {
@@ -164,7 +166,8 @@ def show(console: Console, llm: LLM, result: dict[str, Any], *, verbose: int) ->
 def log_name(model: str, policy: Policy, *, prompt_len: int, gen_len: int) -> str:
     """The automatic name of a run's log, without its ending: FlexGen's, and every setting that is not the default.
 
-    No two policies have the same name; the formats of what is not compressed are no part of a policy.
+    No two policies have the same name; the formats of what is not compressed are no part of a policy. A name that a
+    file system would refuse is cut, and ends in a digest of all of it.
     """
     p = policy
     shares = (p.w_gpu_percent, p.w_cpu_percent, p.cache_gpu_percent, p.cache_cpu_percent, p.act_gpu_percent)
@@ -179,7 +182,8 @@ def log_name(model: str, policy: Policy, *, prompt_len: int, gen_len: int) -> st
         *(["open"] if p.keep_open_blocks else ()),
         *(name for name, is_on in (("noov", p.overlap), ("nosep", p.sep_layer), ("nopin", p.pin_weight)) if not is_on),
     ]
-    return "-".join((f"fo-{model.rsplit('/', 1)[-1]}", size, "percent", percent, *marks))
+    name = "-".join((f"fo-{model.rsplit('/', 1)[-1]}", size, "percent", percent, *marks))
+    return name if len(name) <= MAX_NAME else f"{name[:MAX_NAME]}-{xxh64_hexdigest(name.encode())}"
 
 
 def _format_marks(config: CompressionConfig, dim: int) -> Iterator[str]:
