@@ -198,7 +198,7 @@ def test_the_relaxation_agrees_with_the_plan_it_stands_for(hardware, percents):
         host_is_apart=hardware.host_is_apart,
     )
     for tier, nbytes in need(plan).items():
-        staging = plan.rings["stage_in"] + plan.rings["stage_out"] if tier is Tier.HOST else 0
+        staging = plan.footprint.rings["stage_in"] + plan.footprint.rings["stage_out"] if tier is Tier.HOST else 0
         assert total(("need", tier.value)) == pytest.approx(nbytes - staging, rel=0.02, abs=8 * MIB)
     prediction = predict(plan, hardware)
     for phase, busy in prediction.lanes.items():
