@@ -46,11 +46,10 @@ def read_config(config: Mapping[str, Any]) -> ModelConfig:
     for name, value in {"rope_type": kind, **biases}.items():
         if value not in ("default", False, None):
             raise ModelError(f"{name} is {kind_of(value)}; this version does not compute it")
-    values = dict(config) if "rope_theta" in config else {**config, "rope_theta": rope.get("rope_theta")}
+    values = {"rope_theta": rope.get("rope_theta"), **config}
     found = checks.read_fields(values, {name: check for name, (_, check) in FIELDS.items()}, REQUIRED)
     fields = {**DEFAULTS, **{FIELDS[name][0]: value for name, value in found.items()}}
-    heads = fields["heads"]
-    fields = {"kv_heads": heads, "head_dim": fields["hidden"] // heads, **fields}
+    fields = {"kv_heads": (heads := fields["heads"]), "head_dim": fields["hidden"] // heads, **fields}
     if heads % fields["kv_heads"] or fields["head_dim"] % 2:
         raise ModelError(
             f"num_attention_heads is {heads}, num_key_value_heads {fields['kv_heads']}, head_dim {fields['head_dim']}; "
