@@ -20,7 +20,8 @@ from torch import Tensor
 
 from ..kernels.sizes import BLOCK_ROWS
 from ..memory.arena import Arena, host_available
-from ..memory.cache import Fields, Segment
+from ..memory.cache_homes import page_fields
+from ..memory.cache_places import Segment, segment
 from ..memory.device import current_stream, gpu_capability, gpu_memory, synchronize
 from ..memory.disk import DiskQueue, Read, Readable, Write
 from ..memory.stripes import Folders
@@ -271,20 +272,8 @@ def _context_task(bench: Workbench, spec: ModelSpec, layout: CacheLayout, sequen
 
 
 def cached_segment(layout: CacheLayout, buffer: Tensor, lens: Tensor) -> Segment:
-    """A resident home of the cache of sequences with `lens` [n] tokens, as memory/cache.py lays it out."""
-    halves = buffer.view(-1, 2, len(lens), layout.half)  # [pages, K and V, n, half]
-    return Segment(_fields(layout, halves[:, 0]), _fields(layout, halves[:, 1]), lens)
-
-
-def _fields(layout: CacheLayout, halves: Tensor) -> Fields:
-    """K's or V's fields of pages [pages, n, half]: each [pages, n, Hkv, tokens, width]."""
-    heads, tokens, views, at = layout.num_kv_heads, layout.page_tokens, [], 0
-    for field in layout.fields:
-        nbytes = heads * tokens * field.nbytes
-        numbers = halves[..., at : at + nbytes].view(getattr(torch, field.dtype))
-        views.append(numbers.view(*numbers.shape[:-1], heads, tokens, field.width))
-        at += nbytes
-    return tuple(views)
+    """A resident home of the cache of sequences with `lens` [n] tokens, as memory/cache_homes.py lays it out."""
+    return segment(page_fields(layout, buffer, len(lens)), lens)
 
 
 def passes(bench: Workbench, clock: Clock, budget_s: float) -> Curve:

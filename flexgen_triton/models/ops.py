@@ -25,7 +25,8 @@ from torch import Tensor
 from ..kernels.formats import SEARCHED, KVSegment, quantize_kv
 from ..kernels.formats import quantize_weight as quantize
 from ..kernels.sizes import BLOCK_ROWS, widened_rows
-from ..memory.cache import Fields, PromptTarget, Segment, TokenTarget
+from ..memory.cache_homes import Fields
+from ..memory.cache_places import PromptTarget, Segment, TokenTarget
 from ..memory.device import current_stream
 from ..memory.scratch import Scratch
 from ..plan.layout import Field

@@ -105,16 +105,13 @@ def _rooms(traffic: Traffic, needed: Mapping[str, int]) -> Iterator[Room]:
 
 
 def _cache_homes(traffic: Traffic) -> dict[Tier, int]:
-    layout, total = traffic.cache_layout, dict.fromkeys(Tier, 0)
+    total = dict.fromkeys(Tier, 0)
     layers = sum(layer.has_cache for layer in traffic.layers)
     for k, groups in enumerate(traffic.groups):
-        pages = traffic.cache_home_pages(k)
-        gpu, attended, host, disk = groups.cache
-        kept = layout.dense(1, host.size + disk.size) if traffic.keeps_open else 0
-        total[Tier.GPU] += layers * (layout.dense(pages, gpu.size) + kept)
-        on_host = layout.dense(pages, attended.size) + layout.dense(pages, host.size)
-        total[Tier.HOST] += layers * (on_host + layout.dense(1, disk.size))
-        total[Tier.DISK] += layers * layout.dense(layout.full(traffic.workload.batches[k].max_len), disk.size)
+        for group in groups.cache:
+            total[group.tier] += layers * traffic.home_bytes(k, group)
+            total[Tier.HOST] += layers * traffic.open_home_bytes(group)
+        total[Tier.GPU] += layers * traffic.device_open_bytes(k)
     return total
 
 

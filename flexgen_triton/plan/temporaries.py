@@ -17,7 +17,8 @@ from ..kernels.sizes import (
     panel_blocks,
     widened_rows,
 )
-from .layout import pad
+from .layout import COUNT_BYTES, Count, pad
+from .placement import Tier
 from .spec import LayerSpec, TensorSpec
 from .traffic import Traffic
 
@@ -46,7 +47,7 @@ def temporaries(traffic: Traffic) -> dict[str, int]:
     the device in a token step. `token_staging`: new tokens of the host's and the disk's sequences, on their way home.
     """
     rows = max(b.size for b in traffic.workload.batches)
-    hosted = max(g.cache.attended.size for g in traffic.groups)
+    hosted = max(g.cache.attended_by_host.size for g in traffic.groups)
     matrices = [t for layer in traffic.layers for t in layer.tensors if _is_matrix(t)]
     sizes = {
         "decode": (rows + 1) * _row_bytes(traffic)
@@ -137,18 +138,18 @@ def _panel_bytes(traffic: Traffic, t: TensorSpec) -> int:
 
 
 def _upload_bytes(traffic: Traffic) -> int:
-    """A token step's embeddings looked up on the host, their places, positions, and five counts of each sequence."""
+    """A token step's embeddings looked up on the host, their places, positions, and the counts of each sequence."""
     model = traffic.model
     gathered = sum(t.shape[1] for layer in traffic.layers for t in layer.tensors if t.gathered)
     positions = any(m.positions for m in model.modules)
-    row = (gathered + model.hidden) * model.itemsize + 4 * 8 + (5 + positions) * 4
+    row = (gathered + model.hidden) * model.itemsize + 4 * 8 + (len(Count) + positions) * COUNT_BYTES
     return sum(b.size * row + ALIGNMENT for b in traffic.workload.batches)
 
 
 def _token_staging_bytes(traffic: Traffic) -> int:
-    if not traffic.host_is_apart or traffic.keeps_open:
+    if not traffic.hands_over_tokens:
         return 0
-    return max(g.cache.host.size + g.cache.disk.size for g in traffic.groups) * traffic.cache_layout.token_bytes
+    return max(g.cache.sent.size for g in traffic.groups) * traffic.cache_layout.token_bytes
 
 
 def _rows_bytes(traffic: Traffic, rows: int) -> int:
@@ -179,7 +180,7 @@ def head_bytes(traffic: Traffic) -> int:
 
 
 def unfilled_bytes(traffic: Traffic) -> int:
-    """Bytes of the cache's homes in memory that are certainly first written after the prompts.
+    """Bytes of the cache's homes on the device that are certainly first written after the prompts.
 
     Of a layer's home the pages behind its longest prompt, without the huge pages that also hold what is written
     earlier: they become resident as a whole.
@@ -187,7 +188,7 @@ def unfilled_bytes(traffic: Traffic) -> int:
     layout, layers, total = traffic.cache_layout, sum(layer.has_cache for layer in traffic.layers), 0
     for batch, groups in zip(traffic.workload.batches, traffic.groups, strict=True):
         pages = layout.pages(batch.max_len)
-        for group in groups.cache[:2]:
+        for group in (g for g in groups.cache if g.tier is Tier.GPU):
             filled = max(map(layout.pages, group.prompt_lens), default=pages)
             huge = layout.dense(pages - filled, group.size) // HUGE_PAGE
             total += max(huge - 1, 0) * HUGE_PAGE

@@ -69,8 +69,7 @@ class Arithmetic:
 
     def _attention_work(self, work: Work, i: int, k: int, *, on_host: bool = False) -> Work:
         """Decode attention of one GPU batch added: of the sequences that the host attends to, or of all others."""
-        groups, model = self._traffic.groups[k].cache, self.model
-        chosen = [g for g in groups if (g is groups.attended) == on_host]
+        chosen, model = [g for g in self._traffic.groups[k].cache if g.attended_by_host == on_host], self.model
         context = sum(sum(g.cached(i)) + g.size for g in chosen)
         return replace(
             work,

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from ..memory.activations import Activations
 from ..memory.buffers import Buffers
-from ..memory.cache import Cache, Segment
+from ..memory.cache import Cache
+from ..memory.cache_homes import CacheHomes
+from ..memory.cache_places import CachePlaces, Segment
 from ..memory.disk import DiskQueue
 from ..memory.scratch import Scratch
 from ..memory.weights import Segments, Weights
@@ -49,7 +51,9 @@ class Round:
         keep_logits: Callable[[int, Tensor], None] | None = None,
     ) -> None:
         self._plan, self._batches, self._model, self._weights, self._buffers = plan, batches, model, weights, buffers
-        self._cache = Cache(plan, buffers, disk, lambda k: [s.finished for s in batches[k]])
+        homes = CacheHomes(plan, buffers)
+        self._cache = Cache(plan, homes, buffers, disk, self._ended)
+        self._cache_places = CachePlaces(plan, homes, buffers.uploads, self._ended)
         self._activations = Activations(plan, buffers, disk, dtype)
         self._device, self._dtype, self._work = buffers.device, dtype, buffers.work
         self._on_step, self._keep_logits = on_step, keep_logits
@@ -60,7 +64,6 @@ class Round:
         self._scorers: dict[int, list[_Scored]] = {}
         self._views: dict[int, Mapping[str, Weight]] = {}  # by layer, counted on from token step to token step
         self._dense = [Scratch(room) for room in buffers.dense.chunk(plan.layers_in_use)]
-        self._keep: dict[tuple[int, int], tuple[Tensor, int]] = {}
         self._places: dict[int, Positions] = {}
         self._step = -1
         self._nothing = self._passed = torch.empty(0)
@@ -99,6 +102,10 @@ class Round:
             "load_attended": self._load_attended,
             "finish": self._finish,
         }
+
+    def _ended(self, k: int) -> list[bool]:
+        """Which sequences of GPU batch k are finished."""
+        return [s.finished for s in self._batches[k]]
 
     def alive(self, i: int, k: int) -> bool:
         """Whether GPU batch k still has an unfinished sequence."""
@@ -167,8 +174,7 @@ class Round:
         if op.i != self._step:
             self._step = op.i
             self._buffers.uploads.begin(planned=op.i > 0)
-            self._cache.start_step()
-            self._keep.clear()
+            self._cache_places.start_step()
             self._places.clear()
 
     def _tensors(self, op: Op) -> Mapping[str, Weight]:
@@ -227,7 +233,7 @@ class Round:
     def _attend(self, op: Op, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = self._slot(op, "cache_out")
         if op.i == 0:
-            for target in self._cache.prompt_targets(op, out):
+            for target in self._cache_places.prompt_targets(op, out):
                 ops.write_prompt(k, v, target)
             return ops.prefill_attention(q, k, v, self._plan.workload.batches[op.k].prompt_lens)
         self._write_tokens(op, k, v)
@@ -236,23 +242,21 @@ class Round:
         return result
 
     def _write_tokens(self, op: Op, k: Tensor, v: Tensor) -> None:
-        for place in self._cache.token_targets(op, self._slot(op, "cache_out")):
+        for place in self._cache_places.token_targets(op, self._slot(op, "cache_out")):
             ops.write_tokens(k, v, place)
 
     def _attend_groups(self, op: Op, q: Tensor, out: Tensor) -> None:
         """Decode attention of the sequences that the device attends to: their rows of q [B, H, D] to those of out."""
-        for group, segments in self._cache.segments(op, self._slot(op, "cache"), self._slot(op, "cache_out")):
+        slot, out_slot = self._slot(op, "cache"), self._slot(op, "cache_out")
+        for group, segments in self._cache_places.segments(op, slot, out_slot):
             self._attend_group(op, group, q[group.rows], segments, out[group.rows])
 
     def _attend_group(self, op: Op, group: Group, q: Tensor, segments: Sequence[Segment], out: Tensor) -> None:
         if self._plan.policy.attn_sparsity == 1:
             ops.decode_attention(q, segments, out=out, scratch=self._work)
             return
-        tag = op.k, group.first
-        if tag not in self._keep:
-            counts = [self._plan.kept(n) for n in self._cache.cached(op, group)]
-            self._keep[tag] = self._buffers.uploads.numbers(counts, torch.int32), max(counts)
-        ops.sparse_decode_attention(q, segments, *self._keep[tag], out=out, scratch=self._work)
+        keep = self._cache_places.kept(op, group)
+        ops.sparse_decode_attention(q, segments, *keep, out=out, scratch=self._work)
 
     # Attention on two lanes: a layer's computation up to it, attention here and there, and what follows
 
@@ -268,7 +272,7 @@ class Round:
 
     def _store_query(self, op: Op) -> None:
         """d2h: Q, K and V of the sequences that the host attends to."""
-        rows = self._plan.groups[op.k].cache.attended.rows
+        rows = self._plan.groups[op.k].cache.attended_by_host.rows
         self._rows(op, "query").copy_(self._rows(op, "projected")[rows], non_blocking=True)
 
     @torch.inference_mode()
@@ -279,20 +283,19 @@ class Round:
     def _attend_on_host(self, op: Op) -> None:
         """Append the new tokens at their home on the host and attend there, in place."""
         q, k, v = self._qkv(self._rows(op, "query"))
-        attended, answer, scratch = self._cache.attended(op), self._rows(op, "answer"), self._buffers.hosted
-        ops.write_tokens(k, v, attended.target)
-        scratch.begin()
-        if self._plan.policy.attn_sparsity == 1:
-            ops.decode_attention(q, attended.segments, out=answer, scratch=scratch)
-        else:
-            keep = attended.keep
-            ops.sparse_decode_attention(
-                q, attended.segments, keep, int(keep.numpy().max()), out=answer, scratch=scratch
-            )
+        answer, scratch = self._rows(op, "answer"), self._buffers.hosted
+        for rows, target, segments, keep in self._cache_places.attended(op):
+            ops.write_tokens(k, v, target)
+            scratch.begin()
+            if self._plan.policy.attn_sparsity == 1:
+                ops.decode_attention(q[rows], segments, out=answer[rows], scratch=scratch)
+            else:
+                most = int(keep.numpy().max())
+                ops.sparse_decode_attention(q[rows], segments, keep, most, out=answer[rows], scratch=scratch)
 
     def _load_attended(self, op: Op) -> None:
         """h2d: what the host made of them."""
-        rows = self._plan.groups[op.k].cache.attended.rows
+        rows = self._plan.groups[op.k].cache.attended_by_host.rows
         self._rows(op, "result")[rows].copy_(self._rows(op, "answer"), non_blocking=True)
 
     @torch.inference_mode()
@@ -307,7 +310,7 @@ class Round:
         """A ring's slot as rows of heads [n, H, D]: of all sequences, or in host memory of those it attends to."""
         model, batch = self._plan.model, self._plan.workload.batches[op.k]
         heads = model.num_heads + (2 * model.num_kv_heads if ring in ("projected", "query") else 0)
-        size = batch.size if ring in ("projected", "result") else self._plan.groups[op.k].cache.attended.size
+        size = batch.size if ring in ("projected", "result") else self._plan.groups[op.k].cache.attended_by_host.size
         numbers = self._bytes(op, ring).view(self._dtype)
         return numbers[: size * heads * model.head_dim].view(size, heads, model.head_dim)
 

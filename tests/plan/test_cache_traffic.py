@@ -59,7 +59,7 @@ def test_the_ring_holds_only_what_travels(is_4bit):
 @FORMATS
 def test_disk_and_open_blocks_travel_whole(is_4bit):
     sparse, dense = (plan_of(SPREAD, s, is_4bit=is_4bit) for s in (0.1, 1.0))
-    host = dense.groups[0].cache.host
+    host = dense.groups[0].cache.sent_by_host
     assert host.size == 2
     for step in range(1, STEPS):
         a, b = sparse.cache_traffic(step, 0), dense.cache_traffic(step, 0)

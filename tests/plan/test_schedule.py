@@ -205,8 +205,8 @@ class Memory:
     def finish(self, op: Op) -> None:
         assert op.loads_hidden
         groups = self.plan.groups[op.k].cache
-        parts = {"host"} if groups.attended.size else set()
-        parts |= {"device"} if groups.attended.size < self.plan.workload.batches[op.k].size else set()
+        parts = {"host"} if groups.attended_by_host.size else set()
+        parts |= {"device"} if groups.attended_by_host.size < self.plan.workload.batches[op.k].size else set()
         assert self.slot_of(op, "result") == {(part, op.i, op.j, op.k) for part in parts}, op
         self._check_weights(op)
         self._check_hidden(op)
@@ -314,7 +314,7 @@ def test_a_layer_is_cut_at_the_attention_that_the_host_takes_part_in(case):
     assert plan.host_attends and len(found) == 11 * 3 * case["batches"]
     for (_, _, k), names in found.items():
         groups = plan.groups[k].cache
-        middle = ["attend_host"] * bool(groups.attended.size) + ["attend"] * (groups.attended.size < 4)
+        middle = ["attend_host"] * bool(groups.attended_by_host.size) + ["attend"] * (groups.attended_by_host.size < 4)
         assert names == ["project", *middle, "finish"]
 
 

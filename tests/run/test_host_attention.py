@@ -12,7 +12,7 @@ from test_policies import STRATEGIES, check
 from tiny_models import MODELS
 
 from flexgen_triton import LLM, Policy, SamplingParams
-from flexgen_triton.memory.cache import Cache
+from flexgen_triton.memory.cache_places import CachePlaces
 from flexgen_triton.plan.schedule import Lane
 
 PERCENTS = {
@@ -101,7 +101,7 @@ def test_decode_stores_only_whole_blocks(tiny, tmp_path, percent):
     (plan,) = report.plans
     layout, groups = plan.cache_layout, plan.groups[0].cache
     layers = sum(layer.has_cache for layer in plan.layers)
-    away = [len(p) for p in sorted(tiny.prompts, key=len, reverse=True)][groups.host.first :]
+    away = [len(p) for p in sorted(tiny.prompts, key=len, reverse=True)][groups.sent.first :]
     filled = {i: sum((n + i) % layout.page_tokens == 0 for n in away) for i in range(1, 5)}  # the sixth token's is not
     stored = [s.op for s in report.timeline.spans if s.op.i and s.op.lane is Lane.D2H]
     assert sum(filled.values()) > 0
@@ -111,34 +111,35 @@ def test_decode_stores_only_whole_blocks(tiny, tmp_path, percent):
 
 def test_of_the_hosts_sequences_the_share_is_attended_there(tiny, tmp_path):
     report = run(tiny, tmp_path, attending(Policy(7, 1, 100, 0, 0, 100, 100, 0), 43))
-    assert report.plans[0].groups[0].cache.attended.size == 3
+    assert report.plans[0].groups[0].cache.attended_by_host.size == 3
     names = {s.op.name for s in report.timeline.spans if s.op.i}
     assert {"attend", "attend_host", "load_cache", "load_attended"} <= names
 
 
 def test_the_home_is_what_the_host_attends_to(tiny, tmp_path, monkeypatch):
     """With the home wiped before each use, tokens are no longer the reference's: no other copy is read."""
-    whole = Cache.attended
+    whole = CachePlaces.attended
 
     def wipe(self, op):
-        self._attended[op.j, op.k].zero_()
+        (group,) = self._plan.groups[op.k].cache.attended_by_host
+        self._homes[op, group].memory.zero_()
         return whole(self, op)
 
-    monkeypatch.setattr(Cache, "attended", wipe)
+    monkeypatch.setattr(CachePlaces, "attended", wipe)
     with pytest.raises(AssertionError):
         check(tiny, attending(Policy(2, 2, 100, 0, 0, 100, 100, 0), 100), tmp_path, copies=True)
 
 
 def test_sequences_that_end_sooner_than_planned_are_no_longer_read(tiny, tmp_path, monkeypatch):
     lens: list[torch.Tensor] = []
-    whole = Cache.attended
+    whole = CachePlaces.attended
 
     def watched(self, op):
         found = whole(self, op)
-        lens.append(found.segments[0].lens.clone())
+        lens.append(found[0].segments[0].lens.clone())
         return found
 
-    monkeypatch.setattr(Cache, "attended", watched)
+    monkeypatch.setattr(CachePlaces, "attended", watched)
     policy = attending(Policy(7, 1, 100, 0, 0, 100, 100, 0), 100)
     stop = tiny.tokens[3][2]
     with LLM(str(tiny.path), policy=policy, dtype="float32", offload_dir=tmp_path, copies=True) as llm:
