@@ -23,7 +23,7 @@ Fields = tuple[Tensor, ...]  # of K and V, each [pages, n, 2, Hkv, tokens, width
 
 
 class Home(NamedTuple):
-    """What one layer keeps of a group's K and V."""
+    """The bytes of a group's K and V in one layer."""
 
     group: Group
     memory: Tensor  # uint8, dense: all pages on the GPU or the host; of the disk's sequences the open ones, on the host
@@ -57,7 +57,7 @@ class CacheHomes:
         return self._homes[op.j, op.k, group.first]
 
     def places(self, group: Group, step: int) -> list[int]:
-        """Where, in the memory of its home, the new token of each of a group's sequences goes."""
+        """Positions, in the memory of its home, of the new tokens of a group's sequences."""
         cached = group.cached(step)
         return [n % self._layout.page_tokens for n in cached] if group.tier is Tier.DISK else list(cached)
 

@@ -33,7 +33,7 @@ class Segment(NamedTuple):
 
 
 class PromptTarget(NamedTuple):
-    """Where prompts' K and V go: of sequence s, `counts[s]` packed rows from `rows[s]` on, to the first positions."""
+    """Fields for prompts' K and V: to the first positions of sequence s go `counts[s]` packed rows from `rows[s]` on."""
 
     fields: Fields
     rows: Sequence[int]
@@ -41,7 +41,7 @@ class PromptTarget(NamedTuple):
 
 
 class TokenTarget(NamedTuple):
-    """Where one new token of each sequence goes: rows `[first, first + n)` to a position of each sequence.
+    """Fields for one new token of each sequence: rows `[first, first + n)` go to a position of each sequence.
 
     `at` int32 [n] holds the positions on the device.
     """
@@ -53,7 +53,7 @@ class TokenTarget(NamedTuple):
 
 
 class Attended(NamedTuple):
-    """Of a group that the host attends to: where one token of each sequence goes, and what attention reads."""
+    """A group that the host attends to: where one token of each sequence goes, and what attention reads."""
 
     rows: slice  # of all that the host is handed of a GPU batch
     target: TokenTarget
@@ -97,7 +97,7 @@ class HostCounts:
         self._rows = torch.empty(3, size, dtype=torch.int32)
 
     def take(self, step: int, values: Callable[[], tuple[Sequence[int], ...]]) -> tuple[Tensor, Tensor, Tensor]:
-        """Where new tokens go, valid tokens with those, and tokens that sparse attention keeps; each int32 [n]."""
+        """Return where new tokens go, valid tokens with those, and what sparse attention keeps; each int32 [n]."""
         if self._step != step:
             self._rows.numpy()[:] = values()
             self._step = step
@@ -142,14 +142,14 @@ class CachePlaces:
         return (g for g in self._plan.groups[op.k].cache if not g.attended_by_host)
 
     def _is_copied(self, group: Group) -> bool:
-        """Whether the device attends to copies of a group's K and V, its new tokens apart from them."""
+        """Say if the device attends to copies of a group's K and V, its new tokens apart from them."""
         return self._plan.host_is_apart and group.is_sent
 
     def _copied(self, op: Op) -> Groups:
         return Groups(g for g in self._plan.groups[op.k].cache if self._is_copied(g))
 
     def _has_pages_at_home(self, group: Group) -> bool:
-        """Whether the device reaches all of a group's pages at home."""
+        """Say if the device reaches all of a group's pages at home."""
         return group.tier is Tier.GPU or (group.tier is Tier.HOST and not self._plan.host_is_apart)
 
     # Fields of homes and slots
@@ -175,7 +175,7 @@ class CachePlaces:
     # Where new K and V go
 
     def prompt_targets(self, op: Op, out: Tensor | None) -> list[PromptTarget]:
-        """After prefill: where packed rows of K and V go, homes within reach and, for the rest, the slot `out`."""
+        """Return where a prompt's packed rows of K and V go: homes within reach and, for the rest, the slot `out`."""
         batch = self._plan.workload.batches[op.k]
         if batch.new_tokens == 1:
             return []
@@ -212,21 +212,21 @@ class CachePlaces:
             yield self._rows_of(op, group, self._open_on_device(op)), [1] * group.size
 
     def token_targets(self, op: Op, out: Tensor | None) -> list[TokenTarget]:
-        """In decode: where one token of every sequence goes; `out` is the slot on the way to the host."""
+        """Return where one new token of every sequence goes; `out` is the slot on the way to the host."""
         targets = [self._home_target(op, group) for group in self._by_device(op) if not self._is_copied(group)]
         return [*targets, self._newest_target(op, out)] if self._copied(op) else targets
 
     def _home_target(self, op: Op, group: Group) -> TokenTarget:
-        places = self._counts.take(op, group.first, Count.PLACE, lambda: self._homes.places(group, op.i))
+        places = self._counts.take(op, group.first, Count.PLACE, lambda: self._new(op, group))
         return TokenTarget(self._at_home(op, group), group.first, places.values, places.on_device)
 
     def _newest_target(self, op: Op, out: Tensor | None) -> TokenTarget:
         copied = self._copied(op)
-        places = self._counts.take(op, copied.first, Count.PLACE, lambda: self._newest_places(op, copied))
+        places = self._counts.take(op, copied.first, Count.PLACE, lambda: [n for g in copied for n in self._new(op, g)])
         return TokenTarget(self._newest(op, out), copied.first, places.values, places.on_device)
 
     def _newest(self, op: Op, out: Tensor | None) -> Fields:
-        """Where the device holds the newest tokens of all sequences whose K and V are copied.
+        """Return the fields for the newest tokens of all sequences whose K and V are copied.
 
         Those tokens alone, on their way home in the slot `out`, or their open pages.
         """
@@ -235,14 +235,16 @@ class CachePlaces:
         assert out is not None, op
         return token_fields(self._layout, out, self._copied(op).size)
 
-    def _newest_places(self, op: Op, copied: Group | Groups) -> list[int]:
-        """Positions of the newest tokens there."""
-        return [n % self._layout.page_tokens if self._plan.keeps_open else 0 for n in copied.cached(op.i)]
+    def _new(self, op: Op, group: Group) -> list[int]:
+        """Positions of a group's new tokens where the device writes them."""
+        if not self._is_copied(group):
+            return self._homes.places(group, op.i)
+        return [n % self._layout.page_tokens if self._plan.keeps_open else 0 for n in group.cached(op.i)]
 
     # What attention reads
 
     def attended(self, op: Op) -> list[Attended]:
-        """In decode, of each group that the host attends to: where new tokens go and what attention reads."""
+        """Return where new tokens go and what attention reads, for each group that the host attends to."""
         groups = self._plan.groups[op.k].cache.attended_by_host
         return [self._attended(op, group, group.first - groups.first) for group in groups]
 
@@ -258,7 +260,7 @@ class CachePlaces:
         return Attended(slice(first, first + group.size), target, [segment(fields, valid, used)], keep)
 
     def segments(self, op: Op, slot: Tensor | None, out: Tensor | None) -> list[tuple[Group, list[Segment]]]:
-        """In decode, the new tokens written: what attention reads, by group of sequences, the newest token last.
+        """Return what attention reads once the new tokens are written, by group, the newest token last.
 
         `slot` is this visit's slot of the cache ring, `out` its slot on the way to the host. Without a slot there is
         nothing before the newest tokens, or all sequences have ended and attend to what there is.
@@ -275,7 +277,7 @@ class CachePlaces:
         yield self._newest_segment(op, group, out)
 
     def _sent_segment(self, op: Op, pages: SlotPages, own: Tensor) -> Segment:
-        """What a slot holds of a group; V from its home where only K was sent."""
+        """Return what a slot holds of a group; V from its home where only K was sent."""
         group = pages.group
         if pages.are_open:
             lens = self._counts.take(op, group.first, Count.OPEN, lambda: self._homes.places(group, op.i)).on_device
@@ -292,12 +294,10 @@ class CachePlaces:
         return [min(n, most) for n, most in zip(self.cached(op, pages.group), room, strict=True)]
 
     def _newest_segment(self, op: Op, group: Group, out: Tensor | None) -> Segment:
-        """What a group's new tokens were written to, apart from its other pages."""
-        if self._is_copied(group):
-            fields, places = self._rows_of(op, group, self._newest(op, out)), self._newest_places(op, group)
-        else:
-            fields, places = self._at_home(op, group), self._homes.places(group, op.i)
-        lens = self._counts.take(op, group.first, Count.NEWEST, lambda: [n + 1 for n in places])
+        """Return what a group's new tokens were written to, apart from its other pages."""
+        copied = self._is_copied(group)
+        fields = self._rows_of(op, group, self._newest(op, out)) if copied else self._at_home(op, group)
+        lens = self._counts.take(op, group.first, Count.NEWEST, lambda: [n + 1 for n in self._new(op, group)])
         return segment(fields, lens.on_device)
 
 

@@ -98,7 +98,7 @@ class Group:
 
     @property
     def is_sent(self) -> bool:
-        """Whether its K and V are sent to the device, where host memory is apart from the device's."""
+        """True if its K and V are sent to the device, where host memory is apart from the device's."""
         return self.tier is not Tier.GPU and not self.attended_by_host
 
     def cached(self, step: int) -> tuple[int, ...]:
@@ -129,12 +129,12 @@ class Groups(tuple[Group, ...]):
 
     @property
     def first(self) -> int:
-        """Where the sequences begin in their GPU batch."""
+        """The first sequence's place in their GPU batch."""
         return self[0].first if self else 0
 
     @property
     def rows(self) -> slice:
-        """Where the sequences, which must be neighbours, stand in their GPU batch."""
+        """The places of the sequences, which must be neighbours, in their GPU batch."""
         return slice(self.first, self.first + self.size)
 
     def cached(self, step: int) -> tuple[int, ...]:
@@ -259,7 +259,7 @@ class SlotPages:
 
     @property
     def pass_disk(self) -> bool:
-        """Whether the disk reads or writes them, and not the host: they stand first in a slot."""
+        """True if the disk reads or writes them, and not the host: they stand first in a slot."""
         return self.group.tier is Tier.DISK and not self.are_open
 
 

@@ -201,7 +201,7 @@ class Traffic:
 
     @property
     def hands_over_tokens(self) -> bool:
-        """Whether new tokens of the sequences that are sent go home one by one."""
+        """True if new tokens of the sequences that are sent go home one by one."""
         return self.host_is_apart and not self.keeps_open
 
     def host_pages(self, cached: Sequence[int]) -> list[int]:
@@ -231,17 +231,17 @@ class Traffic:
         return self.cache_layout.pages(self.workload.batches[k].max_len)
 
     def home_bytes(self, k: int, group: Group) -> int:
-        """What a layer keeps of a group's K and V on its tier; on disk full pages alone."""
+        """Bytes that a layer keeps of a group's K and V on its tier; on disk full pages alone."""
         longest = self.workload.batches[k].max_len
         pages = self.cache_layout.full(longest) if group.tier is Tier.DISK else self.cache_home_pages(k)
         return self.cache_layout.dense(pages, group.size)
 
     def open_home_bytes(self, group: Group) -> int:
-        """What a layer keeps of a group's open pages on the host: the disk's, wherever they are filled."""
+        """Bytes that a layer keeps of a group's open pages on the host: the disk's, wherever they are filled."""
         return self.cache_layout.dense(1, group.size) if group.tier is Tier.DISK else 0
 
     def device_open_bytes(self, k: int) -> int:
-        """What a layer keeps of open pages on the device."""
+        """Bytes that a layer keeps of open pages on the device."""
         return self.cache_layout.dense(1, self.groups[k].cache.sent.size) if self.keeps_open else 0
 
     # Hidden states
