@@ -33,7 +33,7 @@ class Segment(NamedTuple):
 
 
 class PromptTarget(NamedTuple):
-    """Fields for prompts' K and V: to the first positions of sequence s go `counts[s]` packed rows from `rows[s]` on."""
+    """Fields for prompts' K and V: the first positions of sequence s get `counts[s]` packed rows from `rows[s]` on."""
 
     fields: Fields
     rows: Sequence[int]
