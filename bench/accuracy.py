@@ -1,4 +1,4 @@
-"""What 4-bit weights, a 4-bit cache and sparse V cost in accuracy: perplexity of held-out text under each of them.
+"""Accuracy that 4-bit weights, a 4-bit cache and sparse V cost: perplexity of held-out text under each of them.
 
     python bench/accuracy.py                        # the demo model
     python bench/accuracy.py --model DIRECTORY      # any OPT checkpoint
@@ -75,7 +75,7 @@ CASES = (
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """Of every token of a text: what it cost, and which token was likeliest in its place."""
+    """A judged text: the cost of every token, and the token that was likeliest in its place."""
 
     nats: Tensor  # [T]
     likeliest: Tensor  # [T]

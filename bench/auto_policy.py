@@ -103,7 +103,7 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What the search chose under a limit and the grid's best, run in turn."""
+    """The search's choice under a limit and the grid's best, run in turn."""
 
     limit: int
     automatic: Measured | None
@@ -202,7 +202,7 @@ def _side(measured: Measured | None) -> tuple[str, str]:
 
 
 def make_problem(args: argparse.Namespace) -> Problem:
-    """What the search is asked, for the model that is measured."""
+    """Build the search's problem for the model that is measured."""
     from flexgen_triton.models.locate import choose_dtype, find_model
     from flexgen_triton.models.opt import model_spec
 

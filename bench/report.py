@@ -107,7 +107,7 @@ def _number(value: float | None) -> str:
 
 
 def _change(loss: float | None, *, rises: bool) -> str:
-    """What a loss did to the figure; a loss `rises` where lower is better."""
+    """The change of a figure by its loss; the figure of a loss `rises` where lower is better."""
     return "" if loss is None else f"{(loss if rises else -loss) + 0.0:+.1%}"
 
 

@@ -246,7 +246,7 @@ class LLM:
         *,
         max_latency: float | None = None,
     ) -> Problem:
-        """What a search for a policy (plan.search.search, on `hardware`) is asked.
+        """Build the problem that a search for a policy (plan.search.search, on `hardware`) solves.
 
         `num_prompts` of these lengths, or (None) as many as pay.
         """
@@ -270,7 +270,7 @@ class LLM:
 
     @property
     def _is_read_in_place(self) -> bool:
-        """Whether weights that are not in 4 bits are read where they lie, whatever the policy."""
+        """True if weights that are not in 4 bits are read where they lie, whatever the policy."""
         return self.source.is_stored and self.spec.dtype == self.source.dtype and len(self.folders.paths) == 1
 
     def _settle(self, waiting: Sequence[PreparedPrompt], num_prompts: int | None, gen_len: int) -> Choice | None:
@@ -490,7 +490,7 @@ class LLM:
 
     @cached_property
     def has_tokenizer(self) -> bool:
-        """Whether the model came with a tokenizer; without one, prompts are token ids and answers have no text."""
+        """True if the model came with a tokenizer; without one, prompts are token ids and answers have no text."""
         return has_tokenizer(self.source.directory)
 
     def close(self) -> None:

@@ -30,7 +30,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class Stop:
-    """Whether a signal has asked the program to stop; `requested` is its number."""
+    """A signal's request that the program stop; `requested` is the signal's number, None before it."""
 
     def __init__(self) -> None:
         self.requested: int | None = None

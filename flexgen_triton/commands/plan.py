@@ -65,7 +65,7 @@ class Choice:
 
 
 def choices(searched: Searched) -> Iterator[Choice]:
-    """What was simulated, best first; then what else is on the frontier of throughput and latency and fits."""
+    """Yield the simulated policies, best first, then others that fit from the frontier of throughput and latency."""
     for found in searched.found:
         yield _simulated(found)
     known = {(f.policy.gpu_batch_size, f.policy.num_gpu_batches) for f in searched.found}
@@ -249,7 +249,7 @@ def _shares(policy: Policy, kind: str, *, copies: bool) -> str:
 
 
 def _format(policy: Policy) -> str:
-    """What is in 4 bits, and how much of V is read."""
+    """Name what is in 4 bits and the share of V that is read."""
     small = [name for name, is_4bit in (("w", policy.compress_weight), ("kv", policy.compress_cache)) if is_4bit]
     texts = [f"4-bit {'+'.join(small)}"] if small else []
     texts += [f"{policy.attn_sparsity:.0%} V"] if policy.attn_sparsity < 1 else []

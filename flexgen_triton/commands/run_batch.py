@@ -30,7 +30,7 @@ STANDARD = Path("-")  # as an input or an output: the process's own
 
 
 def fingerprint(context: click.Context, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What must be the same for a job to go on. An automatic policy's formats are left out where it may choose them."""
+    """Everything that must be the same for a job to go on; formats only where no automatic policy may choose them."""
     source = find_model(options["model"] or DEMO, options["path"])
     found = {
         "model": source.name,

@@ -205,7 +205,7 @@ def _bytes(line: Line) -> bytes:
 
 
 def formats(policy: Policy) -> dict[str, Any]:
-    """What of a policy changes the numbers that come out."""
+    """Policy fields that change the output."""
     group = policy.weight_group
     return {
         "weights": f"in 4 bits, groups of {group}" if group else "uncompressed",

@@ -293,7 +293,7 @@ def _processor() -> str:
 
 
 def profile_path(folders: Folders, device: torch.device) -> Path:
-    """Where this machine's profile is kept."""
+    """The file in which this machine's profile is kept."""
     name = machine_name(device, folders)
     words = re.sub(r"\((r|tm)\)|\b(cpu|processor)\b", "", name.lower())
     readable = re.sub(r"[^a-z0-9.]+", "-", words).strip("-.")[:64]

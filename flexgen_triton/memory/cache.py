@@ -40,7 +40,7 @@ class Segment(NamedTuple):
 
 
 class PromptTarget(NamedTuple):
-    """Where prompts' K and V go: of sequence s, `counts[s]` packed rows from `rows[s]` on, to the first positions."""
+    """Places for prompts' K and V: `counts[s]` packed rows from `rows[s]` on are the first positions of sequence s."""
 
     fields: Fields
     rows: Sequence[int]
@@ -48,7 +48,7 @@ class PromptTarget(NamedTuple):
 
 
 class TokenTarget(NamedTuple):
-    """Where one new token of each sequence goes: rows `[first, first + n)` to a position of each sequence.
+    """A place for one new token of each sequence: rows `[first, first + n)` go to a position of each.
 
     `at` int32 [n] holds the positions on the device.
     """
@@ -60,7 +60,7 @@ class TokenTarget(NamedTuple):
 
 
 class Attended(NamedTuple):
-    """Of the sequences that the host attends to: where one token of each goes, and what attention reads."""
+    """Input of attention on the host: the place of each sequence's new token, and the segments that it reads."""
 
     target: TokenTarget
     segments: list[Segment]
@@ -277,7 +277,7 @@ class Cache:
                 append_tokens(self._blocks(buffer, group.size), positions, rows)
 
     def _store_filled(self, op: Op) -> None:
-        """Of the device's open blocks those that are full now: the host's home, the disk's to where they leave from."""
+        """Copy newly full pages off the device: the host's sequences' to their place, the disk's to be written."""
         _, _, host, disk = self._plan.groups[op.k].cache
         tails, half = self._tails[op.j, op.k].view(2, -1, self._layout.half), self._layout.half
         home = self._host[op.j, op.k].view(-1, 2, max(host.size, 1), half)
@@ -328,7 +328,7 @@ class Cache:
         return targets
 
     def _prompt_places(self, op: Op, out: Tensor | None) -> Iterator[tuple[Group, Fields, list[int], list[int]]]:
-        """Of each group: where tokens go, how many of each sequence come before those, and how many there are."""
+        """Yield each group with a buffer, how many tokens of each sequence come before it, and how many go into it."""
         gpu, attended, host, disk = self._plan.groups[op.k].cache
         home, layout = (op.j, op.k), self._layout
         full = [layout.full(n) for n in disk.prompt_lens]
@@ -376,9 +376,9 @@ class Cache:
         return targets
 
     def _tail(self, op: Op, out: Tensor | None) -> tuple[Fields, list[int]]:
-        """Where the device holds the newest tokens of the host's and the disk's sequences, and the newest one's place.
+        """The device's newest tokens of the host's and the disk's sequences, and the newest one's position among them.
 
-        That token alone, on its way home in the slot `out`, or the whole open block.
+        It is that token alone, about to be stored from the slot `out`, or the whole open page.
         """
         _, _, host, disk = self._plan.groups[op.k].cache
         if self._plan.keeps_open:
@@ -476,7 +476,7 @@ class Cache:
         return [*found, _segment(self._blocks(opened, group.size), lens)]
 
     def _host_segment(self, op: Op, hosted: Tensor, lens: Tensor, blocks: int) -> Segment:
-        """What the device was sent of the host's sequences; V from its home where only K was."""
+        """The host's sequences' cache as the device reads it: K as sent, V as sent or else in place on the host."""
         size = len(lens)
         if self._plan.host_halves == 2:
             return _segment(self._blocks(hosted, size), lens)

@@ -441,7 +441,7 @@ def _write_buffered(file: DiskFile, offset: int, data: Bytes, _bounce: Bytes) ->
 
 
 def _in_phase(offset: int, data: Bytes) -> bool:
-    """Whether file and memory reach a page boundary at the same byte, at least a page before the end."""
+    """Return True if file and memory reach a page boundary at the same byte, at least a page before the end."""
     return (data.ctypes.data - offset) % PAGE == 0 and page_up(offset) + PAGE <= offset + len(data)
 
 

@@ -43,7 +43,7 @@ Rows = list[tuple[int, Tensor]]  # (first row, rows) of the segments of a tensor
 
 
 def uses_triton(x: Tensor) -> bool:
-    """Whether operations on x run as Triton kernels."""
+    """Return True if operations on x run as Triton kernels."""
     return x.device.type == "cuda"
 
 
@@ -121,7 +121,7 @@ def _rows_between(segments: Rows, low: int, high: int) -> Tensor:
 
 @lru_cache(maxsize=1)
 def _cpu_has_bf16() -> bool:
-    """Whether this processor multiplies bf16 natively (AVX-512 BF16 or AMX); torch's own probes, where it has them."""
+    """Ask torch, where it has the probes, for native products of bf16 on this processor (AVX-512 BF16 or AMX)."""
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, name)() for name in probes if hasattr(torch.cpu, name))
 
@@ -211,7 +211,7 @@ def crossover_rows(device: torch.device) -> int:
 
 @lru_cache(maxsize=8)
 def _workspace(device: torch.device, stream: int) -> Any:
-    """What the 4-bit products of one stream share: they follow one another."""
+    """The workspace that the 4-bit products of one stream share: they follow one another."""
     from ..kernels.matmul_q4 import Workspace
 
     return Workspace(device)

@@ -1,6 +1,6 @@
 """OPT (Zhang et al., 2022): sizes 125M to 175B, post-norm and projected embeddings (350M), Galactica.
 
-A layer is a function of (hidden states, weights, attention); it owns nothing, and takes its results from `scratch`.
+The parts of a layer are functions of weights and hidden states; they own nothing and take their results from `scratch`.
 """
 
 from __future__ import annotations
@@ -241,7 +241,7 @@ def _head(config: OPTConfig, itemsize: int) -> list[ModuleSpec]:
 
 
 class OPT:
-    """The forward functions of one OPT model. `w` maps a tensor's name to a Matrix or to a vector."""
+    """The forward functions of one OPT model. `w` maps a tensor's name to a Matrix or, in 4 bits, a Matrix4."""
 
     def __init__(self, config: OPTConfig) -> None:
         self.config = config
@@ -256,12 +256,12 @@ class OPT:
         return x.add_(rows("positions.weight", positions + POSITION_OFFSET))
 
     def project(self, w: Mapping[str, Weight], x: Tensor, scratch: Scratch) -> Tensor:
-        """What attention is made from: [T, E] -> Q, K and V of all heads one after the other, [T, 3 H, D]."""
+        """Project to attention's input: [T, E] -> Q, K and V of all heads one after the other, [T, 3 H, D]."""
         h = self._norm(w, "attention_norm", x, scratch) if self.config.do_layer_norm_before else x
         return self._linear(w, "qkv", h, scratch).view(len(x), -1, self.config.head_dim)
 
     def output(self, w: Mapping[str, Weight], x: Tensor, attended: Tensor, scratch: Scratch) -> Tensor:
-        """What follows attention, and the residual x: attended [T, H, D], [T, E] -> [T, E]."""
+        """Compute the end of attention, with the residual x: attended [T, H, D], x [T, E] -> [T, E]."""
         y = self._linear(w, "out", attended.reshape(len(x), -1), scratch, residual=x)
         return y if self.config.do_layer_norm_before else self._norm(w, "attention_norm", y, scratch)
 
@@ -274,7 +274,7 @@ class OPT:
         return y if before else self._norm(w, "mlp_norm", y, scratch)
 
     def head_input(self, w: Mapping[str, Weight], x: Tensor, scratch: Scratch) -> Tensor:
-        """What every part of the head multiplies: final norm and projection, [B, E] -> [B, width]."""
+        """Compute the input of every part of the head: final norm and projection, [B, E] -> [B, width]."""
         if self.config.final_layer_norm:
             x = self._norm(w, "final_norm", x, scratch)
         return ops.linear(x, w["project_out.weight"], scratch=scratch) if self._projected else x

@@ -1,4 +1,4 @@
-"""Where weights come from: safetensors, torch.save files, random numbers. Tensors by name, in pieces, checked by shape.
+"""Sources of weights: safetensors, torch.save files, random numbers. Tensors by name, in pieces, checked by shape.
 
 Knows the files of a checkpoint and the names in them. Does not know where the tensors go.
 """
@@ -95,7 +95,7 @@ def _shown(name: str) -> str:
 
 
 def _exists(path: Path) -> bool:
-    """Whether there is anything of that name, however long it may be."""
+    """Return True if there is anything of that name, however long it may be."""
     try:
         path.stat()
     except (OSError, ValueError):
@@ -170,7 +170,7 @@ class SafetensorsWeights:
                 yield torch.frombuffer(bytearray(data), dtype=dtype)
 
     def usable_in_place(self, spec: ModelSpec) -> bool:
-        """Whether all that the model needs has its dtype and lies at a multiple of its elements."""
+        """Return True if every tensor that the model needs has its dtype and lies at a multiple of its element size."""
         if spec.is_4bit:
             return False
         entries = [self._found[s][1] for m in spec.modules for t in m.tensors for s in t.sources]

@@ -62,7 +62,7 @@ class Relaxation:
 
     @property
     def places(self) -> list[tuple[str, Place]]:
-        """Where each kind may be, first the GPU; in place, the host is the device."""
+        """The places each kind may have, the GPU first; host bytes that are used in place count as the GPU's."""
         tiers = tuple(Tier) if self.hardware.copies else (Tier.GPU, Tier.DISK)
         attended: list[tuple[str, Place]] = [("cache", ATTENDED)] if self.hardware.copies else []
         return [*product(KINDS, tiers), *attended]
@@ -73,7 +73,7 @@ class Relaxation:
         return make_plan(model, policy, workload, copies=self.hardware.copies)
 
     def _amounts(self, shares: Shares, num_gpu_batches: int) -> Amounts:
-        """Of the whole model: loads with one block standing for all but the first, needs extended from two models."""
+        """Loads and needs of the whole model, from shortened ones: their last decoder layer stands for all left out."""
         blocks = self.model.num_blocks
         short = shortened(self.model, min(SHORT, blocks))
         plan = self._plan(short, shares, num_gpu_batches)

@@ -1,4 +1,4 @@
-"""What a model is made of and what it is asked to do, as plain data.
+"""A model's modules and tensors, and the workload it is given, as plain data.
 
 Knows shapes, bytes and floating-point operations. Does not know where anything is stored or how it is computed.
 """
@@ -108,7 +108,7 @@ class LayerSpec:
         return any(m.kind == "head" for m in self.modules)
 
     def cut_at_attention(self) -> tuple[tuple[ModuleSpec, ...], tuple[ModuleSpec, ...]]:
-        """What is computed before attention and what after it, as modules of kinds of their own."""
+        """The modules computed before attention and those after it, of kinds of their own."""
         attention, *others = self.modules
         before, after = (tuple(t for t in attention.tensors if t.projects is first) for first in (True, False))
         first, second = (replace(attention, kind=k, tensors=t) for k, t in (("project", before), ("output", after)))

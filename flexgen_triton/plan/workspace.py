@@ -1,4 +1,4 @@
-"""What computations need beside weights, cache and hidden states, in bytes.
+"""Bytes that computations need beside weights, cache and hidden states.
 
 Decoding takes its temporaries from memory that is allocated before the run (`temporaries`); prompts' are allocated as
 they are made, beside it.
@@ -39,7 +39,7 @@ def workspace_bytes(plan: Plan) -> int:
 
 
 def temporaries(plan: Plan) -> dict[str, int]:
-    """What is allocated before the run for the computations of token steps, and for what lasts longer than one.
+    """Bytes allocated before the run for the computations of token steps, and for tensors that outlive one of them.
 
     `decode`: the largest computation of one token of each sequence. `widened`: what it takes on top on a CPU,
     and `panel` the rows of a matrix in fp32 there, for prompts too. `dense`: a 4-bit layer dequantised, which a GPU
@@ -71,7 +71,7 @@ def _used(plan: Plan) -> dict[str, int]:
 
 
 def _is_matrix(tensor: TensorSpec) -> bool:
-    """Whether it is multiplied with: a matrix, or the codes of one."""
+    """True for the weight of a matrix product: a matrix, or its codes; not scales, vectors or tables."""
     if tensor.packing:
         return tensor.packing.half == "codes"
     return len(tensor.shape) == 2 and not tensor.gathered
@@ -123,7 +123,7 @@ def _host_attention_bytes(plan: Plan, rows: int) -> int:
 
 
 def _widened_bytes(plan: Plan, rows: int, t: TensorSpec) -> int:
-    """What a product takes on a CPU: x in fp32 and, of a 4-bit one, the result and what is added; else a panel's."""
+    """Bytes of a product on a CPU: x in fp32, and the result and addend of a 4-bit one, else a panel's result."""
     outputs, inputs = t.source_shape
     if t.packing:
         return 4 * rows * (inputs + 2 * outputs) + 4 * outputs

@@ -76,7 +76,7 @@ class Block:
 
     @property
     def actions(self) -> dict[str, Callable[[Op], int | None]]:
-        """What each op does; a transfer of fewer bytes than planned returns how many."""
+        """The functions that run ops, by the ops' names; a transfer of fewer bytes than planned returns how many."""
         return {
             "read_weight": self._read_weight,
             "load_weight": self._load_weight,
@@ -100,7 +100,7 @@ class Block:
         }
 
     def alive(self, i: int, k: int) -> bool:
-        """Whether GPU batch k still has an unfinished sequence."""
+        """Return True if GPU batch k still has an unfinished sequence."""
         return not all(s.finished for s in self._batches[k])
 
     # Slots
@@ -115,7 +115,7 @@ class Block:
         return slot
 
     def _into(self, op: Op) -> Tensor:
-        """What a read fills: the one slot it writes."""
+        """The memory that a read fills: the one slot it writes."""
         written: Slot = op.writes[0]
         return self._buffers.slot(written)
 
@@ -289,7 +289,7 @@ class Block:
 
     @torch.inference_mode()
     def _finish(self, op: Op) -> None:
-        """What follows attention in a layer."""
+        """Compute the part of a layer that follows attention."""
         self._start(op)
         w, layer = self._tensors(op), self._plan.layers[op.j]
         x = self._model.output(w, self._enter(op), self._rows(op, "result"), self._work)
@@ -346,7 +346,7 @@ class Block:
     # Log-probabilities of prompts
 
     def _score_inputs(self, k: int, w: Mapping[str, Weight], x: Tensor) -> list[_Scored]:
-        """What the head multiplies to score the prompts that ask for it: packed rows [T, E] -> a part for each."""
+        """Compute the head's input for prompts that ask for scores: packed rows [T, E] -> a part for each prompt."""
         found, first = [], 0
         for request in self._batches[k]:
             stop = first + len(request.prompt)

@@ -1,4 +1,4 @@
-"""What an engine holds and what each of its runs holds: used by one process only, and freed once.
+"""Resources of an engine and of each of its runs: used by one process only, and freed once.
 
 Knows lanes, buffers, weights and the disk's threads; does not know what they are used for.
 """
@@ -71,7 +71,7 @@ class Run:
         return self._buffers[-1]
 
     def holds(self, plan: Plan) -> bool:
-        """Whether the buffers are large enough for the plan, and what fitted beside them too."""
+        """Return True if the buffers, and the memory left beside them, are large enough for the plan."""
         return bool(self._buffers) and self.buffers.sizes.hold(plan) and plan.workspace_bytes <= self._workspace
 
     def take(self, buffers: Buffers, workspace: int = 0) -> None:
@@ -119,7 +119,7 @@ class Holdings:
 
     @property
     def is_busy(self) -> bool:
-        """Whether a run is under way, be it between two of its answers."""
+        """True while a run is under way, be it between two of its answers."""
         return bool(self._runs)
 
     def check(self) -> None:

@@ -1,4 +1,4 @@
-"""What a run did with its time: lanes by phase, the bound, and a trace for Chrome or Perfetto.
+"""The account of a run's time: lanes by phase, the bound, and a trace for Chrome or Perfetto.
 
 Measured and simulated runs are both lists of spans, so both are reported in this one form.
 """
@@ -29,7 +29,7 @@ class LaneUse:
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """Spans of a whole run, and the seconds at which each block's prefill and decode ended."""
+    """The spans of a whole run: which op ran when."""
 
     spans: tuple[Span, ...]
 

@@ -38,7 +38,7 @@ def make_batches(requests: Sequence[Request], gpu_batch_size: int) -> Batches:
 
 
 def workload(batches: Batches) -> Workload:
-    """What the planner is asked for one block."""
+    """The workload of one round, for the planner."""
     return Workload(tuple(_batch(batch) for batch in batches))
 
 
@@ -51,7 +51,7 @@ def _batch(batch: Sequence[Request]) -> Batch:
 
 
 def _sampler_bytes(params: SamplingParams) -> int:
-    """What models.sampling.Sampler keeps of a sequence, per entry of the vocabulary."""
+    """Bytes that `sampler.Sampler` keeps of a sequence, per entry of the vocabulary."""
     seen = params.repetition_penalty != 1
     counted = bool(params.presence_penalty or params.frequency_penalty)
     return seen + 4 * counted + 4 * (params.logprobs is not None)

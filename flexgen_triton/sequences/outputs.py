@@ -1,4 +1,4 @@
-"""What a model answers, in vLLM's shape."""
+"""Answers of a model, in vLLM's shape."""
 
 from __future__ import annotations
 

@@ -202,7 +202,7 @@ def ranks_among(top: Tensor, values: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """What turns rows [n, V] of logits, which it may overwrite, into others; parameters [n, 1] or [n, V]."""
+    """A change of some rows [n, V] of the logits, which it may overwrite; parameters [n, 1] or [n, V]."""
 
     function: Callable[..., Tensor]
     rows: Tensor
