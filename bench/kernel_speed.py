@@ -35,7 +35,7 @@ from flexgen_triton.kernels.matmul_q4 import Workspace, matmul_q4, matmul_q4_ref
 from flexgen_triton.kernels.norm import layer_norm, layer_norm_ref
 
 GROUP = 64
-BLOCK_TOKENS = 64
+PAGE_TOKENS = 64
 KEEP = 0.1  # of V's rows that sparse attention reads
 MS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 512, 1024, 2048)
 LENGTHS = (128, 256, 512, 1024, 2048)
@@ -273,16 +273,16 @@ def quantize(model: Model, matrix: str) -> Problem:
 
 
 def _cache(batch: int, heads: int, dim: int, length: int, device: torch.device, *, dtype: torch.dtype) -> KVSegment:
-    """A full cache of random numbers in 16 bits, laid out as the engine's: K and V of a block side by side."""
-    blocks = -(-length // BLOCK_TOKENS)
-    kv = torch.empty(blocks, batch, 2, heads, BLOCK_TOKENS, dim, dtype=dtype, device=device).normal_()
+    """A full cache of random numbers in 16 bits, laid out as the engine's: K and V of a page side by side."""
+    pages = -(-length // PAGE_TOKENS)
+    kv = torch.empty(pages, batch, 2, heads, PAGE_TOKENS, dim, dtype=dtype, device=device).normal_()
     lens = torch.full((batch,), length, dtype=torch.int32, device=device)
     return KVSegment((kv[:, :, 0],), (kv[:, :, 1],), lens)
 
 
 def _cache_q4(batch: int, heads: int, dim: int, length: int, device: torch.device) -> KVSegment:
     """The same in P16: random codes, scales of numbers of variance 1."""
-    shape = (-(-length // BLOCK_TOKENS), batch, 2, heads, BLOCK_TOKENS)
+    shape = (-(-length // PAGE_TOKENS), batch, 2, heads, PAGE_TOKENS)
     width = kv_width(dim)
     codes = torch.randint(-(2**15), 2**15, (*shape, width // 4), dtype=torch.int16, device=device)
     scale = torch.rand(*shape, width // GROUP, device=device, dtype=torch.float16).add_(1).mul_(0.2)
@@ -404,7 +404,7 @@ def write(model: Model, batch: int, length: int, *, four_bits: bool) -> Problem:
     def make(device: torch.device, dtype: torch.dtype) -> Setup:
         k, v = torch.randn(batch * length, 2, heads, dim, device=device).to(dtype).unbind(1)
         bias = torch.randn(heads * dim, device=device).to(dtype)
-        room = max(length, 8 * BLOCK_TOKENS)
+        room = max(length, 8 * PAGE_TOKENS)
         if four_bits:
             cache = _cache_q4(batch, heads, dim, room, device)
         else:
@@ -418,7 +418,7 @@ def write(model: Model, batch: int, length: int, *, four_bits: bool) -> Problem:
 
     source, target = (kv_bytes(model, batch, length, four_bits=x) for x in (False, four_bits))
     name = f"write {'4' if four_bits else '16'}-bit {model.name} {batch}x{length}"
-    room = kv_bytes(model, batch, max(length, 8 * BLOCK_TOKENS), four_bits=False)
+    room = kv_bytes(model, batch, max(length, 8 * PAGE_TOKENS), four_bits=False)
     return Problem(name, source + target, 0, 3 * source + 2 * room, make)
 
 
@@ -494,7 +494,7 @@ def check_attention(model: Model, lens: Sequence[int], device: torch.device, dty
     truth = prefill_attention_ref(q.double(), k.double(), v.double(), lens)
     yield _verdict(f"prefill {model.name}", _error(prefill_attention(q, k, v, lens), truth), _rounding(truth, dtype))
     last = q[torch.tensor(lens, device=device).cumsum(0) - 1]
-    room = max(lens) + BLOCK_TOKENS
+    room = max(lens) + PAGE_TOKENS
     count = torch.tensor(lens, dtype=torch.int32, device=device)
     for kind in ("16-bit", "4-bit"):
         caches = []

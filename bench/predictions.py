@@ -42,7 +42,7 @@ class RunError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One block of a model under a policy."""
+    """One round of a model under a policy."""
 
     name: str
     model: str
@@ -187,7 +187,7 @@ def work(job_file: Path, out: Path) -> None:
         offload_dir=Path(job.offload_dir).expanduser(),
         seed=job.seed,
     ) as llm:
-        prompts = random_prompts(job.num_prompts or job.policy.block_size, job.prompt_len, llm.spec.vocab, job.seed)
+        prompts = random_prompts(job.num_prompts or job.policy.round_size, job.prompt_len, llm.spec.vocab, job.seed)
         params = SamplingParams(max_tokens=job.gen_len, ignore_eos=True, temperature=0)
         figures = measure(llm, prompts, params, gen_len=job.gen_len, hardware=hardware)
         assert llm.last_report is not None
@@ -195,7 +195,7 @@ def work(job_file: Path, out: Path) -> None:
         needs = [{tier.value: nbytes for tier, nbytes in need(plan).items()} for plan in plans]
         figures |= {
             "need": {tier: max(n[tier] for n in needs) for tier in needs[0]},
-            "planned_gpu_bytes": max(p.device_bytes for p in plans) if llm.engine.copies else 0,
+            "planned_gpu_bytes": max(p.device_bytes for p in plans) if llm.engine.host_is_apart else 0,
         }
     del figures["outputs"]
     out.write_text(json.dumps(figures))

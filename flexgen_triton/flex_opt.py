@@ -193,7 +193,7 @@ def add_parser_arguments(parser: argparse.ArgumentParser) -> None:
 
 def get_filename(args: argparse.Namespace) -> str:
     """The log's automatic name, without its ending, for the flags of `add_parser_arguments`."""
-    ours = {"group_size": CACHE_GROUP, "cpu_attention_percent": 100, "keep_open_blocks": False}
+    ours = {"group_size": CACHE_GROUP, "cpu_attention_percent": 100, "keep_open_pages": False}
     policy = flags_policy({**ours, **vars(args)})
     return log_name(args.model, policy, prompt_len=args.prompt_len, gen_len=args.gen_len)
 

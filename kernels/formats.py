@@ -34,10 +34,10 @@ SEARCHED = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # ranges that are worth their time
 
 
 class KVSegment(NamedTuple):
-    """Cached tokens of B sequences, in blocks of T tokens; a cache is the union of a few of them.
+    """Cached tokens of B sequences, in pages of T tokens; a cache is the union of a few of them.
 
-    In 16 or 32 bits `k` and `v` are a single tensor [blocks, B, Hkv, T, D]; in P16 they are codes int16
-    [blocks, B, Hkv, T, P/4] and scales fp16 [blocks, B, Hkv, T, P/64, 2]. Strided views: only the dimensions behind T
+    In 16 or 32 bits `k` and `v` are a single tensor [pages, B, Hkv, T, D]; in P16 they are codes int16
+    [pages, B, Hkv, T, P/4] and scales fp16 [pages, B, Hkv, T, P/64, 2]. Strided views: only the dimensions behind T
     are dense, and a token follows the one before it. `lens` int32 [B] counts each sequence's valid tokens, the first
     ones; what lies behind them is arbitrary.
     """

@@ -25,7 +25,7 @@ from .console import print_table
 
 
 def step_seconds(report: RunReport) -> list[float]:
-    """Seconds of each token step, summed over the blocks of the schedule: prefill first."""
+    """Seconds of each token step, summed over the rounds of the schedule: prefill first."""
     totals: list[float] = []
     for ends in report.step_ends:
         durations = [b - a for a, b in zip((0.0, *ends), ends, strict=False)]
@@ -57,7 +57,7 @@ def timing(report: RunReport, *, prompt_tokens: int, num_prompts: int, gen_len: 
 
 
 def placed(plans: Sequence[Plan]) -> dict[str, dict[str, int]]:
-    """Bytes by kind and tier: weights once, cache and activations of the largest block."""
+    """Bytes by kind and tier: weights once, cache and activations of the largest round."""
     return max((p.placement for p in plans), key=lambda p: sum(p["cache"].values()))
 
 
@@ -78,8 +78,8 @@ def formats_text(plan: Plan) -> str:
         f", 4-bit weights (groups of {policy.weight_group})" if policy.weight_group else "",
         ", 4-bit cache" if policy.is_cache_4bit else "",
         f", {policy.attn_sparsity:.0%} of V" if policy.attn_sparsity < 1 else "",
-        f", {policy.attended_percent:g} % attended by the host" if plan.is_split else "",
-        ", open blocks kept" if plan.keeps_open else "",
+        f", {policy.attended_percent:g} % attended by the host" if plan.host_attends else "",
+        ", open pages kept" if plan.keeps_open else "",
     ]
     return "".join(texts)
 
@@ -94,7 +94,7 @@ def print_plan(console: Console, plan: Plan) -> None:
     )
     table = Table("GiB", "GPU", "host", "disk", title="plan")
     for kind, by_tier in plan.placement.items():
-        table.add_row(kind, *(f"{by_tier[t] / GIB:.3f}" for t in ("gpu", "cpu", "disk")))
+        table.add_row(kind, *(f"{by_tier[t] / GIB:.3f}" for t in ("gpu", "host", "disk")))
     staging = plan.rings["stage_in"] + plan.rings["stage_out"]
     rings = sum(plan.rings.values()) - staging
     table.add_row("rings", f"{rings / GIB:.3f}", f"{staging / GIB:.3f}", "")
@@ -125,7 +125,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     """A plan's figures, under the names that a run's have."""
     workload, placement = plan.workload, plan.placement
     return {
-        "note": "the plan of one block; not a run",
+        "note": "the plan of one round; not a run",
         "model": plan.model.name,
         "dtype": plan.model.dtype,
         "policy": {f: getattr(plan.policy, f) for f in Policy.__slots__ if not f.startswith("comp_")},

@@ -53,8 +53,8 @@ class Buffers:
     """Arenas for the rings, the homes of cache and hidden states and temporaries; the scratch file of the disk tier.
 
     `work` is for a computation's temporaries, `hosted` for attention's on the host, `dense` for what is kept as long as
-    a load of the weights, `uploads` for what a token step hands the device, `landing` for new tokens on their way home.
-    Raises OSError when the scratch file does not fit the disk.
+    a load of the weights, `uploads` for what a token step hands the device, `token_staging` for new tokens on
+    their way home. Raises OSError when the scratch file does not fit the disk.
     """
 
     def __init__(self, sizes: Sizes, *, device: torch.device, folders: Folders) -> None:
@@ -77,10 +77,10 @@ class Buffers:
         self._uploads = Arena("uploads", need["uploads"], torch.device("cpu"), pin=pin)
         work, wide, self.dense, uploads = (self._temporaries.take(n) for n in on_device)
         self._hosted = Arena("host attention", need["hosted"], torch.device("cpu"))
-        self._landing = Arena("landing", need["landing"], torch.device("cpu"), pin=pin)
+        self._token_staging = Arena("token_staging", need["token_staging"], torch.device("cpu"), pin=pin)
         self.work, self.hosted = Scratch(work, wide), Scratch(self._hosted.buffer)
         self.uploads = Uploads(self._uploads.buffer, None if device.type == "cpu" else uploads)
-        self.landing = self._landing.buffer
+        self.token_staging = self._token_staging.buffer
         self.scratch = folders.scratch(homes[Tier.DISK]) if homes[Tier.DISK] else None
         self._scratch_used = 0
 
@@ -116,7 +116,7 @@ class Buffers:
             self._temporaries,
             self._uploads,
             self._hosted,
-            self._landing,
+            self._token_staging,
         ):
             arena.close()
         if self.scratch is not None:

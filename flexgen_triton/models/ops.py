@@ -387,7 +387,7 @@ def _runs(rows: Sequence[int], counts: Sequence[int]) -> Iterator[tuple[int, int
 
 
 def _write_run(field: Tensor, new: Tensor) -> None:
-    """new [n, L, Hkv, width] to the first positions of field [blocks, n, Hkv, tokens, width]."""
+    """new [n, L, Hkv, width] to the first positions of field [pages, n, Hkv, tokens, width]."""
     tokens = field.shape[3]
     for low in range(0, new.shape[1], tokens):
         piece = new[:, low : low + tokens].transpose(1, 2)
@@ -403,7 +403,7 @@ def _cached(x: Tensor, fields: Fields) -> tuple[Tensor, ...]:
 
 
 def _k_and_v(fields: Fields) -> tuple[Fields, Fields]:
-    """K's and V's fields [blocks, n, Hkv, tokens, width], as the kernels take them."""
+    """K's and V's fields [pages, n, Hkv, tokens, width], as the kernels take them."""
     return _for_kernels([f[:, :, 0] for f in fields]), _for_kernels([f[:, :, 1] for f in fields])
 
 
@@ -463,7 +463,7 @@ def sparse_decode_attention(
             from ..kernels.cpu.attention import sparse_decode_attention as attend
             from ..kernels.cpu.attention import sparse_workspace_bytes
 
-            blocks = sum(len(s.k[0]) * s.k[0].shape[3] for s in segments)
-            nbytes = sparse_workspace_bytes(*q.shape, blocks, max_keep)
+            tokens = sum(len(s.k[0]) * s.k[0].shape[3] for s in segments)
+            nbytes = sparse_workspace_bytes(*q.shape, tokens, max_keep)
             attend(q, _kv_segments(segments), keep, out=out, workspace=scratch.take(nbytes // 4, dtype=torch.float32))
     return out

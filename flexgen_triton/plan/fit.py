@@ -18,7 +18,7 @@ SHARES = tuple(f"{kind}_{at}_percent" for kind in ("w", "cache", "act") for at i
 
 def need(plan: Plan) -> dict[Tier, int]:
     """Peak bytes of each tier; of the disk without the weights' store. In place, all memory counts as the host's."""
-    if plan.copies:
+    if plan.host_is_apart:
         return {Tier.GPU: plan.device_bytes, Tier.HOST: plan.host_bytes, Tier.DISK: plan.scratch_bytes}
     return {Tier.HOST: plan.device_bytes + plan.host_bytes, Tier.DISK: plan.scratch_bytes}
 
@@ -43,7 +43,8 @@ def _shortage(plan: Plan, tier: Tier, have: float) -> str:
     homes = plan.homes[Tier.GPU]
     if tier is Tier.HOST:
         on_host = sum(p.host.nbytes for p in (*plan.placements, plan.tables))
-        weights, homes = (on_host, plan.homes[tier]) if plan.copies else (weights + on_host, homes + plan.homes[tier])
+        on_it = plan.homes[tier]
+        weights, homes = (on_host, on_it) if plan.host_is_apart else (weights + on_host, homes + on_it)
     total = need(plan)[tier]
     name = "GPU" if tier is Tier.GPU else "the host"
     return (
@@ -82,4 +83,4 @@ def _way_out(plan: Plan, available: Mapping[Tier, float]) -> str:
 def _smaller(plan: Plan, gpu_batch_size: int, policy: Policy | None = None) -> Plan:
     policy = replace(policy or plan.policy, gpu_batch_size=gpu_batch_size)
     batches = tuple(b.first(gpu_batch_size) for b in plan.workload.batches)
-    return make_plan(plan.model, policy, Workload(batches), align=plan.align, copies=plan.copies)
+    return make_plan(plan.model, policy, Workload(batches), align=plan.align, host_is_apart=plan.host_is_apart)

@@ -1,4 +1,4 @@
-"""The plan: every placement, buffer size and transfer of one block of the schedule, decided before allocating anything.
+"""The plan: every placement, buffer size and transfer of one round, decided before allocating anything.
 
 Made from the model, the workload, the policy and where the weights lie on disk. Needs neither a GPU nor torch.
 """
@@ -15,11 +15,11 @@ from .layout import (
     CacheGroups,
     CacheLayout,
     Group,
-    block_tokens_for,
     cache_fields,
     cache_groups,
     make_groups,
     pad,
+    page_tokens_for,
     split_counts,
 )
 from .placement import Extent, LayerPlacement, Run, Tier, packed_layout, place_layer
@@ -102,9 +102,10 @@ class Plan:
         workload: Workload,
         extents: Extents | None,
         align: int,
-        copies: bool,
+        host_is_apart: bool,
     ) -> None:
-        self.model, self.policy, self.workload, self.copies, self.align = model, policy, workload, copies, align
+        self.model, self.policy, self.workload = model, policy, workload
+        self.host_is_apart, self.align = host_is_apart, align
         self.layers: tuple[LayerSpec, ...] = model.layers(policy.sep_layer)
         cuts = (policy.w_gpu_percent, policy.w_cpu_percent)
         place = _place_packed if extents is None else partial(_place, extents)
@@ -114,11 +115,11 @@ class Plan:
         self.parts: tuple[tuple[Part, ...], ...] = tuple(self._cut_parts(p) for p in self.placements)
         batches = workload.batches
         # what the device is sent of the host's cache: K and V, or K alone, sparse attention fetching the V it needs
-        self.host_halves = 1 if copies and policy.attn_sparsity < 1 else 2
+        self.host_halves = 1 if host_is_apart and policy.attn_sparsity < 1 else 2
         fields = cache_fields(model, is_4bit=policy.is_cache_4bit)
-        self.cache_layout = CacheLayout(model.num_kv_heads, fields, block_tokens_for(_mean_len(batches)))
+        self.cache_layout = CacheLayout(model.num_kv_heads, fields, page_tokens_for(_mean_len(batches)))
         sizes = [b.size for b in batches]
-        attended = policy.attended_percent if copies else 0.0
+        attended = policy.attended_percent if host_is_apart else 0.0
         sent = policy.cache_cpu_percent - attended
         cache_counts = split_counts(sizes, (policy.cache_gpu_percent, attended, sent))
         hidden_counts = split_counts(sizes, (policy.act_gpu_percent, policy.act_cpu_percent))
@@ -126,9 +127,9 @@ class Plan:
             BatchGroups(cache_groups(b, c), tuple(make_groups(b, h)))
             for b, c, h in zip(batches, cache_counts, hidden_counts, strict=True)
         )
-        self.is_split = any(g.cache.attended.size for g in self.groups)  # attention on the host, on a lane of its own
+        self.host_attends = any(g.cache.attended.size for g in self.groups)  # on a lane of its own
         away = any(g.cache.host.size or g.cache.disk.size for g in self.groups)
-        self.keeps_open = copies and policy.keep_open_blocks and away  # the device keeps the blocks being filled
+        self.keeps_open = host_is_apart and policy.keep_open_pages and away  # the device keeps the pages being filled
 
         self._layer_work = tuple(self._work_of(layer.modules) for layer in self.layers)
         cut = {j: layer.cut_at_attention() for j, layer in enumerate(self.layers) if layer.has_cache}
@@ -143,7 +144,7 @@ class Plan:
     # Weights
 
     def _cut_parts(self, placement: LayerPlacement) -> tuple[Part, ...]:
-        host = placement.host.nbytes if self.copies else 0
+        host = placement.host.nbytes if self.host_is_apart else 0
         streamed = placement.disk.nbytes + host
         count = max(len(self.workload.batches), -(-streamed // PART_BYTES))
         bounds = [min(pad(host * p // count), host) for p in range(count + 1)]
@@ -154,7 +155,7 @@ class Plan:
 
     def weight_traffic(self, j: int) -> WeightTraffic:
         parts, placement = self.parts[j], self.placements[j]
-        host = placement.host.nbytes if self.copies else 0
+        host = placement.host.nbytes if self.host_is_apart else 0
         return WeightTraffic(
             tuple(p.disk_bytes for p in parts), tuple(p.host_bytes for p in parts), placement.disk.nbytes + host
         )
@@ -170,11 +171,11 @@ class Plan:
         if i == 0:
             return self._prefill_cache_traffic(attended, host, disk, last=last)
         full = [layout.full(n) for n in disk.cached(i)]
-        used = self.host_blocks(host.cached(i))
+        used = self.host_pages(host.cached(i))
         read, read_slot = layout.dense(sum(full), 1), layout.dense(max(full, default=0), disk.size)
         filled = len(layout.filled(disk.cached(i)))
         written = 0 if last else layout.dense(filled, 1)
-        if not self.copies:
+        if not self.host_is_apart:
             return CacheTraffic(disk_read=read, read_slot=read_slot, slot=read_slot, disk_write=written)
         opened = self.open_bytes(disk)
         out = 0 if self.keeps_open else (host.size + disk.size) * layout.token_bytes  # attention reads it there
@@ -190,9 +191,9 @@ class Plan:
             disk_write=written,
         )
 
-    def host_blocks(self, cached: Sequence[int]) -> list[int]:
+    def host_pages(self, cached: Sequence[int]) -> list[int]:
         """Count the pages that the host holds of sequences with these numbers of cached tokens: all or full ones."""
-        return [self.cache_layout.full(n) if self.keeps_open else self.cache_layout.blocks(n) for n in cached]
+        return [self.cache_layout.full(n) if self.keeps_open else self.cache_layout.pages(n) for n in cached]
 
     def open_bytes(self, disk: Group) -> int:
         """Bytes that the open pages of the disk's sequences, which lie on the host, add to a transfer of full ones."""
@@ -215,9 +216,9 @@ class Plan:
         layout = self.cache_layout
         full = [layout.full(n) for n in disk.prompt_lens]
         written, write_slot = layout.dense(sum(full), 1), layout.dense(max(full, default=0), disk.size)
-        if not self.copies:
+        if not self.host_is_apart:
             return CacheTraffic(out=write_slot, disk_write=written, write_slot=write_slot)
-        at_home = self.host_blocks(host.prompt_lens), [layout.blocks(n) for n in attended.prompt_lens]
+        at_home = self.host_pages(host.prompt_lens), [layout.pages(n) for n in attended.prompt_lens]
         opened = self.open_bytes(disk)
         return CacheTraffic(
             out=write_slot + opened + sum(layout.dense(max(used, default=0), len(used)) for used in at_home),
@@ -235,8 +236,8 @@ class Plan:
         asked = groups.attended.size
         return SplitTraffic(size * projected, asked * projected, asked * result, size * result, attends=asked < size)
 
-    def cache_home_blocks(self, k: int) -> int:
-        return self.cache_layout.blocks(self.workload.batches[k].max_len)
+    def cache_home_pages(self, k: int) -> int:
+        return self.cache_layout.pages(self.workload.batches[k].max_len)
 
     # Hidden states
 
@@ -246,7 +247,7 @@ class Plan:
             return HiddenTraffic()
         row = self.model.hidden * self.model.itemsize
         _, host, disk = self.groups[k].hidden
-        on_host = host.tokens(i) * row if self.copies else 0
+        on_host = host.tokens(i) * row if self.host_is_apart else 0
         return HiddenTraffic(on_host, pad(disk.tokens(i) * row))
 
     # Arithmetic
@@ -328,9 +329,9 @@ class Plan:
             cache=self.cache_traffic,
             hidden=self.hidden_traffic,
             work=self.work,
-            split=self.split_traffic if self.is_split else None,
+            split=self.split_traffic if self.host_attends else None,
             rings=self.rings,
-            copies=self.copies,
+            host_is_apart=self.host_is_apart,
             keeps_open=self.keeps_open,
             serial=not self.policy.overlap,
             pinned=self.policy.pin_weight,
@@ -347,9 +348,9 @@ class Plan:
         hidden_slot = max(h.host + h.disk for h in hidden)
         hidden_disk = max(h.disk for h in hidden)
         disk_part = max(p.disk_bytes for parts in self.parts for p in parts)
-        staged_in = max(disk_part, *(c.read_slot for c in traffic), hidden_disk) if self.copies else 0
-        staged_out = max(*(c.write_slot for c in traffic), hidden_disk) if self.copies else 0
-        split = [self.split_traffic(1, k) for k in range(len(self.workload.batches) if self.is_split else 0)]
+        staged_in = max(disk_part, *(c.read_slot for c in traffic), hidden_disk) if self.host_is_apart else 0
+        staged_out = max(*(c.write_slot for c in traffic), hidden_disk) if self.host_is_apart else 0
+        split = [self.split_traffic(1, k) for k in range(len(self.workload.batches) if self.host_attends else 0)]
         row = len(split) + 1  # what is handed from one row of the schedule to the next, and one more
         return {
             "weight": self._weight_ring(),
@@ -375,14 +376,14 @@ class Plan:
     def layers_in_use(self) -> int:
         """Layers whose weights a row of the schedule uses: one, or those from one attention to the next."""
         attentions = [j for j, layer in enumerate(self.layers) if layer.has_cache]
-        return 1 + max((b - a for a, b in pairwise(attentions)), default=1) if self.is_split else 1
+        return 1 + max((b - a for a, b in pairwise(attentions)), default=1) if self.host_attends else 1
 
     def _weight_ring(self) -> int:
         """Room for the layers in use at once and, with overlap, for one more, wherever the first of them lies."""
         slots = [pad(self.weight_traffic(j).slot) for j in range(len(self.layers))]
-        if not self.is_split and not self.policy.overlap:
+        if not self.host_attends and not self.policy.overlap:
             return max(slots)
-        if not self.is_split:
+        if not self.host_attends:
             return max(a + 2 * b for a, b in zip(slots, slots[1:] + slots[:1], strict=True))
         count = self.layers_in_use + self.policy.overlap
         turns = slots + slots[: count - 1]
@@ -413,11 +414,11 @@ class Plan:
         layout, total = self.cache_layout, dict.fromkeys(Tier, 0)
         layers = sum(layer.has_cache for layer in self.layers)
         for k, groups in enumerate(self.groups):
-            blocks = self.cache_home_blocks(k)
+            pages = self.cache_home_pages(k)
             gpu, attended, host, disk = groups.cache
             kept = layout.dense(1, host.size + disk.size) if self.keeps_open else 0
-            total[Tier.GPU] += layers * (layout.dense(blocks, gpu.size) + kept)
-            on_host = layout.dense(blocks, attended.size) + layout.dense(blocks, host.size)
+            total[Tier.GPU] += layers * (layout.dense(pages, gpu.size) + kept)
+            on_host = layout.dense(pages, attended.size) + layout.dense(pages, host.size)
             total[Tier.HOST] += layers * (on_host + layout.dense(1, disk.size))
             total[Tier.DISK] += layers * layout.dense(layout.full(self.workload.batches[k].max_len), disk.size)
             for g in groups.hidden:
@@ -446,7 +447,7 @@ class Plan:
         """Peak bytes of the host tier: its weights, homes and staging rings, and what libraries take in a first run."""
         weights = sum(p.host.nbytes for p in (*self.placements, self.tables))
         rings = sum(self.rings[name] for name in HOST_RINGS)
-        computing = sum(self.temporaries[name] for name in ("uploads", "hosted", "landing"))
+        computing = sum(self.temporaries[name] for name in ("uploads", "hosted", "token_staging"))
         return weights + self.homes[Tier.HOST] + rings + computing + LIBRARY_BYTES
 
     @cached_property
@@ -476,12 +477,12 @@ def make_plan(
     *,
     extents: Extents | None = None,
     align: int = 4096,
-    copies: bool = True,
+    host_is_apart: bool = True,
 ) -> Plan:
-    """Plan one block of the schedule; without `extents` the weights are planned as a store of our own would hold them.
+    """Plan one round; without `extents` the weights are planned as a store of our own would hold them.
 
-    `copies` says that host memory is apart from the device's, as on a GPU. Raises PolicyError when a prompt and its
-    new tokens exceed the model's positions.
+    `host_is_apart` says that host memory must be copied to the device, as on a GPU. Raises PolicyError when a prompt
+    and its new tokens exceed the model's positions.
     """
     for batch in workload.batches:
         longest, asked = max(zip(batch.prompt_lens, batch.new_tokens_each, strict=True), key=sum)
@@ -491,4 +492,6 @@ def make_plan(
                 f"{model.name} has {model.max_positions}; "
                 f"at most {max(model.max_positions - longest, 0)} new tokens fit"
             )
-    return Plan(model=model, policy=policy, workload=workload, extents=extents, align=align, copies=copies)
+    return Plan(
+        model=model, policy=policy, workload=workload, extents=extents, align=align, host_is_apart=host_is_apart
+    )

@@ -55,7 +55,7 @@ class Policy:
     compress_cache: bool = False
     comp_cache_config: CompressionConfig = field(default_factory=lambda: CompressionConfig(group_dim=2))
     cpu_attention_percent: float = 100  # with cpu_cache_compute: of the host's sequences, those it attends to itself
-    keep_open_blocks: bool = False  # what a block of the cache gains stays on the GPU until the block is full
+    keep_open_pages: bool = False  # what a page of the cache gains stays on the GPU until the page is full
 
     def __post_init__(self) -> None:
         for name in ("gpu_batch_size", "num_gpu_batches"):
@@ -113,8 +113,8 @@ class Policy:
         return 100 - self.act_gpu_percent - self.act_cpu_percent
 
     @property
-    def block_size(self) -> int:
-        """Sequences in one block of the schedule."""
+    def round_size(self) -> int:
+        """Sequences in one round of the schedule."""
         return self.gpu_batch_size * self.num_gpu_batches
 
     @property

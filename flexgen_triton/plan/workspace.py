@@ -24,7 +24,7 @@ MIN_SPLIT_TOKENS, MAX_SPLITS = 128, 64  # of a sequence, in attention on a GPU
 HOST_THREADS, HOST_CHUNK = 128, 32  # that attend on the host at most, and tokens that each widens at a time
 HEAP_BYTES = 64 << 20  # that the process's heap keeps of what was freed
 HUGE_PAGE = 2 << 20  # that large buffers are made of, where the system has them
-SEGMENTS = 3  # that a sequence's cache is in at most: full blocks, the open one, the newest token
+SEGMENTS = 3  # that a sequence's cache is in at most: full pages, the open one, the newest token
 
 
 def workspace_bytes(plan: Plan) -> int:
@@ -34,7 +34,7 @@ def workspace_bytes(plan: Plan) -> int:
     off what the prompts' computation needs, but for what the heap keeps of that.
     """
     prompts = _rows_bytes(plan, max(b.prompt_tokens for b in plan.workload.batches))
-    on_top = max(prompts - (0 if plan.copies else _unfilled_bytes(plan)), min(prompts, HEAP_BYTES))
+    on_top = max(prompts - (0 if plan.host_is_apart else _unfilled_bytes(plan)), min(prompts, HEAP_BYTES))
     return on_top + _head_bytes(plan) + _logits_bytes(plan) + sum(_used(plan).values())
 
 
@@ -44,7 +44,7 @@ def temporaries(plan: Plan) -> dict[str, int]:
     `decode`: the largest computation of one token of each sequence. `widened`: what it takes on top on a CPU,
     and `panel` the rows of a matrix in fp32 there, for prompts too. `dense`: a 4-bit layer dequantised, which a GPU
     keeps for all GPU batches that use this load of it. `hosted`: attention on the host. `uploads`: what the host hands
-    the device in a token step. `landing`: the new tokens of the host's and the disk's sequences, on their way home.
+    the device in a token step. `token_staging`: new tokens of the host's and the disk's sequences, on their way home.
     """
     rows = max(b.size for b in plan.workload.batches)
     hosted = max(g.cache.attended.size for g in plan.groups)
@@ -59,14 +59,14 @@ def temporaries(plan: Plan) -> dict[str, int]:
         "dense": _dense_bytes(plan),
         "hosted": _host_attention_bytes(plan, hosted) if hosted else 0,
         "uploads": _upload_bytes(plan),
-        "landing": _landing_bytes(plan),
+        "token_staging": _token_staging_bytes(plan),
     }
     return {name: pad(nbytes) for name, nbytes in sizes.items()}
 
 
 def _used(plan: Plan) -> dict[str, int]:
     """The temporaries that the plan's device touches."""
-    names = ("decode", "dense", "uploads") if plan.copies else ("decode", "widened", "panel")
+    names = ("decode", "dense", "uploads") if plan.host_is_apart else ("decode", "widened", "panel")
     return {name: plan.temporaries[name] for name in names}
 
 
@@ -104,10 +104,10 @@ def _attention_bytes(plan: Plan, rows: int) -> int:
     model, batches = plan.model, plan.workload.batches
     longest = max(b.max_len for b in batches)
     splits = min(max(longest // MIN_SPLIT_TOKENS, 1), MAX_SPLITS)
-    parts = max(rows, min(rows * splits, DECODE_PROGRAMS // model.num_kv_heads)) if plan.copies else rows
+    parts = max(rows, min(rows * splits, DECODE_PROGRAMS // model.num_kv_heads)) if plan.host_is_apart else rows
     numbers = SEGMENTS * parts * model.num_heads * (model.head_dim + 64) * 4
     if plan.policy.attn_sparsity < 1:
-        places = longest + SEGMENTS * plan.cache_layout.block_tokens
+        places = longest + SEGMENTS * plan.cache_layout.page_tokens
         numbers += rows * model.num_heads * (4 * places + 24 * (plan.kept(longest) + 1))
     return numbers
 
@@ -115,7 +115,7 @@ def _attention_bytes(plan: Plan, rows: int) -> int:
 def _host_attention_bytes(plan: Plan, rows: int) -> int:
     """Attention's on a CPU, with what each thread widens of the cache."""
     model, width = plan.model, kv_width(plan.model.head_dim)
-    longest = max(b.max_len for b in plan.workload.batches) + SEGMENTS * plan.cache_layout.block_tokens
+    longest = max(b.max_len for b in plan.workload.batches) + SEGMENTS * plan.cache_layout.page_tokens
     sparse = plan.policy.attn_sparsity < 1
     scores = longest + plan.kept(longest) + 4 if sparse else 0
     thread = max(HOST_CHUNK * (2 * width + model.num_heads), longest if sparse else 0)
@@ -154,8 +154,8 @@ def _upload_bytes(plan: Plan) -> int:
     return sum(b.size * row + ALIGNMENT for b in plan.workload.batches)
 
 
-def _landing_bytes(plan: Plan) -> int:
-    if not plan.copies or plan.keeps_open:
+def _token_staging_bytes(plan: Plan) -> int:
+    if not plan.host_is_apart or plan.keeps_open:
         return 0
     return max(g.cache.host.size + g.cache.disk.size for g in plan.groups) * plan.cache_layout.token_bytes
 
@@ -167,19 +167,19 @@ def _rows_bytes(plan: Plan, rows: int) -> int:
     function's result is a second tensor of that size.
     """
     model, itemsize = plan.model, plan.model.itemsize
-    widens = not plan.copies and itemsize == 2 and not model.is_4bit
-    inner = model.ffn * (6 if widens else 2 * itemsize if plan.copies else 8)
+    widens = not plan.host_is_apart and itemsize == 2 and not model.is_4bit
+    inner = model.ffn * (6 if widens else 2 * itemsize if plan.host_is_apart else 8)
     mlp = inner + model.hidden * (4 * itemsize + 4)
-    quantised = 20 if plan.policy.is_cache_4bit and not plan.copies else 0  # K or V on its way to 4 bits
+    quantised = 20 if plan.policy.is_cache_4bit and not plan.host_is_apart else 0  # K or V on its way to 4 bits
     attention = model.hidden * (5 * itemsize + 16 + quantised)
-    panels = WIDEN_BYTES if not plan.copies and (itemsize == 2 or model.is_4bit) else 0
+    panels = WIDEN_BYTES if not plan.host_is_apart and (itemsize == 2 or model.is_4bit) else 0
     return rows * max(mlp, attention) + panels
 
 
 def _head_bytes(plan: Plan) -> int:
     """The largest part of the output projection's product, where it is not made in place."""
     parts = (t.shape[0] for layer in plan.layers if layer.is_head for t in layer.tensors if t.exact)
-    in_place = not plan.copies and plan.model.itemsize == 2
+    in_place = not plan.host_is_apart and plan.model.itemsize == 2
     largest, batches = max(parts), plan.workload.batches
     sampled = 0 if in_place else largest * max(b.size for b in batches) * plan.model.itemsize
     scored = max(b.scored for b in batches)
@@ -190,22 +190,22 @@ def _head_bytes(plan: Plan) -> int:
 def _unfilled_bytes(plan: Plan) -> int:
     """Bytes of the cache's homes in memory that are certainly first written after the prompts.
 
-    Of a layer's home the blocks behind its longest prompt, without the huge pages that also hold what is written
+    Of a layer's home the pages behind its longest prompt, without the huge pages that also hold what is written
     earlier: they become resident as a whole.
     """
     layout, layers, total = plan.cache_layout, sum(layer.has_cache for layer in plan.layers), 0
     for batch, groups in zip(plan.workload.batches, plan.groups, strict=True):
-        blocks = layout.blocks(batch.max_len)
+        pages = layout.pages(batch.max_len)
         for group in groups.cache[:2]:
-            filled = max(map(layout.blocks, group.prompt_lens), default=blocks)
-            pages = layout.dense(blocks - filled, group.size) // HUGE_PAGE
-            total += max(pages - 1, 0) * HUGE_PAGE
+            filled = max(map(layout.pages, group.prompt_lens), default=pages)
+            huge = layout.dense(pages - filled, group.size) // HUGE_PAGE
+            total += max(huge - 1, 0) * HUGE_PAGE
     return layers * total
 
 
 def _dense_bytes(plan: Plan) -> int:
     """4-bit layers dequantised, which a GPU keeps for all GPU batches that use this load of them."""
-    if not plan.copies:
+    if not plan.host_is_apart:
         return 0
     parameters = (sum(t.num_parameters for t in layer.tensors if t.packing) for layer in plan.layers)
     return plan.layers_in_use * pad(max(parameters) * plan.model.itemsize + ALIGNMENT) if plan.model.is_4bit else 0

@@ -171,7 +171,7 @@ def _add_words(weights, codes, tables, count, width, acc, ahead, at):
         store(acc3, acc, 3 * quarter + i)
 
 
-# Offsets [2, 2, 4] of `_stores`: of K and V; of the numbers and the scales; strides of block, sequence, head and token.
+# Offsets [2, 2, 4] of `_stores`: of K and V; of the numbers and the scales; strides of page, sequence, head and token.
 @compiled
 def _place(offsets, i, where, token):
     """Offsets of a token in the numbers and in the scales; `where` is its (page, sequence, head)."""
@@ -418,7 +418,7 @@ def _log_sum(scores):
 
 @compiled
 def _after(where, token, tokens):
-    """The chunk behind this one: its block, sequence and head, and its first token."""
+    """The chunk behind this one: its page, sequence and head, and its first token."""
     if token + CHUNK < tokens:
         return where, token + CHUNK
     return (where[0] + 1, where[1], where[2]), 0
@@ -428,7 +428,7 @@ def _after(where, token, tokens):
 def _score_chunk(k, ahead, offsets, here, count, j, then, q, rows, width, wide, scores, at, S):
     """Scores of a chunk of K for query heads `rows`, to scores[at:], a head's S apart; the chunk ahead is asked for.
 
-    The chunks begin at `here` and `then`, (block, sequence, head) and token; the one ahead is K's (j = 0) or V's (1).
+    The chunks begin at `here` and `then`, (page, sequence, head) and token; the one ahead is K's (j = 0) or V's (1).
     """
     now, next_at = _place(offsets, 0, *here), _place(offsets, j, *then)
     if rows[1] - rows[0] == 1:
@@ -498,9 +498,9 @@ def _decode_head(item, scratch, q, width, k, v, offsets, lens, tokens, kv_heads,
         for r in range(rows[0], rows[1]):
             best[r], total[r] = LOWEST, ZERO
             _begin_row(part(q, r * width, width), scale, part(acc, r * width, width))
-    for block in range((length + tokens - 1) // tokens):
-        where = (block, seq, head)
-        valid = min(tokens, length - block * tokens)
+    for page in range((length + tokens - 1) // tokens):
+        where = (page, seq, head)
+        valid = min(tokens, length - page * tokens)
         for token in range(0, valid, CHUNK):
             here, then = (where, token), _after(where, token, tokens)
             count = min(CHUNK, valid - token)
@@ -530,12 +530,12 @@ def _score_head(item, scratch, q, width, k, offsets, starts, lens, tokens, kv_he
     seq, head, length = item // kv_heads, item % kv_heads, lens[item // kv_heads]
     rows = item * group, (item + 1) * group
     wide = scratch[get_thread_id()]
-    for block in range((length + tokens - 1) // tokens):
-        where = (block, seq, head)
-        valid = min(tokens, length - block * tokens)
+    for page in range((length + tokens - 1) // tokens):
+        where = (page, seq, head)
+        valid = min(tokens, length - page * tokens)
         for token in range(0, valid, CHUNK):
             here, then = (where, token), _after(where, token, tokens)
-            at = rows[0] * S + starts[seq] + block * tokens + token
+            at = rows[0] * S + starts[seq] + page * tokens + token
             count = min(CHUNK, valid - token)
             _score_chunk(k, k, offsets, here, count, 0, then, q, rows, width, wide, scores, at, S)
 
@@ -830,10 +830,10 @@ def _result(acc: Tensor, q: Tensor, out: Tensor | None) -> Tensor:
 
 
 def _sizes(segment: KVSegment) -> tuple[np.ndarray, int, int]:
-    """Valid tokens, tokens of a block, K and V heads."""
-    blocks, _, kv_heads, tokens, *_ = segment.k[0].shape
+    """Valid tokens, tokens of a page, K and V heads."""
+    pages, _, kv_heads, tokens, *_ = segment.k[0].shape
     lens = segment.lens.to(torch.int32).contiguous().numpy()
-    assert lens.max() <= blocks * tokens, (lens, segment.k[0].shape)
+    assert lens.max() <= pages * tokens, (lens, segment.k[0].shape)
     return lens, tokens, kv_heads
 
 

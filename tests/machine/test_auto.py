@@ -45,7 +45,7 @@ def test_a_search_leaves_room_for_how_the_store_is_aligned(tiny, tmp_path, more,
         for gpu, cpu in ((100, 0), (40, 30), (0, 0)):
             policy = Policy(2, 1, gpu, cpu)
             llm.use(policy)
-            planned, taken = problem.plan(policy, copies=False), llm.engine.plan(problem.workload(2, 1))
+            planned, taken = problem.plan(policy, host_is_apart=False), llm.engine.plan(problem.workload(2, 1))
             assert need(taken)[Tier.HOST] <= need(planned)[Tier.HOST] + problem.alignment
 
 

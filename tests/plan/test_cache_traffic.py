@@ -28,7 +28,7 @@ def plan_of(cache: tuple[int, int], sparsity: float, *, is_4bit: bool = False, c
             overlap: bool = True) -> Plan:  # fmt: skip
     policy = Policy(5, batches, 100, 0, *cache, 100, 0, attn_sparsity=sparsity, compress_cache=is_4bit, overlap=overlap)
     spec = model_spec(CONFIG, "tiny", "float16")
-    return make_plan(spec, policy, Workload((Batch(LENS, STEPS),) * batches), copies=copies)
+    return make_plan(spec, policy, Workload((Batch(LENS, STEPS),) * batches), host_is_apart=copies)
 
 
 def loaded(plan: Plan) -> dict[int, int]:
@@ -63,7 +63,7 @@ def test_disk_and_open_blocks_travel_whole(is_4bit):
     assert host.size == 2
     for step in range(1, STEPS):
         a, b = sparse.cache_traffic(step, 0), dense.cache_traffic(step, 0)
-        v = sum(dense.cache_layout.blocks(n) for n in host.cached(step)) * dense.cache_layout.half
+        v = sum(dense.cache_layout.pages(n) for n in host.cached(step)) * dense.cache_layout.half
         assert b.host_load - a.host_load == v
         for name in ("disk_read", "read_slot", "out", "host_store", "disk_write", "write_slot"):
             assert getattr(a, name) == getattr(b, name), name

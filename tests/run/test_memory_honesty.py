@@ -150,6 +150,6 @@ def test_a_search_plans_the_weights_as_they_will_lie(tiny, tmp_path, dtype):
         problem = llm.problem([8], 4, 2)
         for policy in (*policies, Policy(2, 1, 50, 0, compress_weight=True)):
             llm.use(policy)
-            planned = problem.plan(policy, copies=False)
+            planned = problem.plan(policy, host_is_apart=False)
             real = llm.engine.plan(planned.workload)
             assert need(real)[Tier.HOST] <= need(planned)[Tier.HOST] + problem.alignment
