@@ -1,4 +1,4 @@
-"""Is the automatic policy as fast as the best of a grid of policies, all of them measured on this machine?
+"""The automatic policy against the best of a grid of policies, all of them measured on this machine.
 
     python bench/auto_policy.py                                       # opt-125m, random weights, about ten minutes
     python bench/auto_policy.py --model DIRECTORY --num-prompts 32 --sizes 8,32 --batches 1,4 --limits 2GB,3GB,4GB

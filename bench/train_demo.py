@@ -68,12 +68,12 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """Per token, so it depends on the tokenizer."""
+        """Perplexity per token, so it depends on the tokenizer."""
         return math.exp(self.nats / self.num_tokens)
 
     @property
     def bits_per_byte(self) -> float:
-        """Per byte of text, so it does not."""
+        """Bits per byte of text, so it does not depend on the tokenizer."""
         return self.nats / math.log(2) / self.num_bytes
 
 

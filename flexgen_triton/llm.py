@@ -274,7 +274,7 @@ class LLM:
         return self.source.is_stored and self.spec.dtype == self.source.dtype and len(self.folders.paths) == 1
 
     def _settle(self, waiting: Sequence[PreparedPrompt], num_prompts: int | None, gen_len: int) -> Choice | None:
-        """With an automatic policy: find the one for these prompts and load the weights as it says.
+        """Find the automatic policy for these prompts and load the weights as it says; a policy by hand stays.
 
         `num_prompts` is how many sequences there are, None where more will follow. Returns what is predicted. While
         something else is being generated its policy stays.
@@ -483,7 +483,7 @@ class LLM:
         return self._decoder(params)(tokens)
 
     def _named(self, logprobs: Logprobs) -> Logprobs:
-        """With the text of every token, where there is a tokenizer."""
+        """Add the text of every token, where there is a tokenizer."""
         if not self.has_tokenizer:
             return logprobs
         return {t: replace(p, decoded_token=str(self.tokenizer.decode([t]))) for t, p in logprobs.items()}

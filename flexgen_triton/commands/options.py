@@ -196,7 +196,7 @@ def is_by_hand(context: click.Context, policy: str | None) -> bool:
 
 
 def _given(context: click.Context, names: tuple[str, ...]) -> list[str]:
-    """Those of the options that stand on the command line, as they are written there."""
+    """List the options of these that stand on the command line, as they are written there."""
     there = (n for n in names if context.get_parameter_source(n) is ParameterSource.COMMANDLINE)
     return [f"--{n.replace('_', '-')}" for n in there]
 

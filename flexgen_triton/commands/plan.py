@@ -59,7 +59,7 @@ class Choice:
 
     @property
     def at_most(self) -> str:
-        """Before a figure that is a bound."""
+        """The sign before a figure that is only a bound; empty for a simulated one."""
         return "" if self.prediction else "≤ "
 
 
@@ -80,7 +80,7 @@ def _simulated(found: Found) -> Choice:
 
 
 def memory(plan: Plan, searched: Searched) -> dict[str, dict[str, float]]:
-    """By tier the bytes of weights, cache and activations, of rings and workspace, of all, and those there are.
+    """Bytes by tier: of weights, cache and activations, of rings and workspace, of all, and those there are.
 
     The disk's weights are the whole store that they are read from. The host's cache has the pages of tokens of the
     disk's sequences that are not full yet.
@@ -188,7 +188,7 @@ def _values(words: list[str]) -> Iterator[str]:
 
 
 def show(console: Console, searched: Searched, told: list[Choice], gains: Mapping[str, float]) -> None:
-    """All that was found out, for people."""
+    """Print the search's findings for people."""
     problem, best, hardware = searched.problem, searched.best, searched.hardware
     prompts = "as many prompts as are best" if problem.num_prompts is None else f"{problem.num_prompts} prompts"
     console.print(
@@ -305,7 +305,7 @@ def _worth_table(gains: Mapping[str, float], tokens_per_s: float) -> Table:
 
 
 def as_json(searched: Searched, told: list[Choice], gains: Mapping[str, float], command: list[str]) -> dict[str, Any]:
-    """All that was found out, for programs."""
+    """The search's findings as JSON, for programs."""
     problem, hardware = searched.problem, searched.hardware
     return {
         "note": "a prediction for this engine, by simulating its schedule; not a run",

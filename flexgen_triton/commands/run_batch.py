@@ -61,7 +61,7 @@ def open_input(source: Path, stop: Stop) -> BinaryIO:
 
 
 def spool(stream: BinaryIO, stop: Stop) -> BinaryIO:
-    """All of a stream, in a temporary file that has no name."""
+    """Copy all of a stream to a temporary file that has no name."""
     file = cast(BinaryIO, tempfile.TemporaryFile())  # noqa: SIM115
     try:
         with stop.at_once():
@@ -190,7 +190,7 @@ def run_job(
 
 @contextmanager
 def noted(answers: Answers, total: int) -> Iterator[None]:
-    """Within, what ends the job gets a note that says how far it has come, unless it says so itself."""
+    """Note on an error that ends the job how far it has come, unless the error says so itself."""
     try:
         yield
     except JournalError:

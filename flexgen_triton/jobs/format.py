@@ -331,7 +331,7 @@ def _check_type(name: str, value: object, kind: type) -> None:
 
 
 def _sampling(body: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the body's fields that both urls have and that say how tokens are drawn, with their types checked."""
+    """Read the body's fields that both urls have and that say how tokens are drawn, with their types checked."""
     found: dict[str, Any] = {name: _whole(name, body[name]) for name in WHOLE if name in body}
     found |= {name: _real(name, body[name]) for name in REAL if name in body}
     found |= {name: _flag(name, body[name]) for name in FLAGS if name in body}

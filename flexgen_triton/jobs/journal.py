@@ -252,7 +252,7 @@ class Journal:
                 )
 
     def confirm(self, fields: Mapping[str, Any]) -> None:
-        """More of the fingerprint, known only now: kept by the first run, compared by later ones (JournalError)."""
+        """Add fields to the fingerprint, known only now: the first run keeps them, later ones compare (JournalError)."""
         self._compare(fields)
         if not fields.keys() <= self._fingerprint.keys():
             self._fingerprint |= fields

@@ -315,7 +315,7 @@ class Cache:
     # Where new K and V go, and what attention reads
 
     def prompt_targets(self, op: Op, out: Tensor | None) -> list[PromptTarget]:
-        """After prefill: where packed rows of K and V go, resident homes and, for the rest, the slot `out`."""
+        """Places of a prefill's packed rows of K and V: resident homes and, for the rest, the slot `out`."""
         batch = self._plan.workload.batches[op.k]
         if batch.new_tokens == 1:
             return []
@@ -357,7 +357,7 @@ class Cache:
         return tuple(field[:, rows] for field in self._pages(self._tails[home], host.size + disk.size))
 
     def token_targets(self, op: Op, out: Tensor | None) -> list[TokenTarget]:
-        """In decode: where one token of every sequence goes; `out` is the slot on the way to the host."""
+        """Places of a token step's new tokens, one of each sequence; `out` is the slot that is stored to the host."""
         gpu, _, host, disk = self._plan.groups[op.k].cache
         home = (op.j, op.k)
         opened = [n % self._layout.page_tokens for n in disk.cached(op.i)]
@@ -378,7 +378,7 @@ class Cache:
     def _tail(self, op: Op, out: Tensor | None) -> tuple[Fields, list[int]]:
         """The device's newest tokens of the host's and the disk's sequences, and the newest one's position among them.
 
-        That token alone, on its way home in the slot `out`, or the whole open page.
+        They are that token alone, about to be stored from the slot `out`, or the whole open page.
         """
         _, _, host, disk = self._plan.groups[op.k].cache
         if self._plan.keeps_open:
@@ -388,7 +388,7 @@ class Cache:
         return self._tokens(out, host.size + disk.size), [0] * (host.size + disk.size)
 
     def attended(self, op: Op) -> Attended:
-        """In decode, of the sequences that the host attends to: where the new tokens go and what attention reads."""
+        """Input of the host's attention in a token step: the places of the new tokens, and the segments it reads."""
         group, buffer = self._plan.groups[op.k].cache.attended, self._attended[op.j, op.k]
         positions = group.cached(op.i)
         step, counts = self._attended_at[op.k]
@@ -402,9 +402,9 @@ class Cache:
         return Attended(TokenTarget(fields, 0, positions, at), [_segment(fields, valid, used)], keep)
 
     def segments(self, op: Op, slot: Tensor | None, out: Tensor | None) -> list[tuple[Group, list[Segment]]]:
-        """In decode, the new tokens written: what attention reads, by group of sequences, the newest token last.
+        """Segments that attention reads in a token step, new tokens written: by group of sequences, newest token last.
 
-        `slot` is this page's slot of the cache ring, `out` its slot on the way to the host.
+        `slot` is this visit's slot of the cache ring, `out` the slot that is stored to the host.
         """
         gpu, _, host, disk = self._plan.groups[op.k].cache
         found = [(gpu, self._resident(op, self._gpu, gpu))]

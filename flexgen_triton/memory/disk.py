@@ -65,11 +65,11 @@ class Readable(Protocol):
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """A name for messages."""
 
     @property
     def size(self) -> int:
-        """In bytes."""
+        """Bytes of the file."""
 
     @property
     def parts(self) -> Sequence[DiskFile]:

@@ -118,13 +118,13 @@ class Weights(Protocol):
 
     @property
     def where(self) -> str:
-        """For messages."""
+        """A name of the source for messages."""
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """By plain name."""
+        """Shapes of all tensors by plain name."""
 
     def dtype(self, name: str) -> str:
-        """For messages where it is not one of `_DTYPES`."""
+        """The tensor's dtype; a word for messages where it is not one of `_DTYPES`."""
 
     def unfit(self, name: str) -> str:
         """The form of a tensor that is no block of numbers, and the way out; empty for one that is."""
@@ -252,7 +252,7 @@ class RandomWeights:
         return ""
 
     def pieces(self, name: str, low: int, high: int) -> Iterator[Tensor]:
-        """Each block of PIECE elements has a seed of its own, so that any range of rows can be made alone."""
+        """Draw elements [low, high). Each PIECE of them has its own seed, so that any range can be made alone."""
         shape = self._shapes[name]
         mean = 1.0 if len(shape) == 1 and "norm" in name and name.endswith("weight") else 0.0
         for start in range(low // PIECE * PIECE, high, PIECE):

@@ -62,7 +62,7 @@ class Linker:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """When an op ran, in seconds since the start of the run."""
+    """An op and when it ran, in seconds since the start of the run."""
 
     op: Op
     start: float

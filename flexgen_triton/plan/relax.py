@@ -98,7 +98,7 @@ class Relaxation:
 
     @cached_property
     def _corners(self) -> dict[int, tuple[Amounts, dict[tuple[str, Place], Amounts]]]:
-        """For one and for two GPU batches: amounts with all on the GPU, and how each other place changes them."""
+        """Amounts with all on the GPU, and the change by each other place, for one and for two GPU batches."""
         found = {}
         for count in (1, 2):
             base: Shares = {(kind, Tier.GPU): 1.0 for kind in KINDS}

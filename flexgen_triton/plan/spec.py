@@ -81,7 +81,7 @@ class ModuleSpec:
         return "embed" if self.kind == "embed" else f"{self.kind}.{self.index}"
 
     def stored_as(self, dtype: str) -> ModuleSpec:
-        """With all tensors in `dtype`."""
+        """The same module with all tensors in `dtype`."""
         return replace(self, tensors=tuple(replace(t, dtype=dtype) for t in self.tensors))
 
 
@@ -239,7 +239,7 @@ class Batch:
         return self.asked or (self.new_tokens,) * self.size
 
     def first(self, size: int) -> Batch:
-        """With its first sequences alone."""
+        """The batch of the first `size` sequences alone."""
         asked = self.new_tokens_each[:size]
         lens = self.prompt_lens[:size]
         return Batch(lens, max(asked), asked, min(self.scored, sum(lens)), self.sampler_bytes)

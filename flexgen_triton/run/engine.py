@@ -417,7 +417,7 @@ def _exhaust(running: Generator[None, None, RoundReport]) -> RoundReport:
 
 
 def _step_ends(spans: Sequence[Span]) -> tuple[float, ...]:
-    """When the last computation of each token step ended."""
+    """The ends of the last computation of each token step, in seconds."""
     ends: dict[int, float] = {}
     for s in spans:
         if s.op.name == "compute":

@@ -86,7 +86,7 @@ class Run:
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
-        """Within, buffers may be used. Raises ClosedError or ForkedError where they may not."""
+        """Allow the use of buffers inside. Raises ClosedError or ForkedError where they may not be used."""
         self._is_at_work = True
         try:
             self._check()
@@ -155,7 +155,7 @@ class Holdings:
 
 
 def _popped(held: deque[_T]) -> Iterator[_T]:
-    """All that is held, from the right: two threads never get the same one."""
+    """Take out all that is held, from the right: two threads never get the same one."""
     with suppress(IndexError):
         while True:
             yield held.pop()
