@@ -252,7 +252,7 @@ class Journal:
                 )
 
     def confirm(self, fields: Mapping[str, Any]) -> None:
-        """Add fields to the fingerprint, known only now: the first run keeps them, later ones compare (JournalError)."""
+        """Add fields to the fingerprint, known only now: a first run keeps them, later ones compare (JournalError)."""
         self._compare(fields)
         if not fields.keys() <= self._fingerprint.keys():
             self._fingerprint |= fields

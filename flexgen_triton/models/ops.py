@@ -155,7 +155,10 @@ def linear(
 
 
 def _finish(out: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None) -> None:
-    """Apply bias, activation and residual in place, all of one dtype: torch would widen a narrower one in new memory."""
+    """Apply bias, activation and residual in place.
+
+    All are of one dtype: on the CPU torch would widen a narrower operand in memory of its own.
+    """
     if bias is not None:
         out += bias
     if activation is not None:
