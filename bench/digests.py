@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 from flexgen_triton.models.opt import SIZES, model_spec
 from flexgen_triton.plan.cost import seconds
 from flexgen_triton.plan.hardware import Hardware, load_profile
+from flexgen_triton.plan.placement import Tier
 from flexgen_triton.plan.plan import Plan, make_plan
 from flexgen_triton.plan.policy import CompressionConfig, Policy
 from flexgen_triton.plan.predict import predict
@@ -113,9 +114,9 @@ def decisions(plan: Plan, hardware: Hardware) -> dict[str, object]:
     return {
         "placements": digest(placed(plan)),
         "ops": digest(op_rows(plan.generator, hardware)),
-        "gpu_bytes": plan.device_bytes,
-        "host_bytes": plan.host_bytes,
-        "disk_bytes": plan.scratch_bytes,
+        "gpu_bytes": plan.footprint.total(Tier.GPU),
+        "host_bytes": plan.footprint.total(Tier.HOST),
+        "disk_bytes": plan.footprint.scratch_bytes,
         "predicted_s": predict(plan, hardware).total_s,
     }
 

@@ -37,6 +37,7 @@ from flexgen_triton.machine.measure import measure
 from flexgen_triton.memory.arena import Arena
 from flexgen_triton.memory.stripes import Folders
 from flexgen_triton.plan.hardware import Hardware
+from flexgen_triton.plan.placement import Tier
 from flexgen_triton.plan.schedule import Op
 from flexgen_triton.run.actions import Round
 from flexgen_triton.sequences.sequence import TokenSequence
@@ -298,7 +299,7 @@ def engine(case: Case, store: Path, hardware: Hardware | None = None) -> rows.Ro
             "makespan_s": timeline.makespan_s,
             "bound_s": timeline.bound_s,
             "lanes": lanes_json(timeline),
-            "planned_gpu_bytes": report.plans[0].device_bytes,
+            "planned_gpu_bytes": report.plans[0].footprint.total(Tier.GPU),
             "peak_gpu_bytes": torch.cuda.max_memory_allocated(),
         }
     rate = figures["total_tok_s"]

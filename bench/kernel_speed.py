@@ -25,14 +25,15 @@ from rows import Row, without_folders
 from torch import Tensor
 from triton.errors import TritonError
 
-from flexgen_triton.kernels import formats, quant
+from flexgen_triton.kernels import formats, quant, sizes
 from flexgen_triton.kernels.attention_decode import decode_attention, decode_attention_ref
 from flexgen_triton.kernels.attention_prefill import prefill_attention, prefill_attention_ref
 from flexgen_triton.kernels.attention_sparse import sparse_decode_attention
 from flexgen_triton.kernels.elementwise import append_kv, append_kv_ref, write_prompt_kv, write_prompt_kv_ref
-from flexgen_triton.kernels.formats import KVSegment, kv_width
+from flexgen_triton.kernels.formats import KVSegment
 from flexgen_triton.kernels.matmul_q4 import Workspace, matmul_q4, matmul_q4_ref
 from flexgen_triton.kernels.norm import layer_norm, layer_norm_ref
+from flexgen_triton.kernels.sizes import kv_width
 
 GROUP = 64
 PAGE_TOKENS = 64
@@ -194,10 +195,10 @@ def skipped(problem: Problem, reason: str) -> Row:
 @lru_cache(maxsize=1)  # one matrix is timed for all M before the next
 def _weight(rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Random codes and scales, about what a matrix of variance 1/K has, and the matrix they stand for."""
-    blocks, groups = -(-rows // formats.BLOCK_ROWS), -(-columns // GROUP)
-    shape = (blocks, groups * GROUP // 4, formats.BLOCK_ROWS)
+    blocks, groups = -(-rows // sizes.BLOCK_ROWS), -(-columns // GROUP)
+    shape = (blocks, groups * GROUP // 4, sizes.BLOCK_ROWS)
     codes = torch.randint(-(2**15), 2**15, shape, dtype=torch.int16, device=device)
-    scale = torch.rand(blocks, groups, formats.BLOCK_ROWS, device=device).add_(0.5) / (5 * columns**0.5)
+    scale = torch.rand(blocks, groups, sizes.BLOCK_ROWS, device=device).add_(0.5) / (5 * columns**0.5)
     scales = torch.stack((scale, -7.5 * scale), 2).half()
     return codes, scales, quant.dequantize_weight(codes, scales, rows, columns, dtype)
 
@@ -216,7 +217,7 @@ def _int4pack(x: Tensor, rows: int) -> Call | None:
 
 def weight_bytes(rows: int, columns: int) -> int:
     """P16's codes and scales, whole blocks."""
-    padded, groups = -(-rows // formats.BLOCK_ROWS) * formats.BLOCK_ROWS, -(-columns // GROUP)
+    padded, groups = -(-rows // sizes.BLOCK_ROWS) * sizes.BLOCK_ROWS, -(-columns // GROUP)
     return padded * groups * (GROUP // 2 + 4)
 
 

@@ -28,6 +28,7 @@ from rows import ROOT, Row, make_header, results_path, without_folders, write_re
 sys.path.insert(0, str(ROOT))
 
 from flexgen_triton.plan.hardware import Hardware, median_of
+from flexgen_triton.plan.placement import Tier
 from flexgen_triton.plan.policy import CompressionConfig, Policy
 
 WITHIN = 0.15  # of the measured time a prediction should be
@@ -195,7 +196,7 @@ def work(job_file: Path, out: Path) -> None:
         needs = [{tier.value: nbytes for tier, nbytes in need(plan).items()} for plan in plans]
         figures |= {
             "need": {tier: max(n[tier] for n in needs) for tier in needs[0]},
-            "planned_gpu_bytes": max(p.device_bytes for p in plans) if llm.engine.host_is_apart else 0,
+            "planned_gpu_bytes": max(p.footprint.total(Tier.GPU) for p in plans) if llm.engine.host_is_apart else 0,
         }
     del figures["outputs"]
     out.write_text(json.dumps(figures))

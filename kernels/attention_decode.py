@@ -34,7 +34,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .chips import Chip, chip_of
-from .formats import KVSegment, dequantize_kv, kv_width
+from .formats import KVSegment, dequantize_kv
+from .sizes import MAX_SPLITS, MIN_SPLIT_TOKENS, WARPS_PER_SM, kv_width
 from .unpack import unpack
 
 MASKED = tl.constexpr(-1e30)  # finite: the difference of two masked scores is a number
@@ -43,9 +44,6 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 TILE = 4096  # K elements, see above
 NUM_STAGES = 2  # one tile under way while one is used; the 16 programs of a multiprocessor cover the rest
-WARPS_PER_SM = 16  # programs an H200's multiprocessor holds at 128 registers a thread
-MIN_SPLIT_TOKENS = 128  # a split costs its partial result, about as many bytes as 4 tokens' K and V in P16
-MAX_SPLITS = 64
 MERGE_CONSTANTS = {"BLOCK_S": 16, "num_warps": 1}  # partial results at a time
 
 

@@ -21,8 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .formats import KV_GROUP, LEVELS, SMALLEST_SCALE, kv_width, quantize_kv
+from .formats import LEVELS, SMALLEST_SCALE, quantize_kv
 from .packed import slots
+from .sizes import KV_GROUP, kv_width
 
 _GROUP = tl.constexpr(KV_GROUP)
 _LEVELS = tl.constexpr(LEVELS)

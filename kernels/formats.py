@@ -24,9 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK_ROWS = 256
-WEIGHT_GROUPS = (32, 64, 128)
-KV_GROUP = 64
+from .sizes import BLOCK_ROWS, KV_GROUP, kv_width
+
 LEVELS = 15
 SMALLEST_SCALE = 2.0**-24  # of fp16's numbers: a constant group keeps its value in the minimum
 WHOLE = (1.0,)
@@ -45,11 +44,6 @@ class KVSegment(NamedTuple):
     k: tuple[Tensor, ...]
     v: tuple[Tensor, ...]
     lens: Tensor
-
-
-def kv_width(head_dim: int) -> int:
-    """Codes of one head's K or V: the head dimension padded to a power of two of at least 64."""
-    return max(KV_GROUP, 1 << (head_dim - 1).bit_length())
 
 
 def quantize_groups(

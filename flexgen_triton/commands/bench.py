@@ -17,6 +17,7 @@ from xxhash import xxh64_hexdigest
 
 from .. import demo
 from ..arguments import as_device
+from ..kernels.sizes import KV_GROUP
 from ..llm import AUTO, LLM, Prompt
 from ..machine.auto import predict_run
 from ..machine.measure import cached_profile
@@ -26,8 +27,9 @@ from ..memory.stripes import Folders
 from ..models.locate import DEMO, choose_dtype, find_sizes
 from ..models.opt import model_spec
 from ..plan.hardware import Hardware, load_profile
+from ..plan.placement import Tier
 from ..plan.plan import Plan, make_plan
-from ..plan.policy import CACHE_GROUP, CompressionConfig, Policy
+from ..plan.policy import CompressionConfig, Policy
 from ..plan.search import Searched, modest, search
 from ..plan.spec import Workload, stored_as
 from ..run.trace import write_chrome_trace
@@ -79,7 +81,8 @@ def measure(
     timeline, plans = report.timeline, report.plans
     lens = [len(o.prompt_token_ids) for o in outputs]
     placement = figures.placed(plans)
-    largest = max(plans, key=lambda p: p.device_bytes + p.host_bytes)
+    needs = [(p.footprint.total(Tier.GPU), p.footprint.total(Tier.HOST)) for p in plans]
+    on_device, on_host = max(needs, key=sum)
     return {
         "model": llm.spec.name,
         "dtype": llm.spec.dtype,
@@ -92,8 +95,8 @@ def measure(
         **figures.timing(report, prompt_tokens=sum(lens), num_prompts=len(prompts), gen_len=gen_len),
         "peak_gpu_bytes": peak_allocated_bytes(llm.engine.device) if on_gpu else 0,
         "peak_host_bytes": peak_rss(),
-        "planned_host_bytes": base + largest.host_bytes + (0 if on_gpu else largest.device_bytes),
-        "pinned_bytes": largest.host_bytes if on_gpu else 0,
+        "planned_host_bytes": base + on_host + (0 if on_gpu else on_device),
+        "pinned_bytes": on_host if on_gpu else 0,
         "model_bytes": llm.engine.spec.weight_bytes,
         "cache_bytes": sum(placement["cache"].values()),
         "hidden_bytes": sum(placement["activations"].values()),
@@ -188,7 +191,7 @@ def log_name(model: str, policy: Policy, *, prompt_len: int, gen_len: int) -> st
 
 def _format_marks(config: CompressionConfig, dim: int) -> Iterator[str]:
     """Name each setting of a 4-bit format that is not the default."""
-    if config.group_size != CACHE_GROUP:
+    if config.group_size != KV_GROUP:
         yield f"group{config.group_size}"
     if config.group_dim != dim:
         yield f"dim{config.group_dim}"

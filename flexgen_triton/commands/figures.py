@@ -13,7 +13,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..plan.fit import need
+from ..plan.footprint import KINDS, WORKSPACE
 from ..plan.hardware import GIB, Hardware
+from ..plan.placement import Tier
 from ..plan.plan import Plan
 from ..plan.policy import Policy
 from ..plan.predict import Prediction, predict
@@ -85,7 +87,7 @@ def formats_text(plan: Plan) -> str:
 
 
 def print_plan(console: Console, plan: Plan) -> None:
-    """Print how many bytes go on which tier; nothing is touched yet."""
+    """Print what goes where, before anything is touched: the memory to set aside, which adds up to its peak."""
     policy, workload = plan.policy, plan.workload
     console.print(
         f"[bold]{escape(plan.model.name)}[/] {plan.model.dtype}, {len(plan.layers)} layers, "
@@ -93,14 +95,9 @@ def print_plan(console: Console, plan: Plan) -> None:
         f"percent {percent_text(plan)}, {workload.steps} token steps{formats_text(plan)}"
     )
     table = Table("GiB", "GPU", "host", "disk", title="plan")
-    for kind, by_tier in plan.placement.items():
-        table.add_row(kind, *(f"{by_tier[t] / GIB:.3f}" for t in ("gpu", "host", "disk")))
-    staging = plan.rings["stage_in"] + plan.rings["stage_out"]
-    rings = sum(plan.rings.values()) - staging
-    table.add_row("rings", f"{rings / GIB:.3f}", f"{staging / GIB:.3f}", "")
-    table.add_row("workspace", f"{plan.workspace_bytes / GIB:.3f}", "", "")
-    on_disk = sum(plan.placement[kind]["disk"] for kind in plan.placement)
-    table.add_row("peak", f"{plan.device_bytes / GIB:.3f}", f"{plan.host_bytes / GIB:.3f}", f"{on_disk / GIB:.3f}")
+    for kind in KINDS:
+        table.add_row(kind, *(f"{plan.footprint.of(kind, tier) / GIB:.3f}" for tier in Tier))
+    table.add_row("peak", *(f"{plan.footprint.total(tier) / GIB:.3f}" for tier in Tier))
     print_table(console, table)
 
 
@@ -136,10 +133,11 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "cache_bytes": sum(placement["cache"].values()),
         "hidden_bytes": sum(placement["activations"].values()),
         "placement": placement,
-        "rings": dict(plan.rings),
-        "workspace_bytes": plan.workspace_bytes,
-        "device_bytes": plan.device_bytes,
-        "host_bytes": plan.host_bytes,
+        "footprint": {kind: {t.value: plan.footprint.of(kind, t) for t in Tier} for kind in KINDS},
+        "rings": dict(plan.footprint.rings),
+        "workspace_bytes": plan.footprint.of(WORKSPACE, Tier.GPU),
+        "device_bytes": plan.footprint.total(Tier.GPU),
+        "host_bytes": plan.footprint.total(Tier.HOST),
         "need": {tier.value: nbytes for tier, nbytes in need(plan).items()},
     }
 

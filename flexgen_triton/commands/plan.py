@@ -23,6 +23,7 @@ from ..memory.stripes import Folders
 from ..models.locate import DUMMY, ModelSource, choose_dtype, find_local, find_sizes, hub_name, read_config
 from ..models.opt import ModelError, config_by_name, model_spec
 from ..plan.fit import fits, need
+from ..plan.footprint import ACTIVATIONS, CACHE, WEIGHTS
 from ..plan.hardware import GIB, Hardware, profile_names
 from ..plan.placement import Tier
 from ..plan.plan import Plan
@@ -89,15 +90,12 @@ def memory(plan: Plan, searched: Searched) -> dict[str, dict[str, float]]:
     found = {}
     for tier, free in available(searched.hardware, searched.problem).items():
         tiers = (tier,) if plan.host_is_apart or tier is Tier.DISK else (Tier.GPU, Tier.HOST)
-        weights = store.get(tier) or sum(plan.placement["weights"][t.value] for t in tiers)
-        activations = sum(plan.placement["activations"][t.value] for t in tiers)
-        homes = sum(plan.homes[t] for t in tiers)
+        kept = {kind: sum(plan.footprint.of(kind, t) for t in tiers) for kind in (WEIGHTS, CACHE, ACTIVATIONS)}
+        kept[WEIGHTS] = store.get(tier, kept[WEIGHTS])
         needs = need(plan)[tier] + store.get(tier, 0)
         found[tier.value] = {
-            "weights": float(weights),
-            "cache": float(homes - activations),
-            "activations": float(activations),
-            "other": float(needs - weights - homes),
+            **{kind: float(nbytes) for kind, nbytes in kept.items()},
+            "other": float(needs - sum(kept.values())),
             "need": float(needs),
             "available": free + store.get(tier, 0),
         }
@@ -243,7 +241,7 @@ def _policies(searched: Searched, told: list[Choice]) -> Table:
 
 
 def _shares(policy: Policy, kind: str, *, host_is_apart: bool) -> str:
-    gpu, cpu, disk = (getattr(policy, f"{kind}_{tier}_percent") for tier in TIERS)
+    gpu, cpu, disk = (getattr(policy, f"{kind}_{tier}_percent") for tier in ("gpu", "cpu", "disk"))
     return f"{gpu:g}/{cpu:g}/{disk:g}" if host_is_apart else f"{gpu + cpu:g}/{disk:g}"
 
 

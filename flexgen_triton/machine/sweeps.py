@@ -18,6 +18,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from ..kernels.sizes import BLOCK_ROWS
 from ..memory.arena import Arena, host_available
 from ..memory.cache import Fields, Segment
 from ..memory.device import current_stream, gpu_capability, gpu_memory, synchronize
@@ -31,7 +32,7 @@ from ..plan.hardware import Curve
 from ..plan.layout import CacheLayout, cache_fields, page_tokens_for
 from ..plan.plan import Plan, make_plan
 from ..plan.policy import Policy
-from ..plan.spec import BLOCK_ROWS, DTYPE_BYTES, ModelSpec, Workload
+from ..plan.spec import DTYPE_BYTES, ModelSpec, Workload
 
 CPU = torch.device("cpu")
 MIB = 1 << 20

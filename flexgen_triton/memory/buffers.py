@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..plan.footprint import RING_TIERS
 from ..plan.placement import Tier
-from ..plan.plan import HOST_RINGS, Plan
+from ..plan.plan import Plan
 from ..plan.schedule import Slot
 from .arena import Arena
 from .scratch import Scratch, Uploads
@@ -30,7 +31,7 @@ class Sizes:
 
     @classmethod
     def of(cls, plan: Plan) -> Sizes:
-        return cls(plan.rings, plan.homes, plan.temporaries)
+        return cls(plan.footprint.rings, plan.footprint.homes, plan.footprint.temporaries)
 
     def __or__(self, other: Sizes) -> Sizes:
         """Enough for both."""
@@ -60,14 +61,14 @@ class Buffers:
     def __init__(self, sizes: Sizes, *, device: torch.device, folders: Folders) -> None:
         self.device, self.sizes = device, sizes
         rings, homes = sizes.rings, sizes.homes
-        on_host = sum(rings[n] for n in HOST_RINGS)
+        on_host = sum(size for name, size in rings.items() if RING_TIERS[name] is Tier.HOST)
         pin = device.type == "cuda"
         self.gpu = Arena("gpu homes", homes[Tier.GPU], device)
         self.host = Arena("host homes", homes[Tier.HOST], torch.device("cpu"), pin=pin)
         self._device_rings = Arena("device rings", sum(rings.values()) - on_host, device)
         self._host_rings = Arena("host rings", on_host, torch.device("cpu"), pin=pin)
         self._rings = {
-            name: (self._host_rings if name in HOST_RINGS else self._device_rings).take(size)
+            name: (self._host_rings if RING_TIERS[name] is Tier.HOST else self._device_rings).take(size)
             for name, size in rings.items()
         }
         need = sizes.temporaries

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..plan.placement import LayerPlacement, Run, Segment, Share
-from ..plan.plan import Part, Plan
+from ..plan.plan import Plan
+from ..plan.traffic import Part
 from .arena import Arena
 from .device import current_stream
 from .disk import DiskQueue

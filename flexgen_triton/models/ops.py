@@ -22,12 +22,12 @@ from torch import Tensor
 
 from ..kernels.formats import SEARCHED, KVSegment, quantize_kv
 from ..kernels.formats import quantize_weight as quantize
+from ..kernels.sizes import BLOCK_ROWS, widened_rows
 from ..memory.cache import Fields, PromptTarget, Segment, TokenTarget
 from ..memory.device import current_stream
 from ..memory.scratch import Scratch
 from ..plan.layout import Field
-from ..plan.spec import BLOCK_ROWS, ModelSpec
-from ..plan.workspace import WIDEN_BYTES
+from ..plan.spec import ModelSpec
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # in place
     "relu": torch.relu_,
@@ -278,7 +278,7 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> No
 
 def _widened_product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, scratch: Scratch) -> None:
     """x [M, K] fp32, weight [N, K] 16-bit: a panel of rows at a time, its product in a dense buffer of its own."""
-    size = min(max(1, WIDEN_BYTES // (4 * weight.shape[1])), len(weight))
+    size = min(widened_rows(weight.shape[1]), len(weight))
     panel = scratch.panel(size * weight.shape[1])
     buffer = scratch.take(len(x) * size, dtype=torch.float32)
     for low in range(0, len(weight), size):

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from itertools import product
 
+from .footprint import WEIGHTS
 from .hardware import GIB
 from .placement import Tier
 from .plan import Plan, make_plan
@@ -18,9 +19,11 @@ SHARES = tuple(f"{kind}_{at}_percent" for kind in ("w", "cache", "act") for at i
 
 def need(plan: Plan) -> dict[Tier, int]:
     """Peak bytes of each tier; of the disk without the weights' store. In place, all memory counts as the host's."""
-    if plan.host_is_apart:
-        return {Tier.GPU: plan.device_bytes, Tier.HOST: plan.host_bytes, Tier.DISK: plan.scratch_bytes}
-    return {Tier.HOST: plan.device_bytes + plan.host_bytes, Tier.DISK: plan.scratch_bytes}
+    f = plan.footprint
+    memory = {Tier.GPU: f.total(Tier.GPU), Tier.HOST: f.total(Tier.HOST)}
+    if not plan.host_is_apart:
+        memory = {Tier.HOST: sum(memory.values())}
+    return memory | {Tier.DISK: f.scratch_bytes}
 
 
 def fits(plan: Plan, available: Mapping[Tier, float]) -> bool:
@@ -37,14 +40,11 @@ def check(plan: Plan, available: Mapping[Tier, float]) -> None:
 
 
 def _shortage(plan: Plan, tier: Tier, have: float) -> str:
+    f = plan.footprint
     if tier is Tier.DISK:
-        return f"the disk needs {amount(plan.scratch_bytes)} for cache and activations, has {amount(have)}"
-    weights = sum(p.gpu.nbytes for p in (*plan.placements, plan.tables))
-    homes = plan.homes[Tier.GPU]
-    if tier is Tier.HOST:
-        on_host = sum(p.host.nbytes for p in (*plan.placements, plan.tables))
-        on_it = plan.homes[tier]
-        weights, homes = (on_host, on_it) if plan.host_is_apart else (weights + on_host, homes + on_it)
+        return f"the disk needs {amount(f.scratch_bytes)} for cache and activations, has {amount(have)}"
+    tiers = (tier,) if plan.host_is_apart else (Tier.GPU, Tier.HOST)
+    weights, homes = sum(f.of(WEIGHTS, t) for t in tiers), sum(f.homes[t] for t in tiers)
     total = need(plan)[tier]
     name = "GPU" if tier is Tier.GPU else "the host"
     return (

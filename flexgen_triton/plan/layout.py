@@ -16,9 +16,9 @@ from itertools import accumulate, groupby, pairwise
 from operator import itemgetter
 from typing import NamedTuple
 
+from ..kernels.sizes import CODES_PER_WORD, KV_GROUP, kv_width
 from .placement import ALIGN, Tier
-from .policy import CACHE_GROUP
-from .spec import CODES_PER_WORD, STORED_BYTES, Batch, ModelSpec, cached
+from .spec import STORED_BYTES, Batch, ModelSpec, cached
 
 PAGE_TOKENS = (64, 32, 16, 8)
 NO_SHARE = 1e-9  # what is left of 100 % after rounding
@@ -138,17 +138,12 @@ class Field:
         return self.width * STORED_BYTES[self.dtype]
 
 
-def kv_width(head_dim: int) -> int:
-    """Numbers of a head as a 4-bit cache holds them: a power of two, in whole groups."""
-    return max(CACHE_GROUP, 1 << (head_dim - 1).bit_length())
-
-
 def cache_fields(spec: ModelSpec, *, is_4bit: bool) -> tuple[Field, ...]:
     """A head's K or V: as computed, or in 4 bits, padded, with scale and minimum of every 64."""
     if not is_4bit:
         return (Field(spec.dtype, spec.head_dim),)
     width = kv_width(spec.head_dim)
-    return Field("int16", width // CODES_PER_WORD), Field("float16", 2 * width // CACHE_GROUP)
+    return Field("int16", width // CODES_PER_WORD), Field("float16", 2 * width // KV_GROUP)
 
 
 @dataclass(frozen=True, slots=True)

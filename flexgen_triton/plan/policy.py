@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-WEIGHT_GROUPS = (32, 64, 128)
-CACHE_GROUP = 64
+from ..kernels.sizes import KV_GROUP, WEIGHT_GROUPS
+
 LOSSY = ("4bit", "4bit-cache", "sparse")  # what changes the output, by the names that allow it
 
 
@@ -83,7 +83,7 @@ class Policy:
         if self.compress_weight:
             _check_format("comp_weight_config", self.comp_weight_config, WEIGHT_GROUPS, (0, 1))
         if self.compress_cache:
-            _check_format("comp_cache_config", self.comp_cache_config, (CACHE_GROUP,), (2,))
+            _check_format("comp_cache_config", self.comp_cache_config, (KV_GROUP,), (2,))
 
     @property
     def weight_group(self) -> int | None:

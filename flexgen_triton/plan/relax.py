@@ -17,6 +17,7 @@ from scipy.optimize import linprog
 
 from .cost import seconds
 from .fit import need
+from .footprint import STAGING
 from .generator import Generator
 from .hardware import GIB, Hardware
 from .placement import Tier
@@ -28,7 +29,7 @@ from .spec import ModelSpec, Workload
 KINDS = ("w", "cache", "act")
 SHORT = 2  # decoder layers of the model that coefficients are taken from; all are alike
 SHORT_STEPS = 4
-STAGE, STAGING = "stage", ("stage_in", "stage_out")
+STAGE = "stage"
 TIE = 1e-3  # weight of all lanes' loads beside the busiest one's: between equals, move less
 
 Amounts = dict[tuple[str, str], float]  # (phase, lane) -> seconds; ("need", tier) and ("stage", ring) -> bytes
@@ -194,7 +195,7 @@ def with_shares(policy: Policy, shares: Mapping[tuple[str, Place], float]) -> Po
 def _needs(plan: Plan) -> Amounts:
     """Bytes of each tier, the staging rings apart: they are shared by weights, cache and activations."""
     found = {("need", tier.value): float(nbytes) for tier, nbytes in need(plan).items()}
-    staging = {(STAGE, ring): float(plan.rings[ring]) for ring in STAGING}
+    staging = {(STAGE, ring): float(plan.footprint.rings[ring]) for ring in STAGING}
     found["need", Tier.HOST.value] -= sum(staging.values())
     return found | staging
 

@@ -9,14 +9,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
+from ..kernels.sizes import BLOCK_ROWS, CODES_PER_WORD
 from .policy import Policy
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 STORED_BYTES = DTYPE_BYTES | {"int16": 2}  # four 4-bit codes to an int16
 
 # The 4-bit format of a matrix [N, K] (kernels/formats.py): blocks of 256 rows, groups along K
-BLOCK_ROWS = 256
-CODES_PER_WORD = 4
 
 
 @dataclass(frozen=True, slots=True)

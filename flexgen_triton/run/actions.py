@@ -23,7 +23,7 @@ from ..plan.layout import Group
 from ..plan.plan import Plan
 from ..plan.schedule import Op, Slot
 from ..plan.spec import ModuleSpec
-from ..plan.workspace import SCORED_ROWS
+from ..plan.temporaries import SCORED_ROWS
 from ..sequences.sampler import Sampler
 from ..sequences.scorer import PromptScorer
 from ..sequences.sequence import NOT_FINITE, TokenSequence

@@ -27,9 +27,10 @@ from ..models import ops
 from ..models.diagnosis import diagnose
 from ..models.opt import OPT
 from ..plan import fit
+from ..plan.footprint import LIBRARY_BYTES, WORKSPACE
 from ..plan.link import Span
 from ..plan.placement import Tier
-from ..plan.plan import LIBRARY_BYTES, Plan, make_plan
+from ..plan.plan import Plan, make_plan
 from ..plan.policy import Policy, PolicyError
 from ..plan.spec import Batch, ModelSpec, Workload
 from ..sequences.batching import Batches, Pool, divide, make_batches, workload
@@ -332,7 +333,7 @@ class Engine:
                 break
         else:
             fit.check(plan, self._remaining())
-        run.take(self._buffers(Sizes.of(plan)), plan.workspace_bytes)
+        run.take(self._buffers(Sizes.of(plan)), plan.footprint.of(WORKSPACE, Tier.GPU))
         return plan, batches
 
     def _buffers(self, sizes: Sizes) -> Buffers:

@@ -18,7 +18,8 @@ from numba import prange, types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from ..formats import KV_GROUP, LEVELS, SMALLEST_SCALE, kv_width
+from ..formats import LEVELS, SMALLEST_SCALE
+from ..sizes import KV_GROUP, kv_width
 from .jit import compiled, compiled_parallel, flat, launch, nearest, part, vectorize_apart, widen
 
 _ZERO, _LEVELS, _SMALLEST, _INFINITY = (np.float32(x) for x in (0, LEVELS, SMALLEST_SCALE, np.inf))

@@ -24,7 +24,18 @@ from numba import get_thread_id, prange, types
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
-from ..formats import KV_GROUP, KVSegment, kv_width
+from ..formats import KVSegment
+from ..sizes import (
+    CHUNK,
+    KV_GROUP,
+    cpu_decode_bytes,
+    cpu_sparse_bytes,
+    decode_scratch,
+    fp32_bytes,
+    kv_width,
+    line_aligned,
+    sparse_scratch,
+)
 from .jit import compiled, compiled_parallel, flat, launch, nearest, num_threads, part, prefetch, vectorize_apart, widen
 from .lanes import (
     EXP2_SERIES,
@@ -46,7 +57,6 @@ from .lanes import (
     tabulate,
 )
 
-CHUNK = 32  # tokens between two looks at the softmax's state
 AHEAD = 8  # rows of V that are on their way while one is added
 LOG2E = math.log2(math.e)
 LOWEST = np.float32(-3e38)
@@ -650,17 +660,13 @@ def _gather_kernel(scratch, v, offsets, scores, lse, picks, num_picks, starts, l
 
 
 def decode_workspace_bytes(num_seqs: int, num_heads: int, head_dim: int) -> int:
-    """Bytes of workspace with which `decode_attention` allocates no more, whatever the cache's format and heads."""
-    rows, width = num_seqs * num_heads, kv_width(head_dim)
-    return _bytes(rows * width, rows * width, rows, rows, num_threads() * _decode_scratch(width, num_heads))
+    """Bytes of workspace with which `decode_attention` allocates no more, on as many threads as there are here."""
+    return cpu_decode_bytes(num_seqs, num_heads, head_dim, num_threads())
 
 
 def sparse_workspace_bytes(num_seqs: int, num_heads: int, head_dim: int, max_tokens: int, max_keep: int) -> int:
-    """The same of `sparse_decode_attention` over at most `max_tokens` of a sequence, `max_keep` the largest of keep."""
-    rows, width = num_seqs * num_heads, kv_width(head_dim)
-    picks = rows * min(max_tokens, max_keep + 1)
-    scratch = num_threads() * _sparse_scratch(width, max_tokens)
-    return _bytes(num_seqs, rows * width, rows * width, rows * max_tokens, picks, rows, rows, scratch)
+    """Return the same of `sparse_decode_attention`, as `cpu_sparse_bytes`."""
+    return cpu_sparse_bytes(num_seqs, num_heads, head_dim, max_tokens, max_keep, num_threads())
 
 
 def decode_attention(
@@ -703,7 +709,7 @@ def _attend(
     """Attend for every query head, [B * H]: the result, the highest score, the sum of weights; and scratch."""
     num_seqs, num_heads, dim = q.shape
     rows, width = num_seqs * num_heads, _width(segments, dim)
-    threads, size = num_threads(), _decode_scratch(width, num_heads)
+    threads, size = num_threads(), decode_scratch(width, num_heads)
     query, acc, best, total, scratch = _cut(workspace, rows * width, rows * width, rows, rows, threads * size)
     _pad_query(q, query.view(rows, width))
     factor = np.float32((dim**-0.5 if scale is None else scale) * LOG2E)
@@ -738,7 +744,7 @@ def sparse_decode_attention(
     num_seqs, num_heads, dim = q.shape
     rows, width = num_seqs * num_heads, _width(segments, dim)
     (counts,) = _cut(workspace, num_seqs)
-    workspace = None if workspace is None else workspace[_aligned(num_seqs) :]
+    workspace = None if workspace is None else workspace[line_aligned(num_seqs) :]
     counted, keeps = counts.view(torch.int32).numpy(), keep.to(torch.int32).contiguous().numpy()
     for _ in _starting(segments, counted):
         pass
@@ -746,7 +752,7 @@ def sparse_decode_attention(
     if not longest:
         return torch.zeros_like(q) if out is None else out.zero_()
     most = min(longest, max(0, int(keeps.max())) + 1)
-    threads, size = num_threads(), _sparse_scratch(width, longest)
+    threads, size = num_threads(), sparse_scratch(width, longest)
     sizes = rows * width, rows * width, rows * longest, rows * most, rows, rows, threads * size
     query, acc, scores, picks, num_picks, lse, scratch = _cut(workspace, *sizes)
     _scale_query(q, scale, query.view(rows, width))
@@ -774,31 +780,13 @@ def _starting(segments: Sequence[KVSegment], counted: np.ndarray) -> Iterator[KV
         counted += segment.lens.numpy()
 
 
-def _decode_scratch(width: int, num_heads: int) -> int:
-    """Numbers of a thread's scratch: tokens widened, their tables, a chunk's weights of heads that share K and V."""
-    return CHUNK * (2 * width + num_heads)
-
-
-def _sparse_scratch(width: int, longest: int) -> int:
-    """Numbers of a thread's scratch: tokens widened and their tables, or keys of a head's scores; whole lines."""
-    return _aligned(max(CHUNK * 2 * width, longest))
-
-
-def _aligned(size: int) -> int:
-    return -(-size // LANES) * LANES
-
-
-def _bytes(*sizes: int) -> int:
-    return 4 * sum(map(_aligned, sizes))
-
-
 def _cut(workspace: Tensor | None, *sizes: int) -> Sequence[Tensor]:
     """Vectors of these sizes, one behind the other in the workspace, each at a cache line if the workspace is."""
     if workspace is None:
-        workspace = torch.empty(_bytes(*sizes) // 4)
+        workspace = torch.empty(fp32_bytes(*sizes) // 4)
     assert workspace.dtype == torch.float32 and workspace.is_contiguous() and workspace.dim() == 1, workspace.shape
-    assert workspace.nbytes >= _bytes(*sizes), (workspace.nbytes, sizes)
-    room = workspace[: _bytes(*sizes) // 4].split([_aligned(size) for size in sizes])
+    assert workspace.nbytes >= fp32_bytes(*sizes), (workspace.nbytes, sizes)
+    room = workspace[: fp32_bytes(*sizes) // 4].split([line_aligned(size) for size in sizes])
     return [vector[:size] for vector, size in zip(room, sizes, strict=True)]
 
 

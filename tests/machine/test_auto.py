@@ -63,7 +63,7 @@ def test_a_small_device_is_filled_and_the_rest_offloaded(tiny, tmp_path):
         assert [o.outputs[0].token_ids for o in outputs] == [t[:5] for t in tiny.tokens]
         assert llm.policy.w_gpu_percent < 100
         plan = llm.last_report.plans[0]
-        assert plan.device_bytes <= 1700 * KIB
+        assert plan.footprint.total(Tier.GPU) <= 1700 * KIB
 
 
 def test_other_prompts_get_another_policy_where_the_present_one_does_not_fit(tiny, tmp_path):

@@ -51,9 +51,9 @@ def test_of_the_hosts_sequences_only_k_travels(is_4bit):
 @FORMATS
 def test_the_ring_holds_only_what_travels(is_4bit):
     sparse, dense = (plan_of(HOST, s, is_4bit=is_4bit) for s in (0.1, 1.0))
-    assert dense.rings["cache"] == 2 * sparse.rings["cache"] > 0
-    others = [name for name in dense.rings if name != "cache"]
-    assert [dense.rings[name] for name in others] == [sparse.rings[name] for name in others]
+    assert dense.footprint.rings["cache"] == 2 * sparse.footprint.rings["cache"] > 0
+    others = [name for name in dense.footprint.rings if name != "cache"]
+    assert [dense.footprint.rings[name] for name in others] == [sparse.footprint.rings[name] for name in others]
 
 
 @FORMATS

@@ -18,9 +18,9 @@ from flexgen_triton import LLM, Policy, SamplingParams
 from flexgen_triton.machine.auto import MEASURING_BYTES
 from flexgen_triton.memory.arena import rss
 from flexgen_triton.plan.fit import need
+from flexgen_triton.plan.footprint import LIBRARY_BYTES
 from flexgen_triton.plan.hardware import GIB
 from flexgen_triton.plan.placement import Tier
-from flexgen_triton.plan.plan import LIBRARY_BYTES
 from flexgen_triton.plan.policy import PolicyError
 
 MIB = 1 << 20
