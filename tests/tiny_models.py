@@ -1,4 +1,4 @@
-"""Tiny random OPT checkpoints, and what transformers generates from them one prompt at a time."""
+"""Tiny random checkpoints, and what transformers generates from them one prompt at a time."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel
 
 PROMPT_LENS = (33, 1, 17, 70, 5, 12, 9)
 NEW_TOKENS = 10
@@ -68,6 +68,11 @@ def make_tiny(path: Path, fields: dict[str, object]) -> Tiny:
     model.save_pretrained(path)
     generator = torch.Generator().manual_seed(3)
     prompts = [torch.randint(4, config.vocab_size, (n,), generator=generator).tolist() for n in PROMPT_LENS]
+    return Tiny(path, prompts, *answers(model, prompts))
+
+
+def answers(model: PreTrainedModel, prompts: list[list[int]]) -> tuple[list[list[int]], list[torch.Tensor]]:
+    """The greedy tokens of each prompt, and their logits [NEW_TOKENS, V]."""
     tokens, logits = [], []
     for prompt in prompts:
         ids = torch.tensor([prompt])
@@ -82,4 +87,4 @@ def make_tiny(path: Path, fields: dict[str, object]) -> Tiny:
         )
         tokens.append(out.sequences[0, len(prompt) :].tolist())
         logits.append(torch.cat(out.logits).float())
-    return Tiny(path, prompts, tokens, logits)
+    return tokens, logits
