@@ -36,6 +36,7 @@ from ..plan.spec import ModelSpec, Workload
 CPU = torch.device("cpu")
 MIB = 1 << 20
 PACKED = FourBit(64)
+ATTENTION_STAGES = 3  # projection, attention and its end; the probe's stage 0 is the embedding, its fifth the MLP
 TIMED_S = 1e-3  # shorter runs are timed several at once
 SLOWEST_S = 1.0  # larger sizes than the first that takes so long are left out
 
@@ -223,7 +224,7 @@ def prompt_attention(bench: Workbench, clock: Clock, budget_s: float) -> Curve:
 def _prompt_task(bench: Workbench, length: int, sequences: int) -> Task:
     qkv = bench.view(bench.half, length * sequences, 3, bench.heads, bench.hidden // bench.heads)
     q, k, v = qkv.unbind(1)
-    work = _one_batch(bench, bench.half, length, sequences).work(0, 1, 0)
+    work = _one_batch(bench, bench.half, length, sequences).work(0, 1, 0, ATTENTION_STAGES)
     return Task(length, work.prompt_flops, lambda: ops.prefill_attention(q, k, v, [length] * sequences))
 
 
@@ -288,7 +289,7 @@ def _passes_task(bench: Workbench, rows: int) -> Task:
     x, inner = bench.view(bench.half, rows, bench.hidden), bench.view(bench.half, rows, bench.ffn)
     norm = bench.view(bench.half, bench.hidden)
     plan = _one_batch(bench, bench.half, rows, 1)
-    nbytes = sum(plan.work(0, j, 0).hidden_bytes for j in (1, 2))
+    nbytes = plan.work(0, 1, 0, ATTENTION_STAGES).hidden_bytes + plan.work(0, 1 + ATTENTION_STAGES, 0).hidden_bytes
 
     def run() -> None:
         for _ in ("attention", "mlp"):

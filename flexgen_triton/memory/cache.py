@@ -12,7 +12,7 @@ few hundred bytes, and picking rows out of pages of 4096 would spare next to not
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate, groupby, pairwise
+from itertools import accumulate, groupby, pairwise, product
 from typing import NamedTuple
 
 import torch
@@ -24,7 +24,7 @@ from ..plan.schedule import Op
 from .buffers import Buffers
 from .disk import DiskQueue, Read, Readable, Write
 
-Home = tuple[int, int]  # layer, GPU batch
+Home = tuple[int, int]  # stage of attention, GPU batch
 Fields = tuple[Tensor, ...]  # of K and V, each [pages, n, 2, Hkv, tokens, width], or of one, without the 2
 
 
@@ -103,9 +103,12 @@ class Cache:
         # of what the host attends to, by GPU batch: token step; of each sequence position, valid tokens, kept ones
         sizes = [g.cache.attended.size for g in plan.groups]
         self._attended_at = [(0, torch.empty(3, n, dtype=torch.int32)) for n in sizes]
-        for j, layer in enumerate(plan.layers):
-            for k in range(len(plan.groups) if layer.has_cache else 0):
-                self._make_home((j, k))
+        for j, k in product(plan.cached_stages, range(len(plan.groups))):
+            self._make_home((j, k))
+
+    def _home(self, op: Op) -> Home:
+        """The key of the homes of an op's layer and GPU batch."""
+        return self._plan.attention_of(op.j), op.k
 
     def _make_home(self, home: Home) -> None:
         layout, k = self._layout, home[1]
@@ -193,7 +196,7 @@ class Cache:
 
     def read(self, op: Op, into: Tensor) -> int:
         """disk_in: the disk's full pages, dense, to the start of `into`; returns the bytes of them."""
-        at = self._offsets[op.j, op.k]
+        at = self._offsets[self._home(op)]
         ranges = list(self._layout.ranges(self._live(op.k, self._plan.groups[op.k].cache.disk, self._full(op))))
         self._disk.read([Read(self._file, at + low, into[low:high]) for low, high in ranges])
         return sum(high - low for low, high in ranges)
@@ -204,13 +207,13 @@ class Cache:
         Returns the bytes of them.
         """
         _, _, host, disk = self._plan.groups[op.k].cache
-        full, used, home = self._full(op), self._used(op), self._host[op.j, op.k]
+        full, used, home = self._full(op), self._used(op), self._host[self._home(op)]
         pages, opened, hosted = self._split(op, into, _most(full), _most(used), self._plan.host_halves)
         full, used = self._live(op.k, disk, full), self._live(op.k, host, used)
         nbytes = len(opened)
         if staged is not None:
             nbytes += self._copy_blocks(staged, pages, full)
-        opened.copy_(self._open[op.j, op.k][: len(opened)], non_blocking=True)
+        opened.copy_(self._open[self._home(op)][: len(opened)], non_blocking=True)
         copy = self._copy_blocks if self._plan.host_halves == 2 else self._copy_keys
         return nbytes + copy(home, hosted, used)
 
@@ -241,7 +244,7 @@ class Cache:
             self._store_token(op, out)
 
     def _store_prompt(self, op: Op, out: Tensor, staged: Tensor | None) -> None:
-        home = op.j, op.k
+        home = self._home(op)
         parts = self._prompt_parts(op, out)
         if staged is not None:
             self._copy_blocks(parts.pages, staged, parts.full)
@@ -268,8 +271,8 @@ class Cache:
         new = [field[0, ..., 0, :] for field in self._tokens(landed, size)]  # [n, 2, Hkv, width]
         opened = [n % self._layout.page_tokens for n in disk.cached(op.i)]
         for buffer, group, positions in (
-            (self._host[op.j, op.k], host, host.cached(op.i)),
-            (self._open[op.j, op.k], disk, opened),
+            (self._host[self._home(op)], host, host.cached(op.i)),
+            (self._open[self._home(op)], disk, opened),
         ):
             if group.size:
                 first = group.first - host.first
@@ -279,9 +282,9 @@ class Cache:
     def _store_filled(self, op: Op) -> None:
         """Copy newly full pages off the device: the host's sequences' to their place, the disk's to be written."""
         _, _, host, disk = self._plan.groups[op.k].cache
-        tails, half = self._tails[op.j, op.k].view(2, -1, self._layout.half), self._layout.half
-        home = self._host[op.j, op.k].view(-1, 2, max(host.size, 1), half)
-        opened = self._open[op.j, op.k].view(2, -1, half)
+        tails, half = self._tails[self._home(op)].view(2, -1, self._layout.half), self._layout.half
+        home = self._host[self._home(op)].view(-1, 2, max(host.size, 1), half)
+        opened = self._open[self._home(op)].view(2, -1, half)
         for group in (host, disk):
             at = group.first - host.first
             for page, first, n in self._filled(group, op.i):
@@ -299,7 +302,7 @@ class Cache:
 
     def write(self, op: Op, staged: Tensor | None) -> None:
         """disk_out: prefill's full pages from `staged`, or the open pages that this token step has filled."""
-        opened, at, layout = self._open[op.j, op.k], self._offsets[op.j, op.k], self._layout
+        opened, at, layout = self._open[self._home(op)], self._offsets[self._home(op)], self._layout
         disk = self._plan.groups[op.k].cache.disk
         if staged is not None:
             ranges = layout.ranges([layout.full(n) for n in disk.prompt_lens])
@@ -330,7 +333,7 @@ class Cache:
     def _prompt_places(self, op: Op, out: Tensor | None) -> Iterator[tuple[Group, Fields, list[int], list[int]]]:
         """Yield each group with a buffer, how many tokens of each sequence come before it, and how many go into it."""
         gpu, attended, host, disk = self._plan.groups[op.k].cache
-        home, layout = (op.j, op.k), self._layout
+        home, layout = self._home(op), self._layout
         full = [layout.full(n) for n in disk.prompt_lens]
         pages, opened, hosted, attends = self._gpu[home][:0], self._open[home], self._host[home], self._attended[home]
         if self._plan.host_is_apart and out is not None:
@@ -359,7 +362,7 @@ class Cache:
     def token_targets(self, op: Op, out: Tensor | None) -> list[TokenTarget]:
         """Places of a token step's new tokens, one of each sequence; `out` is the slot that is stored to the host."""
         gpu, _, host, disk = self._plan.groups[op.k].cache
-        home = (op.j, op.k)
+        home = self._home(op)
         opened = [n % self._layout.page_tokens for n in disk.cached(op.i)]
         places = [(gpu, self._gpu[home], gpu.cached(op.i))]
         if not self._plan.host_is_apart:
@@ -383,13 +386,13 @@ class Cache:
         _, _, host, disk = self._plan.groups[op.k].cache
         if self._plan.keeps_open:
             places = [n % self._layout.page_tokens for n in (*host.cached(op.i), *disk.cached(op.i))]
-            return self._pages(self._tails[op.j, op.k], len(places)), places
+            return self._pages(self._tails[self._home(op)], len(places)), places
         assert out is not None
         return self._tokens(out, host.size + disk.size), [0] * (host.size + disk.size)
 
     def attended(self, op: Op) -> Attended:
         """Input of the host's attention in a token step: the places of the new tokens, and the segments it reads."""
-        group, buffer = self._plan.groups[op.k].cache.attended, self._attended[op.j, op.k]
+        group, buffer = self._plan.groups[op.k].cache.attended, self._attended[self._home(op)]
         positions = group.cached(op.i)
         step, counts = self._attended_at[op.k]
         if step != op.i:
@@ -420,7 +423,7 @@ class Cache:
         counts = [n + 1 for n in self.cached(op, group)]
         lens = self._valid((op.i, op.k, group.first, 0), counts)
         pages = self._layout.pages(_most(counts))
-        return [_segment(self._pages(homes[op.j, op.k], group.size), lens, pages)]
+        return [_segment(self._pages(homes[self._home(op)], group.size), lens, pages)]
 
     def _in_place(self, op: Op, slot: Tensor | None) -> list[Segment]:
         """The disk's sequences where host memory is the device's: full pages from the ring, the open one at home."""
@@ -428,7 +431,7 @@ class Cache:
         if not group.size:
             return []
         lens = self._valid((op.i, op.k, group.first, 1), [n % tokens + 1 for n in group.cached(op.i)])
-        opened = _segment(self._pages(self._open[op.j, op.k], group.size), lens)
+        opened = _segment(self._pages(self._open[self._home(op)], group.size), lens)
         return [*self._full_segment(op, slot), opened]
 
     def _full_segment(self, op: Op, slot: Tensor | None) -> list[Segment]:
@@ -480,7 +483,7 @@ class Cache:
         size = len(lens)
         if self._plan.host_halves == 2:
             return _segment(self._pages(hosted, size), lens)
-        home = self._pages(self._host[op.j, op.k], size)
+        home = self._pages(self._host[self._home(op)], size)
         return Segment(self._keys(hosted, size), _half([field[:pages] for field in home], 1), lens)
 
 

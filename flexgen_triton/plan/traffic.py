@@ -23,8 +23,8 @@ from .layout import (
 )
 from .placement import Extent, LayerPlacement, Run, Tier, packed_layout, place_layer
 from .policy import Policy
-from .schedule import CacheTraffic, HiddenTraffic, SplitTraffic, WeightTraffic
-from .spec import Batch, LayerSpec, ModelSpec, Workload
+from .schedule import CacheTraffic, Handoff, HiddenTraffic, WeightTraffic
+from .spec import ATTEND, HEAD, Batch, Bundle, ModelSpec, Stage, Workload
 
 PART_BYTES = 64 << 20  # a streamed layer is cut at least this fine, so that disk and link overlap within it
 Extents = Mapping[str, Sequence[Extent]]  # by module
@@ -54,12 +54,12 @@ class BatchGroups:
 def _place(
     extents: Extents, model: ModelSpec, sep_layer: bool, cuts: tuple[float, float], align: int
 ) -> tuple[tuple[LayerPlacement, ...], LayerPlacement]:
-    """Divide every layer, and the embedding tables together, over the tiers."""
-    layers = model.layers(sep_layer)
-    gathered = {t.name for layer in layers for t in layer.tensors if t.gathered}
+    """Cut every bundle, and the embedding tables, into each tier's share."""
+    bundles = model.bundles(sep_layer)
+    gathered = {t.name for bundle in bundles for t in bundle.tensors if t.gathered}
     placements = tuple(
-        place_layer([e for m in layer.modules for e in extents[m.name] if e.tensor not in gathered], *cuts, align)
-        for layer in layers
+        place_layer([e for m in bundle.modules for e in extents[m.name] if e.tensor not in gathered], *cuts, align)
+        for bundle in bundles
     )
     return placements, place_layer([e for es in extents.values() for e in es if e.tensor in gathered], *cuts, align)
 
@@ -88,7 +88,13 @@ class Traffic:
     ) -> None:
         self.model, self.policy, self.workload = model, policy, workload
         self.host_is_apart, self.align = host_is_apart, align
-        self.layers: tuple[LayerSpec, ...] = model.layers(policy.sep_layer)
+        self.bundles: tuple[Bundle, ...] = model.bundles(policy.sep_layer)
+        self.stages = tuple(
+            Stage(stage, module, n)
+            for n, bundle in enumerate(self.bundles)
+            for module in bundle.modules
+            for stage in module.stages
+        )
         cuts = (policy.w_gpu_percent, policy.w_cpu_percent)
         place = _place_packed if extents is None else partial(_place, extents)
         self.placements: tuple[LayerPlacement, ...]
@@ -129,8 +135,8 @@ class Traffic:
             for disk, (low, high) in zip(placement.disk.parts(count, self.align), pairwise(bounds), strict=True)
         )
 
-    def weight_traffic(self, j: int) -> WeightTraffic:
-        parts, placement = self.parts[j], self.placements[j]
+    def weight_traffic(self, bundle: int) -> WeightTraffic:
+        parts, placement = self.parts[bundle], self.placements[bundle]
         host = placement.host.nbytes if self.host_is_apart else 0
         return WeightTraffic(
             tuple(p.disk_bytes for p in parts), tuple(p.host_bytes for p in parts), placement.disk.nbytes + host
@@ -203,14 +209,30 @@ class Traffic:
             write_slot=write_slot,
         )
 
-    def split_traffic(self, i: int, k: int) -> SplitTraffic:
-        """Bytes that move for attention of GPU batch k in a token step after the first, in any one layer."""
-        model, groups = self.model, self.groups[k].cache
-        size = self.workload.batches[k].size
-        result = model.num_heads * model.head_dim * model.itemsize  # of one sequence
-        projected = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim * model.itemsize
-        asked = groups.attended.size
-        return SplitTraffic(size * projected, asked * projected, asked * result, size * result, attends=asked < size)
+    @cached_property
+    def cached_stages(self) -> tuple[int, ...]:
+        """The stages that keep K and V."""
+        return tuple(j for j, stage in enumerate(self.stages) if stage.spec.state)
+
+    @cached_property
+    def _attentions(self) -> dict[int, int]:
+        stages = {id(self.stages[n].module): n for n in self.cached_stages}
+        return {j: stages[id(s.module)] for j, s in enumerate(self.stages) if id(s.module) in stages}
+
+    def attention_of(self, j: int) -> int:
+        """The stage of attention in the module of stage j."""
+        return self._attentions[j]
+
+    def handoff(self, j: int, k: int) -> Handoff:
+        """Bytes that projection or attention hands on for GPU batch k in decode, where they are computed apart."""
+        model = self.model
+        keys = 0 if self.stages[j].spec.kind == ATTEND else 2 * model.num_kv_heads
+        row = (model.num_heads + keys) * model.head_dim * model.itemsize
+        return Handoff(self.workload.batches[k].size * row, self.groups[k].cache.attended.size * row)
+
+    def device_attends(self, k: int) -> bool:
+        """True where the device attends to sequences of GPU batch k itself."""
+        return self.groups[k].cache.attended.size < self.workload.batches[k].size
 
     def cache_home_pages(self, k: int) -> int:
         return self.cache_layout.pages(self.workload.batches[k].max_len)
@@ -218,8 +240,8 @@ class Traffic:
     # Hidden states
 
     def _hidden_traffic(self, i: int, j: int, k: int) -> HiddenTraffic:
-        """Bytes that take layer j's result of GPU batch k to layer j+1; the head's parts hand theirs on in place."""
-        if self.layers[j].is_head:
+        """Bytes that stage j's result of GPU batch k moves to reach stage j + 1; the head's parts keep theirs."""
+        if self.stages[j].spec.kind == HEAD:
             return HiddenTraffic()
         row = self.model.hidden * self.model.itemsize
         _, host, disk = self.groups[k].hidden
@@ -227,9 +249,9 @@ class Traffic:
         return HiddenTraffic(on_host, pad(disk.tokens(i) * row))
 
     @property
-    def layers_in_use(self) -> int:
-        """Layers whose weights a row of the schedule uses: one, or those from one attention to the next."""
-        attentions = [j for j, layer in enumerate(self.layers) if layer.has_cache]
+    def bundles_in_use(self) -> int:
+        """Bundles whose weights a row of the schedule uses: one, or those from one attention to the next."""
+        attentions = [self.stages[j].bundle for j in self.cached_stages]
         return 1 + max((b - a for a, b in pairwise(attentions)), default=1) if self.host_attends else 1
 
     @cached_property
@@ -238,7 +260,7 @@ class Traffic:
         weights, cache, hidden = dict.fromkeys(Tier, 0), dict.fromkeys(Tier, 0), dict.fromkeys(Tier, 0)
         for tier in Tier:
             weights[tier] = sum(p.share(tier).useful for p in (*self.placements, self.tables))
-        attention_layers = sum(layer.has_cache for layer in self.layers)
+        attention_layers = len(self.cached_stages)
         for groups in self.groups:
             for g in groups.cache:
                 tokens = sum(p + n - 1 for p, n in zip(g.prompt_lens, g.asked, strict=True))

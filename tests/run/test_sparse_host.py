@@ -53,7 +53,8 @@ def filled(plan: Plan, folder: Path) -> Iterator[tuple[Cache, Buffers]]:
 
 
 def op_named(plan: Plan, name: str) -> Op:
-    return next(op for op in plan.generator if op.name == name and op.i == STEP and plan.program.has_cache[op.j])
+    attention = plan.cached_stages[0]
+    return next(op for op in plan.generator if op.name == name and op.i == STEP and op.j <= attention <= op.last)
 
 
 def load(plan: Plan, cache: Cache, buffers: Buffers) -> torch.Tensor:

@@ -47,7 +47,7 @@ def moved(plan: Plan) -> dict[str, int]:
 
 def useful(plan: Plan) -> dict[str, int]:
     """The same if every token's K and V moved by themselves: all cached ones at each step, each new one once."""
-    layers, token = sum(layer.has_cache for layer in plan.layers), plan.cache_layout.token_bytes
+    layers, token = len(plan.cached_stages), plan.cache_layout.token_bytes
     total = dict.fromkeys(CACHE_OPS, 0)
     for groups in plan.groups:
         for group in (groups.cache.host, groups.cache.disk):
