@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
-from ahead_of_time import Case, Compiled, compile_cases
+from ahead_of_time import Case, Compiled
 
 from flexgen_triton.kernels.chips import CHIPS
 from flexgen_triton.kernels.matmul_q4 import Tile, configurations, groups_per_step
@@ -95,9 +95,8 @@ SLOW = replace(SLOW, label="portable", constexprs={**SLOW.constexprs, "ASM": Fal
 
 
 @pytest.fixture(scope="module")
-def compiled() -> dict[str, Compiled]:
-    cases = [*PRODUCTS, *HELPERS, FAT, SLOW]
-    return dict(zip(map(str, cases), compile_cases(cases), strict=True))
+def compiled(compile_for) -> dict[str, Compiled]:
+    return compile_for([*PRODUCTS, *HELPERS], [FAT, SLOW])
 
 
 @pytest.mark.parametrize("case", PRODUCTS + HELPERS, ids=str)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from ahead_of_time import Case, Compiled, compile_cases
+from ahead_of_time import Case, Compiled
 
 from flexgen_triton.kernels.attention_prefill import shape_of
 from flexgen_triton.kernels.chips import CHIPS, Chip
@@ -115,8 +115,8 @@ CASES = list(cases())
 
 
 @pytest.fixture(scope="module")
-def compiled() -> dict[str, Compiled]:
-    return dict(zip(map(str, CASES), compile_cases(CASES), strict=True))
+def compiled(compile_for) -> dict[str, Compiled]:
+    return compile_for(CASES)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
