@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from grids import mark_slow
 from hypothesis import settings
 from tiny_models import MODELS, Tiny, make_tiny
 from transformers import OPTForCausalLM
@@ -29,9 +30,14 @@ if os.environ.get("CI"):
 EXAMPLES = int(os.environ.get("FLEXGEN_EXAMPLES", "1"))  # so many times as many of every property
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by marks and words
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if EXAMPLES == 1:
-        return
+    mark_slow(items)
+    if EXAMPLES > 1:
+        multiply_examples(items)
+
+
+def multiply_examples(items: list[pytest.Item]) -> None:
     tests = {t for item in items if (t := getattr(getattr(item, "obj", None), "__func__", getattr(item, "obj", None)))}
     for test in tests:
         own = getattr(test, "_hypothesis_internal_use_settings", None)  # hypothesis has no public name for it
