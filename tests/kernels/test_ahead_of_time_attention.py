@@ -146,11 +146,13 @@ def judge(case: Case, result: Compiled) -> list[str]:
     return wrong
 
 
+@pytest.mark.grid(cover=["case.kernel"])
 @pytest.mark.parametrize("case", SHIPPED, ids=str)
 def test_every_kernel_fits_its_chip(compiled, case):
     assert not judge(case, compiled[str(case)])
 
 
+@pytest.mark.grid(cover=["case.chip"])
 @pytest.mark.parametrize("case", COSTS, ids=str)
 def test_4_bit_decode_costs_few_instructions(compiled, case):
     result = compiled[str(case)]

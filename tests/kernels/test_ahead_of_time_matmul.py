@@ -99,6 +99,7 @@ def compiled(compile_for) -> dict[str, Compiled]:
     return compile_for([*PRODUCTS, *HELPERS], [FAT, SLOW])
 
 
+@pytest.mark.grid(cover=["case.kernel"])
 @pytest.mark.parametrize("case", PRODUCTS + HELPERS, ids=str)
 def test_no_spills_and_shared_memory_within_the_chip(case, compiled):
     code = compiled[str(case)]
@@ -106,12 +107,14 @@ def test_no_spills_and_shared_memory_within_the_chip(case, compiled):
     assert code.shared <= CHIPS[case.chip].shared_bytes
 
 
+@pytest.mark.grid(cover=["case.kernel"])
 @pytest.mark.parametrize("case", PRODUCTS, ids=str)
 def test_products_use_matrix_instructions(case, compiled):
     """In the loop; and what the chip's own table says of those without is so."""
     assert bool(compiled[str(case)].loop_matrix) == CHIPS[case.chip].has_mma
 
 
+@pytest.mark.grid(cover=["case.kernel"])
 @pytest.mark.parametrize(
     "case", [c for c in PRODUCTS if c.chip in COUNTED and c.constexprs["BLOCK_M"] == 16 and not c.unaligned], ids=str
 )

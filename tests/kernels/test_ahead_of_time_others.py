@@ -119,6 +119,7 @@ def compiled(compile_for) -> dict[str, Compiled]:
     return compile_for(CASES)
 
 
+@pytest.mark.grid(cover=["case.kernel"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_fits_its_chip(compiled, case):
     found = compiled[str(case)]
@@ -126,6 +127,7 @@ def test_fits_its_chip(compiled, case):
     assert found.shared <= CHIPS[case.chip].shared_bytes
 
 
+@pytest.mark.grid(cover=["case.kernel"])
 @pytest.mark.parametrize(
     "case", [case for case in CASES if case.label.startswith("prefill") and "fp32" not in case.label], ids=str
 )
