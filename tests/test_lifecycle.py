@@ -370,6 +370,7 @@ def test_a_run_is_asked_at_every_op_whether_to_go_on(tiny, tmp_path, streamed):
     assert threading.active_count() == before
 
 
+@pytest.mark.slow
 def test_a_hundred_engines_leave_no_threads_files_or_memory(tiny, tmp_path):
     def held() -> tuple[int, int, int]:
         gc.collect()

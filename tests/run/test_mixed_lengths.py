@@ -77,6 +77,7 @@ def check(mixed: Mixed, outputs: list[RequestOutput]) -> None:
             assert output.outputs[0].finish_reason == "stop"
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("overlap", [True, False], ids=["overlap", "sequential"])
 @pytest.mark.parametrize("num_gpu_batches", [1, 2, 3, 4])
 def test_tokens_are_transformers_tokens(mixed, tmp_path, num_gpu_batches, overlap):

@@ -20,6 +20,7 @@ def on_triton(monkeypatch):
     monkeypatch.setattr(ops, "uses_triton", lambda x: "HOST" not in threading.current_thread().name)
 
 
+@pytest.mark.grid(cover=[])
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_the_kernels_give_the_plain_models_tokens(tiny, tmp_path, fmt):
     check(replace(tiny, prompts=SHORT), make_policy((3, 1, *PERCENT), fmt), tmp_path, copies=True, new_tokens=3)
