@@ -26,6 +26,11 @@ MIB = 1 << 20
 TINY = model_spec(OPTConfig(256, 6, 4, 1024, vocab_size=2000, max_position_embeddings=512), "tiny", "float16")
 SLOW = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
+FEW_SIZES = {"gpu_batch_sizes": (1, 4, 32, 256), "gpu_batches": (1, 3, 12)}
+TRIED = pytest.mark.parametrize(
+    "tried", [FEW_SIZES, pytest.param({}, marks=pytest.mark.slow)], ids=["a few sizes", "every size"]
+)
+
 rates = st.floats(1e8, 1e11)
 sizes = st.integers(8 * MIB, 512 * MIB)
 
@@ -91,22 +96,26 @@ def possible(problem: Problem, hardware: Hardware):
         assume(False)
 
 
+@TRIED
 @SLOW
 @given(problems, machines())
-def test_every_plan_that_is_returned_fits(problem, hardware):
+def test_every_plan_that_is_returned_fits(tried, problem, hardware):
+    problem = replace(problem, **tried)
     for found in possible(problem, hardware).found:
         assert fits(found.plan, available(hardware, problem))
         assert found.plan.policy == found.policy
         assert found.prediction.total_s > 0
 
 
+@TRIED
 @SLOW
 @given(
     problems, machines(), st.sampled_from(["gpu", "host", "disk", "h2d", "d2h", "disk_read", "disk_write", "matmul"])
 )
-def test_more_memory_or_bandwidth_never_lowers_the_predicted_throughput(problem, hardware, what):
+def test_more_memory_or_bandwidth_never_lowers_the_predicted_throughput(tried, problem, hardware, what):
     """Exactly so for the bound of all policies and for any one policy; for the best one that is found within `gap`,
     the share of the bound that the search says it leaves open."""
+    problem = replace(problem, **tried)
     less = possible(problem, hardware)
     better = search(problem, improved(hardware, what))
     assert better.bound_tokens_per_s >= less.bound_tokens_per_s * (1 - 1e-6)
@@ -126,11 +135,12 @@ def improved(hardware: Hardware, what: str) -> Hardware:
 shares = st.tuples(st.integers(0, 100), st.integers(0, 100)).map(lambda p: (p[0], min(p[1], 100 - p[0])))
 
 
+@TRIED
 @settings(SLOW, max_examples=20)
 @given(
     st.integers(1, 40), st.integers(1, 4), shares, shares, shares, st.booleans(), st.integers(1, 90), st.integers(1, 20)
 )
-def test_what_is_feasible_is_never_called_infeasible(size, count, w, cache, act, copies, prompt_len, gen_len):
+def test_what_is_feasible_is_never_called_infeasible(tried, size, count, w, cache, act, copies, prompt_len, gen_len):
     """Any policy, on a machine with not one byte more than it needs."""
     policy = Policy(size, count, *w, *cache, *act)
     plan = make_plan(TINY, policy, Workload.uniform(prompt_len, gen_len, size, count), copies=copies)
@@ -140,7 +150,7 @@ def test_what_is_feasible_is_never_called_infeasible(size, count, w, cache, act,
         needs[Tier.HOST] + TWO_CORES.process_bytes,
         needs[Tier.DISK],
     )
-    found = search(Problem(TINY, prompt_len, gen_len), hardware)
+    found = search(Problem(TINY, prompt_len, gen_len, **tried), hardware)
     assert fits(found.best.plan, {t: float(n) for t, n in needs.items()})
 
 
