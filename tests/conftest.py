@@ -9,13 +9,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the other cores run other tests
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import pytest
 import torch
 from grids import mark_slow
 from hypothesis import settings
-from tiny_models import MODELS, Tiny, make_tiny
+from tiny_models import Tiny, TinyModels
 from transformers import OPTForCausalLM
 
 from flexgen_triton.demo import DEMO_DIR
@@ -46,14 +47,19 @@ def multiply_examples(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tiny]:
-    """Every architecture of MODELS, made once."""
-    root = tmp_path_factory.mktemp("models")
-    return {name: make_tiny(root / f"opt-{n}", fields) for n, (name, fields) in enumerate(MODELS.items())}
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this run, the same for all of its processes."""
+    own = tmp_path_factory.getbasetemp()
+    return (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
 
 
 @pytest.fixture(scope="session")
-def tiny(tiny_models: dict[str, Tiny]) -> Tiny:
+def tiny_models(shared_folder: Path) -> Mapping[str, Tiny]:
+    return TinyModels(shared_folder)
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_models: Mapping[str, Tiny]) -> Tiny:
     return tiny_models["pre-norm, 3 heads of 64"]
 
 
