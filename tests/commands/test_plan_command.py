@@ -149,6 +149,7 @@ def test_without_matplotlib_the_plot_says_what_to_install(tmp_path, monkeypatch)
         planned(*SMALL, "--plot", str(tmp_path / "plan.png"))
 
 
+@pytest.mark.grid(cover=[])
 @pytest.mark.parametrize(
     ("args", "words"),
     [

@@ -51,7 +51,7 @@ def test_every_format(tiny, store, percent, fmt, share):
     check_format(tiny, attending(make_policy((2, 2, *PERCENTS[percent]), fmt), share), store, copies=True)
 
 
-@pytest.mark.grid
+@pytest.mark.grid(cover=["attended"])
 @pytest.mark.parametrize("attended", [False, True], ids=["sent", "a share attended"])
 @pytest.mark.parametrize("fmt", ["plain", "cache", "sparse", "all"])
 @pytest.mark.parametrize("percent", PERCENTS)
