@@ -28,6 +28,10 @@ def test_the_two_commands_are_what_ci_runs():
     assert all(command in lines for command in commands)
 
 
+def test_ci_runs_the_tests_that_they_leave_out():
+    assert "python -m pytest -m slow" in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
 def test_files_that_it_links_to_exist():
     links = re.findall(r"\]\(((?!http)[^)]+)\)", README)
     assert links
