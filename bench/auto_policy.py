@@ -41,20 +41,20 @@ Figures = dict[str, Any]
 Runner = Callable[[Policy], Figures]
 
 
-def grid(sizes: Sequence[int], batches: Sequence[int], num_prompts: int, *, copies: bool) -> list[Policy]:
+def grid(sizes: Sequence[int], batches: Sequence[int], num_prompts: int, *, host_is_apart: bool) -> list[Policy]:
     """Every coarse policy whose batches the prompts fill. What is not resident lies one tier further away."""
     found = []
     for size, count, weights, cache in product(sizes, batches, RESIDENT, (100, 0)):
         if size <= num_prompts and size * (count - 1) < num_prompts:
-            away = (100 - weights, 100 - cache) if copies else (0, 0)
+            away = (100 - weights, 100 - cache) if host_is_apart else (0, 0)
             found.append(Policy(size, count, weights, away[0], cache, away[1], 100, 0))
     return found
 
 
-def in_place(policy: Policy, *, copies: bool) -> Policy:
+def in_place(policy: Policy, *, host_is_apart: bool) -> Policy:
     """The policy as it acts: without a GPU, the host's share counts as the GPU's; an idle choice is the default."""
-    whole = replace(policy, pin_weight=True) if not copies else policy
-    if copies:
+    whole = replace(policy, pin_weight=True) if not host_is_apart else policy
+    if host_is_apart:
         return whole
     shares = {
         f"{kind}_gpu_percent": getattr(policy, f"{kind}_gpu_percent") + getattr(policy, f"{kind}_cpu_percent")
@@ -83,7 +83,7 @@ class Measured:
         return float(median(r["total_tok_s"] for r in self.runs))
 
     def need(self, tier: str) -> int:
-        """Bytes of a tier that its largest block was planned to need."""
+        """Bytes of a tier that its largest round was planned to need."""
         return int(max(r["need"][tier] for r in self.runs))
 
     def details(self) -> dict[str, Any]:
@@ -144,15 +144,15 @@ def in_turn(policies: Sequence[Policy], runner: Runner, repeats: int) -> list[Me
 
 def limited_tier(hardware: Hardware) -> tuple[str, int]:
     """The tier that limits are on, and the bytes of it that a process takes besides its plan."""
-    return ("gpu", hardware.context_bytes) if hardware.copies else ("cpu", hardware.process_bytes)
+    return ("gpu", hardware.context_bytes) if hardware.host_is_apart else ("host", hardware.process_bytes)
 
 
 def compare(
     limit: int, problem: Problem, hardware: Hardware, measured: Sequence[Measured], runner: Runner, repeats: int
 ) -> Comparison:
     """Search under the limit, and run what it finds against the grid's best that fits."""
-    copies = hardware.copies
-    limited = hardware.limited(gpu=limit) if copies else hardware.limited(host=limit)
+    host_is_apart = hardware.host_is_apart
+    limited = hardware.limited(gpu=limit) if host_is_apart else hardware.limited(host=limit)
     tier, besides = limited_tier(hardware)
     best = best_within(measured, tier, limit - besides)
     try:
@@ -162,7 +162,7 @@ def compare(
     if best is None:
         (automatic,) = in_turn([policy], runner, repeats)
         return Comparison(limit, automatic, None, "no policy of the grid fits")
-    if in_place(policy, copies=copies) == in_place(best.policy, copies=copies):
+    if in_place(policy, host_is_apart=host_is_apart) == in_place(best.policy, host_is_apart=host_is_apart):
         return Comparison(limit, best, best, "the same policy")
     automatic, again = in_turn([policy, best.policy], runner, repeats)
     return Comparison(limit, automatic, again)
@@ -292,7 +292,7 @@ def main(argv: list[str] | None = None) -> int:
         header |= {**asked, "model": without_folders(args.model), "profile": json.loads(file.read_text())}
         problem = make_problem(args)
         try:
-            for policy in grid(args.sizes, args.batches, args.num_prompts, copies=hardware.copies):
+            for policy in grid(args.sizes, args.batches, args.num_prompts, host_is_apart=hardware.host_is_apart):
                 measured += in_turn([policy], runner, args.grid_repeats)
                 write_results(out, result_rows(measured, comparisons), header)
             for limit in args.limits or spread(measured, *limited_tier(hardware)):

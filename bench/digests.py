@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 from flexgen_triton.models.opt import SIZES, model_spec
 from flexgen_triton.plan.cost import seconds
 from flexgen_triton.plan.hardware import Hardware, load_profile
+from flexgen_triton.plan.placement import Tier
 from flexgen_triton.plan.plan import Plan, make_plan
 from flexgen_triton.plan.policy import CompressionConfig, Policy
 from flexgen_triton.plan.predict import predict
@@ -50,7 +51,7 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "4-bit": {"compress_weight": True},
     "4-bit-cache": {"compress_cache": True},
     "host-attention": {"cpu_cache_compute": True},
-    "half-attended": {"cpu_cache_compute": True, "cpu_attention_percent": 50, "keep_open_blocks": True},
+    "half-attended": {"cpu_cache_compute": True, "cpu_attention_percent": 50, "keep_open_pages": True},
     "sparse": {"attn_sparsity": 0.1},
 }
 MORE: Mapping[str, tuple[str, Mapping[str, Any]]] = {
@@ -113,9 +114,9 @@ def decisions(plan: Plan, hardware: Hardware) -> dict[str, object]:
     return {
         "placements": digest(placed(plan)),
         "ops": digest(op_rows(plan.generator, hardware)),
-        "gpu_bytes": plan.device_bytes,
-        "host_bytes": plan.host_bytes,
-        "disk_bytes": plan.scratch_bytes,
+        "gpu_bytes": plan.footprint.total(Tier.GPU),
+        "host_bytes": plan.footprint.total(Tier.HOST),
+        "disk_bytes": plan.footprint.scratch_bytes,
         "predicted_s": predict(plan, hardware).total_s,
     }
 
@@ -123,12 +124,12 @@ def decisions(plan: Plan, hardware: Hardware) -> dict[str, object]:
 def cases() -> Iterator[tuple[str, Plan, Hardware]]:
     """Every policy on every model, on a GPU; on the smallest model in place too."""
     apart = load_profile("t4")
-    together = replace(apart, copies=False)
+    together = replace(apart, host_is_apart=False)
     for model, (name, policy) in product(MODELS, policies()):
         spec = stored_as(model_spec(SIZES[model], model, "float16"), policy)
         for hardware in (apart, together) if model == MODELS[0] else (apart,):
-            plan = make_plan(spec, policy, workload(policy), copies=hardware.copies)
-            yield f"{model}, {name}{'' if hardware.copies else ', in place'}", plan, hardware
+            plan = make_plan(spec, policy, workload(policy), host_is_apart=hardware.host_is_apart)
+            yield f"{model}, {name}{'' if hardware.host_is_apart else ', in place'}", plan, hardware
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:

@@ -37,9 +37,10 @@ from flexgen_triton.machine.measure import measure
 from flexgen_triton.memory.arena import Arena
 from flexgen_triton.memory.stripes import Folders
 from flexgen_triton.plan.hardware import Hardware
+from flexgen_triton.plan.placement import Tier
 from flexgen_triton.plan.schedule import Op
-from flexgen_triton.run.actions import Block
-from flexgen_triton.sequences.sequence import Request
+from flexgen_triton.run.actions import Round
+from flexgen_triton.sequences.sequence import TokenSequence
 
 if TYPE_CHECKING:
     from tiny_models import Tiny
@@ -68,7 +69,7 @@ class Case:
         formats = ("4-bit weights",) * p.compress_weight + ("4-bit cache",) * p.compress_cache
         sparse = (f"{p.attn_sparsity:.0%} of V",) * (p.attn_sparsity < 1)
         attention = (f"{p.cpu_attention_percent:g} % attended on the host",) * p.cpu_cache_compute
-        others = ("sequential",) * (not p.overlap) + ("open blocks kept",) * p.keep_open_blocks
+        others = ("sequential",) * (not p.overlap) + ("open pages kept",) * p.keep_open_pages
         limit = (f"within {self.gpu_memory}",) if self.gpu_memory else ()
         return " ".join((self.model, shape, f"[{percent}]", *others, *formats, *sparse, *attention, *limit))
 
@@ -89,7 +90,7 @@ CASES = (
     Case("opt-6.7b", Policy(16, 1, 100, 0, 100, 0, 100, 0, compress_weight=True, compress_cache=True), 512, 32),
     Case("opt-6.7b", HEADLINE, 512, 32),
     Case("opt-6.7b", replace(HEADLINE, cpu_attention_percent=50), 512, 32),
-    Case("opt-6.7b", replace(HEADLINE, cpu_attention_percent=50, keep_open_blocks=True), 512, 32),
+    Case("opt-6.7b", replace(HEADLINE, cpu_attention_percent=50, keep_open_pages=True), 512, 32),
     Case("opt-6.7b", replace(HEADLINE, compress_cache=True), 512, 32),
     Case("opt-6.7b", replace(HEADLINE, attn_sparsity=0.1), 512, 32),
     # FlexGen's prompts have 512 tokens; with 256, weights and cache fit 128 GB of host memory
@@ -123,7 +124,7 @@ def links() -> Iterator[rows.Row]:
 
 WAYS: tuple[dict[str, Any], ...] = (  # of attending to what the host holds
     {"cpu_cache_compute": True},
-    {"cpu_cache_compute": True, "cpu_attention_percent": 40, "keep_open_blocks": True},
+    {"cpu_cache_compute": True, "cpu_attention_percent": 40, "keep_open_pages": True},
 )
 
 
@@ -233,21 +234,21 @@ def allocations(scratch: Path) -> Iterator[rows.Row]:
 
     tiny = make_tiny(scratch / "allocations", next(iter(MODELS.values())))
     greedy = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True, temperature=0)
-    compute = Block._compute
+    compute = Round._compute
     for fmt, (weights, cache, sparsity) in {"16 bits": (False, False, 1.0), **FORMATS}.items():
         if sparsity < 1:
             continue
         layers, heads = Counter[int](), Counter[int]()
 
-        def counted(block: Block, op: Op, layers: Counter[int] = layers, heads: Counter[int] = heads) -> None:
+        def counted(round_: Round, op: Op, layers: Counter[int] = layers, heads: Counter[int] = heads) -> None:
             before = torch.cuda.memory_stats().get("allocation.all.allocated", 0)
-            compute(block, op)
-            counts = heads if block._plan.layers[op.j].is_head else layers
+            compute(round_, op)
+            counts = heads if round_._plan.layers[op.j].is_head else layers
             counts[op.i] += torch.cuda.memory_stats()["allocation.all.allocated"] - before
 
         policy = Policy(3, 2, 20, 30, 25, 30, 40, 30, compress_weight=weights, compress_cache=cache)
         with (
-            patch.object(Block, "_compute", counted),
+            patch.object(Round, "_compute", counted),
             LLM(str(tiny.path), policy=policy, dtype="float16", offload_dir=scratch, device="cuda") as llm,
         ):
             llm.generate(tiny.prompts, greedy)
@@ -262,11 +263,12 @@ def run(tiny: Tiny, policy: Policy, dtype: str, scratch: Path) -> list[tuple[lis
     from tiny_models import NEW_TOKENS
 
     requests = [
-        Request(list(p), SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True, temperature=0)) for p in tiny.prompts
+        TokenSequence(list(p), SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True, temperature=0))
+        for p in tiny.prompts
     ]
     seen: dict[int, list[torch.Tensor]] = {id(r): [] for r in requests}
 
-    def keep(batch: Sequence[Request], logits: torch.Tensor) -> None:
+    def keep(batch: Sequence[TokenSequence], logits: torch.Tensor) -> None:
         for request, row in zip(batch, logits.cpu(), strict=True):
             seen[id(request)].append(row)
 
@@ -279,7 +281,7 @@ def engine(case: Case, store: Path, hardware: Hardware | None = None) -> rows.Ro
     """Throughput of one case, judged by the busiest lane of the same run."""
     limit = {"gpu_memory": case.gpu_memory} if case.gpu_memory else {}
     with LLM(case.model, path="_DUMMY_", policy=case.policy, offload_dir=store, device="cuda", **limit) as llm:
-        prompts = random_prompts(case.policy.block_size, case.prompt_len, llm.spec.vocab, 0)
+        prompts = random_prompts(case.policy.round_size, case.prompt_len, llm.spec.vocab, 0)
         llm.generate(prompts[:2], SamplingParams(max_tokens=2, ignore_eos=True, temperature=0))
         torch.cuda.reset_peak_memory_stats()
         llm.generate(prompts, SamplingParams(max_tokens=case.gen_len, ignore_eos=True, temperature=0))
@@ -297,7 +299,7 @@ def engine(case: Case, store: Path, hardware: Hardware | None = None) -> rows.Ro
             "makespan_s": timeline.makespan_s,
             "bound_s": timeline.bound_s,
             "lanes": lanes_json(timeline),
-            "planned_gpu_bytes": report.plans[0].device_bytes,
+            "planned_gpu_bytes": report.plans[0].footprint.total(Tier.GPU),
             "peak_gpu_bytes": torch.cuda.max_memory_allocated(),
         }
     rate = figures["total_tok_s"]

@@ -25,17 +25,18 @@ from rows import Row, without_folders
 from torch import Tensor
 from triton.errors import TritonError
 
-from flexgen_triton.kernels import formats, quant
+from flexgen_triton.kernels import formats, quant, sizes
 from flexgen_triton.kernels.attention_decode import decode_attention, decode_attention_ref
 from flexgen_triton.kernels.attention_prefill import prefill_attention, prefill_attention_ref
 from flexgen_triton.kernels.attention_sparse import sparse_decode_attention
 from flexgen_triton.kernels.elementwise import append_kv, append_kv_ref, write_prompt_kv, write_prompt_kv_ref
-from flexgen_triton.kernels.formats import KVSegment, kv_width
+from flexgen_triton.kernels.formats import KVSegment
 from flexgen_triton.kernels.matmul_q4 import Workspace, matmul_q4, matmul_q4_ref
 from flexgen_triton.kernels.norm import layer_norm, layer_norm_ref
+from flexgen_triton.kernels.sizes import kv_width
 
 GROUP = 64
-BLOCK_TOKENS = 64
+PAGE_TOKENS = 64
 KEEP = 0.1  # of V's rows that sparse attention reads
 MS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 512, 1024, 2048)
 LENGTHS = (128, 256, 512, 1024, 2048)
@@ -194,10 +195,10 @@ def skipped(problem: Problem, reason: str) -> Row:
 @lru_cache(maxsize=1)  # one matrix is timed for all M before the next
 def _weight(rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Random codes and scales, about what a matrix of variance 1/K has, and the matrix they stand for."""
-    blocks, groups = -(-rows // formats.BLOCK_ROWS), -(-columns // GROUP)
-    shape = (blocks, groups * GROUP // 4, formats.BLOCK_ROWS)
+    blocks, groups = -(-rows // sizes.BLOCK_ROWS), -(-columns // GROUP)
+    shape = (blocks, groups * GROUP // 4, sizes.BLOCK_ROWS)
     codes = torch.randint(-(2**15), 2**15, shape, dtype=torch.int16, device=device)
-    scale = torch.rand(blocks, groups, formats.BLOCK_ROWS, device=device).add_(0.5) / (5 * columns**0.5)
+    scale = torch.rand(blocks, groups, sizes.BLOCK_ROWS, device=device).add_(0.5) / (5 * columns**0.5)
     scales = torch.stack((scale, -7.5 * scale), 2).half()
     return codes, scales, quant.dequantize_weight(codes, scales, rows, columns, dtype)
 
@@ -216,7 +217,7 @@ def _int4pack(x: Tensor, rows: int) -> Call | None:
 
 def weight_bytes(rows: int, columns: int) -> int:
     """P16's codes and scales, whole blocks."""
-    padded, groups = -(-rows // formats.BLOCK_ROWS) * formats.BLOCK_ROWS, -(-columns // GROUP)
+    padded, groups = -(-rows // sizes.BLOCK_ROWS) * sizes.BLOCK_ROWS, -(-columns // GROUP)
     return padded * groups * (GROUP // 2 + 4)
 
 
@@ -273,16 +274,16 @@ def quantize(model: Model, matrix: str) -> Problem:
 
 
 def _cache(batch: int, heads: int, dim: int, length: int, device: torch.device, *, dtype: torch.dtype) -> KVSegment:
-    """A full cache of random numbers in 16 bits, laid out as the engine's: K and V of a block side by side."""
-    blocks = -(-length // BLOCK_TOKENS)
-    kv = torch.empty(blocks, batch, 2, heads, BLOCK_TOKENS, dim, dtype=dtype, device=device).normal_()
+    """A full cache of random numbers in 16 bits, laid out as the engine's: K and V of a page side by side."""
+    pages = -(-length // PAGE_TOKENS)
+    kv = torch.empty(pages, batch, 2, heads, PAGE_TOKENS, dim, dtype=dtype, device=device).normal_()
     lens = torch.full((batch,), length, dtype=torch.int32, device=device)
     return KVSegment((kv[:, :, 0],), (kv[:, :, 1],), lens)
 
 
 def _cache_q4(batch: int, heads: int, dim: int, length: int, device: torch.device) -> KVSegment:
     """The same in P16: random codes, scales of numbers of variance 1."""
-    shape = (-(-length // BLOCK_TOKENS), batch, 2, heads, BLOCK_TOKENS)
+    shape = (-(-length // PAGE_TOKENS), batch, 2, heads, PAGE_TOKENS)
     width = kv_width(dim)
     codes = torch.randint(-(2**15), 2**15, (*shape, width // 4), dtype=torch.int16, device=device)
     scale = torch.rand(*shape, width // GROUP, device=device, dtype=torch.float16).add_(1).mul_(0.2)
@@ -404,7 +405,7 @@ def write(model: Model, batch: int, length: int, *, four_bits: bool) -> Problem:
     def make(device: torch.device, dtype: torch.dtype) -> Setup:
         k, v = torch.randn(batch * length, 2, heads, dim, device=device).to(dtype).unbind(1)
         bias = torch.randn(heads * dim, device=device).to(dtype)
-        room = max(length, 8 * BLOCK_TOKENS)
+        room = max(length, 8 * PAGE_TOKENS)
         if four_bits:
             cache = _cache_q4(batch, heads, dim, room, device)
         else:
@@ -418,7 +419,7 @@ def write(model: Model, batch: int, length: int, *, four_bits: bool) -> Problem:
 
     source, target = (kv_bytes(model, batch, length, four_bits=x) for x in (False, four_bits))
     name = f"write {'4' if four_bits else '16'}-bit {model.name} {batch}x{length}"
-    room = kv_bytes(model, batch, max(length, 8 * BLOCK_TOKENS), four_bits=False)
+    room = kv_bytes(model, batch, max(length, 8 * PAGE_TOKENS), four_bits=False)
     return Problem(name, source + target, 0, 3 * source + 2 * room, make)
 
 
@@ -494,7 +495,7 @@ def check_attention(model: Model, lens: Sequence[int], device: torch.device, dty
     truth = prefill_attention_ref(q.double(), k.double(), v.double(), lens)
     yield _verdict(f"prefill {model.name}", _error(prefill_attention(q, k, v, lens), truth), _rounding(truth, dtype))
     last = q[torch.tensor(lens, device=device).cumsum(0) - 1]
-    room = max(lens) + BLOCK_TOKENS
+    room = max(lens) + PAGE_TOKENS
     count = torch.tensor(lens, dtype=torch.int32, device=device)
     for kind in ("16-bit", "4-bit"):
         caches = []

@@ -229,7 +229,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--format", choices=SHARD_BYTES, default="safetensors")
-    parser.add_argument("--layers", type=int, help="fewer decoder blocks than the size has")
+    parser.add_argument("--layers", type=int, help="fewer decoder layers than the size has")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shard", type=parse_bytes, help="largest shard (default 4GB, or 1GB for .bin)")
     args = parser.parse_args(argv)

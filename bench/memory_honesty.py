@@ -55,7 +55,7 @@ class Job:
     cpu_memory: int | None
     prompt_len: int
     gen_len: int
-    num_prompts: int  # of an automatic policy; others get a block
+    num_prompts: int  # of an automatic policy; others get a round
     offload_dir: str
     dtype: str
 
@@ -69,7 +69,7 @@ class Job:
 
 
 def work(job: Job) -> dict[str, Any]:
-    """Load, generate one block (or `num_prompts` prompts), and give what was planned and taken."""
+    """Load, generate one round (or `num_prompts` prompts), and give what was planned and taken."""
     from flexgen_triton import LLM, SamplingParams
     from flexgen_triton.commands.bench import measure, random_prompts
     from flexgen_triton.machine.auto import choose
@@ -84,7 +84,7 @@ def work(job: Job) -> dict[str, Any]:
         device="cpu",
         offload_dir=job.offload_dir,
     ) as llm:
-        count = job.policy.block_size if job.policy else job.num_prompts
+        count = job.policy.round_size if job.policy else job.num_prompts
         prompts = random_prompts(count, job.prompt_len, llm.spec.vocab, 0)
         params = SamplingParams(max_tokens=job.gen_len, ignore_eos=True, temperature=0)
         if job.policy is None:

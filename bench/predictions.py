@@ -28,6 +28,7 @@ from rows import ROOT, Row, make_header, results_path, without_folders, write_re
 sys.path.insert(0, str(ROOT))
 
 from flexgen_triton.plan.hardware import Hardware, median_of
+from flexgen_triton.plan.placement import Tier
 from flexgen_triton.plan.policy import CompressionConfig, Policy
 
 WITHIN = 0.15  # of the measured time a prediction should be
@@ -42,7 +43,7 @@ class RunError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One block of a model under a policy."""
+    """One round of a model under a policy."""
 
     name: str
     model: str
@@ -127,7 +128,7 @@ GPU_CASES = (
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What a worker is told. `num_prompts` None: one block of the policy. `hardware`: a profile to predict with."""
+    """What a worker is told. `num_prompts` None: one round of the policy. `hardware`: a profile to predict with."""
 
     model: str
     policy: Policy
@@ -187,7 +188,7 @@ def work(job_file: Path, out: Path) -> None:
         offload_dir=Path(job.offload_dir).expanduser(),
         seed=job.seed,
     ) as llm:
-        prompts = random_prompts(job.num_prompts or job.policy.block_size, job.prompt_len, llm.spec.vocab, job.seed)
+        prompts = random_prompts(job.num_prompts or job.policy.round_size, job.prompt_len, llm.spec.vocab, job.seed)
         params = SamplingParams(max_tokens=job.gen_len, ignore_eos=True, temperature=0)
         figures = measure(llm, prompts, params, gen_len=job.gen_len, hardware=hardware)
         assert llm.last_report is not None
@@ -195,7 +196,7 @@ def work(job_file: Path, out: Path) -> None:
         needs = [{tier.value: nbytes for tier, nbytes in need(plan).items()} for plan in plans]
         figures |= {
             "need": {tier: max(n[tier] for n in needs) for tier in needs[0]},
-            "planned_gpu_bytes": max(p.device_bytes for p in plans) if llm.engine.copies else 0,
+            "planned_gpu_bytes": max(p.footprint.total(Tier.GPU) for p in plans) if llm.engine.host_is_apart else 0,
         }
     del figures["outputs"]
     out.write_text(json.dumps(figures))

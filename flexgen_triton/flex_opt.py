@@ -21,10 +21,11 @@ from rich.console import Console
 from .commands import figures
 from .commands.bench import DEBUG_MODES, FEWER_STEPS, log_name
 from .commands.options import flags_policy
+from .kernels.sizes import KV_GROUP
 from .llm import DEFAULT_OFFLOAD_DIR, LLM
 from .models.locate import DUMMY
 from .opt_config import OptConfig, download_opt_weights, get_opt_config
-from .plan.policy import CACHE_GROUP, CompressionConfig, Policy
+from .plan.policy import CompressionConfig, Policy
 from .sequences.outputs import answered
 from .sequences.params import SamplingParams
 from .utils import ExecutionEnv, Task, TorchDevice, TorchDisk, TorchMixedDevice, str2bool
@@ -193,7 +194,7 @@ def add_parser_arguments(parser: argparse.ArgumentParser) -> None:
 
 def get_filename(args: argparse.Namespace) -> str:
     """The log's automatic name, without its ending, for the flags of `add_parser_arguments`."""
-    ours = {"group_size": CACHE_GROUP, "cpu_attention_percent": 100, "keep_open_blocks": False}
+    ours = {"group_size": KV_GROUP, "cpu_attention_percent": 100, "keep_open_pages": False}
     policy = flags_policy({**ours, **vars(args)})
     return log_name(args.model, policy, prompt_len=args.prompt_len, gen_len=args.gen_len)
 

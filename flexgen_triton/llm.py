@@ -26,7 +26,7 @@ from .models.checkpoint import open_store
 from .models.locate import check_device, choose_dtype, find_model
 from .models.opt import OPT, ModelError, model_spec
 from .plan.hardware import Hardware
-from .plan.placement import PAGE, STORE_ALIGN
+from .plan.placement import ALIGN, STORE_ALIGN
 from .plan.policy import Policy, PolicyError
 from .plan.search import Problem
 from .plan.spec import ModelSpec, stored_as
@@ -38,7 +38,7 @@ from .sequences.params import SamplingParams
 from .sequences.prompts import Prompt as Prompt
 from .sequences.prompts import as_prompt, as_prompts
 from .sequences.sampler import Logprobs
-from .sequences.sequence import Request
+from .sequences.sequence import TokenSequence
 from .sequences.text import TextStream
 from .sequences.tokenizer import check_files, has_tokenizer, load_tokenizer
 from .sizes import parse_size
@@ -70,7 +70,7 @@ class _Answer:
 
     number: int
     prepared: PreparedPrompt
-    requests: list[Request]
+    requests: list[TokenSequence]
     texts: list[TextStream | None]
     arrival_time: float
 
@@ -102,7 +102,7 @@ class LLM:
     the process that loaded it, nor can another be made there: fork before the first model is loaded, or use spawn.
 
     `model`: a checkpoint's directory, a hub id, or "demo". `policy`: where its bytes live; "auto" finds the fastest for
-    the prompts of the first `generate`, and loads the weights then; what it does not choose (neither block size nor
+    the prompts of the first `generate`, and loads the weights then; what it does not choose (neither round size nor
     percentages) it takes from `base`. `allow`: what "auto" may do that changes the output, of "4bit", "4bit-cache" and
     "sparse". `gpu_memory`, `cpu_memory`, `disk_memory`: bytes (or "16GiB") that may be used in all; by default what is
     free. `hardware`: a machine's profile, its file or its name, in place of this machine's own, which "auto" measures
@@ -211,7 +211,7 @@ class LLM:
             policy,
             device=self._device,
             folders=self.folders,
-            copies=self._copies,
+            host_is_apart=self._copies,
             limits=self._limits,
             taken=self._taken,
             progress=partial(self._prepared, "load"),
@@ -264,7 +264,7 @@ class LLM:
             stored=in_place and "4bit" not in self._allow and not base.compress_weight,
             prompt_lens=lens,
             base=base,
-            alignment=2 * (STORE_ALIGN if in_place and self._verify else PAGE) * len(self.spec.modules),
+            alignment=2 * (STORE_ALIGN if in_place and self._verify else ALIGN) * len(self.spec.modules),
             in_place=in_place and not self._verify,
         )
 
@@ -351,7 +351,7 @@ class LLM:
                 prepared = item if isinstance(item, PreparedPrompt) else self.request(*as_pair(item))
                 yield self._answer(number, prepared, partial=partial)
 
-        def requests(source: Iterable[_Answer]) -> Iterator[Request]:
+        def requests(source: Iterable[_Answer]) -> Iterator[TokenSequence]:
             for answer in source:
                 owners.update((id(r), answer) for r in answer.requests)
                 yield from answer.requests
@@ -420,7 +420,7 @@ class LLM:
             watched = params.stop or (partial and self.has_tokenizer)
             text = TextStream(self._decoder(params), params.stop, params.min_tokens) if watched else None
             once = params if n == 0 else replace(params, prompt_logprobs=None)  # the prompt is the same
-            requests.append(Request(prepared.token_ids, once, seed + n, watch=text.add if text else None))
+            requests.append(TokenSequence(prepared.token_ids, once, seed + n, watch=text.add if text else None))
             texts.append(text)
         return _Answer(number, prepared, requests, texts, time.time())
 
@@ -454,7 +454,7 @@ class LLM:
             failed.error_code if failed else None,
         )
 
-    def _completion(self, index: int, request: Request, text: TextStream | None) -> CompletionOutput:
+    def _completion(self, index: int, request: TokenSequence, text: TextStream | None) -> CompletionOutput:
         logprobs = None
         if request.params.logprobs is not None:
             logprobs = [self._named(p) for p in request.logprobs]
@@ -468,7 +468,7 @@ class LLM:
             logprobs,
         )
 
-    def _text(self, request: Request, text: TextStream | None) -> str:
+    def _text(self, request: TokenSequence, text: TextStream | None) -> str:
         """The completion as text, without what ended it unless that was asked for."""
         if not self.has_tokenizer:
             return ""

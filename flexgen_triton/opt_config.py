@@ -59,9 +59,9 @@ class OptConfig:
     def model_bytes(self) -> int:
         """Of all weights."""
         h, f, e = self.hidden_size, self.ffn_embed_dim, self.input_dim
-        block = 4 * h * (h + 1) + (2 * h * f + f + h) + 4 * h  # attention, MLP, two norms
+        layer = 4 * h * (h + 1) + (2 * h * f + f + h) + 4 * h  # attention, MLP, two norms
         tables = self.vocab_size * e + (self.max_seq_len + 2) * h + (2 * e * h if e != h else 0)
-        return (self.num_hidden_layers * block + tables + 2 * h) * self._itemsize
+        return (self.num_hidden_layers * layer + tables + 2 * h) * self._itemsize
 
     def cache_bytes(self, batch_size: int, seq_len: int) -> int:
         """Of K and V of all layers."""

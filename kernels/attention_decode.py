@@ -1,9 +1,9 @@
 """Decode attention: one new token per sequence attends to its cached tokens, which lie in one to three segments.
 
-    q [B, H, D]   segments (formats.py's KVSegment): K and V [blocks, B, Hkv, T, D], or P16 codes and scales
+    q [B, H, D]   segments (formats.py's KVSegment): K and V [pages, B, Hkv, T, D], or P16 codes and scales
     out [B, H, D]   log-sum-exp [B, H] fp32, natural logarithm, -inf where a sequence has no token
 
-Each segment is a launch of its own, for its own block length and format: full blocks in 4 bits, the open block and the
+Each segment is a launch of its own, for its own page length and format: full pages in 4 bits, the open page and the
 newest token in 16. A program takes one sequence, one K/V head with all its query heads, and one *split*, a run of the
 sequence's tokens; it leaves a *partial* result, the attention over its run and that run's log-sum-exp. A second kernel
 merges the partial results of all segments and splits; a lone one is written to `out` directly. Partial results from
@@ -34,7 +34,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .chips import Chip, chip_of
-from .formats import KVSegment, dequantize_kv, kv_width
+from .formats import KVSegment, dequantize_kv
+from .sizes import MAX_SPLITS, MIN_SPLIT_TOKENS, WARPS_PER_SM, kv_width
 from .unpack import unpack
 
 MASKED = tl.constexpr(-1e30)  # finite: the difference of two masked scores is a number
@@ -43,9 +44,6 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 TILE = 4096  # K elements, see above
 NUM_STAGES = 2  # one tile under way while one is used; the 16 programs of a multiprocessor cover the rest
-WARPS_PER_SM = 16  # programs an H200's multiprocessor holds at 128 registers a thread
-MIN_SPLIT_TOKENS = 128  # a split costs its partial result, about as many bytes as 4 tokens' K and V in P16
-MAX_SPLITS = 64
 MERGE_CONSTANTS = {"BLOCK_S": 16, "num_warps": 1}  # partial results at a time
 
 
@@ -68,7 +66,7 @@ def split_of(length, BLOCK_T: tl.constexpr):
 def token_offsets(start, stride_n, ROW: tl.constexpr, T: tl.constexpr, BLOCK_T: tl.constexpr):
     """Where tokens start.. lie, [BLOCK_T] int64; `start` is a multiple of BLOCK_T, a token is ROW numbers."""
     offs_t = tl.arange(0, BLOCK_T)
-    if T % BLOCK_T == 0:  # the tile lies in one block
+    if T % BLOCK_T == 0:  # the tile lies in one page
         return tl.cast(start // T, tl.int64) * stride_n + (start % T + offs_t) * ROW
     else:
         return ((start + offs_t) // T).to(tl.int64) * stride_n + (start + offs_t) % T * ROW
@@ -361,7 +359,7 @@ def is_q4(tensors: tuple[Tensor, ...]) -> bool:
 
 
 def kernel_tensors(tensors: tuple[Tensor, ...]) -> list[Tensor]:
-    """K or V as the kernels read it: P16's scale and minimum as one 32-bit word, [blocks, B, Hkv, T, P/64]."""
+    """K or V as the kernels read it: P16's scale and minimum as one 32-bit word, [pages, B, Hkv, T, P/64]."""
     if not is_q4(tensors):
         return list(tensors)
     codes, scales = tensors

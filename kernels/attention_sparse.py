@@ -44,7 +44,8 @@ from .attention_decode import (
     tokens_ref,
 )
 from .chips import Chip, chip_of
-from .formats import KVSegment, kv_width
+from .formats import KVSegment
+from .sizes import kv_width
 from .unpack import unpack
 
 GATHER_ROWS = 32  # of V at a time: 8 KiB under way in a program, 16-bit, D 128

@@ -2,9 +2,9 @@
 
 **Group sums**: of x [M, K] over each G columns, what a 4-bit product multiplies its minima with (matmul_q4.py).
 
-**Writing K and V**: bias, quantisation to P16 (formats.py) and the scatter into blocks in one pass over k and v
-[N, Hkv, D]. `fields` are a cache segment's `k` or `v`: (values [blocks, B, Hkv, T, D],), or P16's codes int16
-[blocks, B, Hkv, T, P/4] and scales fp16 [blocks, B, Hkv, T, P/64, 2]. Token n of sequence b at position p goes to block
+**Writing K and V**: bias, quantisation to P16 (formats.py) and the scatter into pages in one pass over k and v
+[N, Hkv, D]. `fields` are a cache segment's `k` or `v`: (values [pages, B, Hkv, T, D],), or P16's codes int16
+[pages, B, Hkv, T, P/4] and scales fp16 [pages, B, Hkv, T, P/64, 2]. Token n of sequence b at position p goes to page
 p // T, place p % T. A program takes BLOCK_N tokens of one head, because a head's tokens lie one behind the other in
 the cache: a prompt's writes become whole lines.
 
@@ -21,8 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .formats import KV_GROUP, LEVELS, SMALLEST_SCALE, kv_width, quantize_kv
+from .formats import LEVELS, SMALLEST_SCALE, quantize_kv
 from .packed import slots
+from .sizes import KV_GROUP, kv_width
 
 _GROUP = tl.constexpr(KV_GROUP)
 _LEVELS = tl.constexpr(LEVELS)
@@ -63,15 +64,15 @@ def group_sums_ref(x: Tensor, group_size: int) -> Tensor:
 
 @triton.jit
 def _tokens(sequences_ptr, positions_ptr, N, TOKENS, BLOCK_N: tl.constexpr):
-    # The program's tokens, and where each goes: (mask, token, block, sequence, place in the block)
+    # The program's tokens, and where each goes: (mask, token, page, sequence, place in the page)
     token = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = token < N
     position = tl.load(positions_ptr + token, mask=mask, other=0)
     sequence = token
     if sequences_ptr is not None:
         sequence = tl.load(sequences_ptr + token, mask=mask, other=0)
-    block = (position // TOKENS).to(tl.int64)
-    return mask, token.to(tl.int64), block, sequence.to(tl.int64), position % TOKENS
+    page = (position // TOKENS).to(tl.int64)
+    return mask, token.to(tl.int64), page, sequence.to(tl.int64), position % TOKENS
 
 
 @triton.jit
@@ -130,9 +131,9 @@ def _write_kv_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    mask, token, block, sequence, place = _tokens(sequences_ptr, positions_ptr, N, TOKENS, BLOCK_N)
+    mask, token, page, sequence, place = _tokens(sequences_ptr, positions_ptr, N, TOKENS, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
-    row = block * stride_vk + sequence * stride_vb + tl.program_id(1).to(tl.int64) * stride_vh + place * D
+    row = page * stride_vk + sequence * stride_vb + tl.program_id(1).to(tl.int64) * stride_vh + place * D
     offs = row[:, None] + offs_d[None, :]
     mask_d = mask[:, None] & (offs_d < D)[None, :]
     if tl.program_id(2) == 0:
@@ -181,11 +182,11 @@ def _write_kv_q4_kernel(
     BLOCK_N: tl.constexpr,
     P: tl.constexpr,
 ):
-    mask, token, block, sequence, place = _tokens(sequences_ptr, positions_ptr, N, TOKENS, BLOCK_N)
+    mask, token, page, sequence, place = _tokens(sequences_ptr, positions_ptr, N, TOKENS, BLOCK_N)
     offs_d = tl.arange(0, P)
     head = tl.program_id(1).to(tl.int64)
-    code = block * stride_ck + sequence * stride_cb + head * stride_ch + place * (P // 4)
-    scale = block * stride_sk + sequence * stride_sb + head * stride_sh + place * (P // _GROUP * 2)
+    code = page * stride_ck + sequence * stride_cb + head * stride_ch + place * (P // 4)
+    scale = page * stride_sk + sequence * stride_sb + head * stride_sh + place * (P // _GROUP * 2)
     if tl.program_id(2) == 0:
         x = _load_tokens(k_ptr, k_bias_ptr, stride_xn, stride_xh, token, mask, offs_d, D)
         _store_q4(x, k_codes_ptr, k_scales_ptr, code, scale, mask, offs_d, D, BLOCK_N, P)
@@ -344,6 +345,6 @@ def _write_ref(x: Tensor, fields: Fields, sequences: Tensor, positions: Tensor, 
         return
     x = x if bias is None else x.float() + bias.float().view(x.shape[1:])
     tokens = fields[0].shape[3]
-    block, place = positions.long() // tokens, positions.long() % tokens
+    page, place = positions.long() // tokens, positions.long() % tokens
     for field, value in zip(fields, quantize_kv(x) if len(fields) == 2 else (x,), strict=True):
-        field[block, sequences, :, place] = value.to(field.dtype)
+        field[page, sequences, :, place] = value.to(field.dtype)

@@ -24,9 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK_ROWS = 256
-WEIGHT_GROUPS = (32, 64, 128)
-KV_GROUP = 64
+from .sizes import BLOCK_ROWS, KV_GROUP, kv_width
+
 LEVELS = 15
 SMALLEST_SCALE = 2.0**-24  # of fp16's numbers: a constant group keeps its value in the minimum
 WHOLE = (1.0,)
@@ -34,10 +33,10 @@ SEARCHED = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # ranges that are worth their time
 
 
 class KVSegment(NamedTuple):
-    """Cached tokens of B sequences, in blocks of T tokens; a cache is the union of a few of them.
+    """Cached tokens of B sequences, in pages of T tokens; a cache is the union of a few of them.
 
-    In 16 or 32 bits `k` and `v` are a single tensor [blocks, B, Hkv, T, D]; in P16 they are codes int16
-    [blocks, B, Hkv, T, P/4] and scales fp16 [blocks, B, Hkv, T, P/64, 2]. Strided views: only the dimensions behind T
+    In 16 or 32 bits `k` and `v` are a single tensor [pages, B, Hkv, T, D]; in P16 they are codes int16
+    [pages, B, Hkv, T, P/4] and scales fp16 [pages, B, Hkv, T, P/64, 2]. Strided views: only the dimensions behind T
     are dense, and a token follows the one before it. `lens` int32 [B] counts each sequence's valid tokens, the first
     ones; what lies behind them is arbitrary.
     """
@@ -45,11 +44,6 @@ class KVSegment(NamedTuple):
     k: tuple[Tensor, ...]
     v: tuple[Tensor, ...]
     lens: Tensor
-
-
-def kv_width(head_dim: int) -> int:
-    """Codes of one head's K or V: the head dimension padded to a power of two of at least 64."""
-    return max(KV_GROUP, 1 << (head_dim - 1).bit_length())
 
 
 def quantize_groups(

@@ -32,9 +32,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .chips import Chip, chip_of
-from .formats import BLOCK_ROWS, WEIGHT_GROUPS
 from .formats import dequantize_weight as dequantize_weight_ref
 from .quant import dequantize_weight
+from .sizes import BLOCK_ROWS, WEIGHT_GROUPS
 from .unpack import unpack
 
 SMALL_ROWS = 32

@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .chips import chip_of
-from .formats import BLOCK_ROWS, SMALLEST_SCALE, WEIGHT_GROUPS
+from .formats import SMALLEST_SCALE
+from .sizes import BLOCK_ROWS, WEIGHT_GROUPS
 from .unpack import unpack
 
 ROWS = 64  # of one program: 32 to 128 numbers of each thread's own, and reads of whole 128-byte lines

@@ -10,7 +10,7 @@ from flexgen_triton.plan.hardware import GIB, Curve, Hardware
 TWO_CORES = Hardware(
     name="two slow cores",
     source="made up",
-    copies=False,
+    host_is_apart=False,
     gpu_bytes=0,
     host_bytes=16 * GIB,
     disk_bytes=40 * GIB,
@@ -38,7 +38,7 @@ TWO_CORES = Hardware(
 SMALL_GPU = replace(
     TWO_CORES,
     name="a small GPU",
-    copies=True,
+    host_is_apart=True,
     gpu_bytes=8 * GIB,
     h2d=Curve(((65536, 2e9), (4 << 20, 1.2e10))),
     d2h=Curve(((65536, 2e9), (4 << 20, 1.2e10))),

@@ -53,7 +53,7 @@ def test_run_empty_ops(benchmark, judge):
     nothing = {name: lambda op: None for name in actions}
 
     def run() -> int:
-        with open_lanes(torch.device("cpu"), copies=program.copies) as lanes:
+        with open_lanes(torch.device("cpu"), host_is_apart=program.host_is_apart) as lanes:
             return sum(1 for _ in execute(program, nothing, lanes))
 
     count = benchmark.pedantic(run, rounds=3, warmup_rounds=1)

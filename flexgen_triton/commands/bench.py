@@ -13,9 +13,11 @@ from click.core import ParameterSource
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from xxhash import xxh64_hexdigest
 
 from .. import demo
 from ..arguments import as_device
+from ..kernels.sizes import KV_GROUP
 from ..llm import AUTO, LLM, Prompt
 from ..machine.auto import predict_run
 from ..machine.measure import cached_profile
@@ -25,8 +27,9 @@ from ..memory.stripes import Folders
 from ..models.locate import DEMO, choose_dtype, find_sizes
 from ..models.opt import model_spec
 from ..plan.hardware import Hardware, load_profile
+from ..plan.placement import Tier
 from ..plan.plan import Plan, make_plan
-from ..plan.policy import CACHE_GROUP, CompressionConfig, Policy
+from ..plan.policy import CompressionConfig, Policy
 from ..plan.search import Searched, modest, search
 from ..plan.spec import Workload, stored_as
 from ..run.trace import write_chrome_trace
@@ -40,6 +43,7 @@ from .console import print_table
 from .options import Command, flags_policy, is_by_hand, load_model, model_options
 from .progress import Display
 
+MAX_NAME = 220  # characters of a log's name: file systems take 255 with the ending, a digest is 16
 DEBUG_MODES = ("fewer_batch", "breakdown")
 FEWER_STEPS = 4  # token steps of a debug mode: prefill, and decode steps enough for a mean
 STRATEGIES = {
@@ -77,7 +81,8 @@ def measure(
     timeline, plans = report.timeline, report.plans
     lens = [len(o.prompt_token_ids) for o in outputs]
     placement = figures.placed(plans)
-    largest = max(plans, key=lambda p: p.device_bytes + p.host_bytes)
+    needs = [(p.footprint.total(Tier.GPU), p.footprint.total(Tier.HOST)) for p in plans]
+    on_device, on_host = max(needs, key=sum)
     return {
         "model": llm.spec.name,
         "dtype": llm.spec.dtype,
@@ -90,8 +95,8 @@ def measure(
         **figures.timing(report, prompt_tokens=sum(lens), num_prompts=len(prompts), gen_len=gen_len),
         "peak_gpu_bytes": peak_allocated_bytes(llm.engine.device) if on_gpu else 0,
         "peak_host_bytes": peak_rss(),
-        "planned_host_bytes": base + largest.host_bytes + (0 if on_gpu else largest.device_bytes),
-        "pinned_bytes": largest.host_bytes if on_gpu else 0,
+        "planned_host_bytes": base + on_host + (0 if on_gpu else on_device),
+        "pinned_bytes": on_host if on_gpu else 0,
         "model_bytes": llm.engine.spec.weight_bytes,
         "cache_bytes": sum(placement["cache"].values()),
         "hidden_bytes": sum(placement["activations"].values()),
@@ -138,13 +143,13 @@ def print_strategies(console: Console, results: Mapping[str, Mapping[str, Any]])
 
 
 def dry_plan(
-    model: str, path: str | None, dtype: str, policy: Policy, prompt_len: int, gen_len: int, *, copies: bool
+    model: str, path: str | None, dtype: str, policy: Policy, prompt_len: int, gen_len: int, *, host_is_apart: bool
 ) -> Plan:
     """The plan as it would be run with weights in a store of our own; touches nothing."""
     source = find_sizes(model, path)
     spec = stored_as(model_spec(source.config, source.name, choose_dtype(dtype, source)), policy)
     workload = Workload.uniform(prompt_len, gen_len, policy.gpu_batch_size, policy.num_gpu_batches)
-    return make_plan(spec, policy, workload, copies=copies)
+    return make_plan(spec, policy, workload, host_is_apart=host_is_apart)
 
 
 def show(console: Console, llm: LLM, result: dict[str, Any], *, verbose: int) -> None:
@@ -164,7 +169,8 @@ def show(console: Console, llm: LLM, result: dict[str, Any], *, verbose: int) ->
 def log_name(model: str, policy: Policy, *, prompt_len: int, gen_len: int) -> str:
     """The automatic name of a run's log, without its ending: FlexGen's, and every setting that is not the default.
 
-    No two policies have the same name; the formats of what is not compressed are no part of a policy.
+    No two policies have the same name; the formats of what is not compressed are no part of a policy. A name that a
+    file system would refuse is cut, and ends in a digest of all of it.
     """
     p = policy
     shares = (p.w_gpu_percent, p.w_cpu_percent, p.cache_gpu_percent, p.cache_cpu_percent, p.act_gpu_percent)
@@ -176,15 +182,16 @@ def log_name(model: str, policy: Policy, *, prompt_len: int, gen_len: int) -> st
         *(["compc", *_format_marks(p.comp_cache_config, 2)] if p.compress_cache else ()),
         *([f"sparse{_number(p.attn_sparsity)}"] if p.attn_sparsity < 1 else ()),
         *([f"attended{_number(p.cpu_attention_percent)}"] if p.cpu_attention_percent < 100 else ()),
-        *(["open"] if p.keep_open_blocks else ()),
+        *(["open"] if p.keep_open_pages else ()),
         *(name for name, is_on in (("noov", p.overlap), ("nosep", p.sep_layer), ("nopin", p.pin_weight)) if not is_on),
     ]
-    return "-".join((f"fo-{model.rsplit('/', 1)[-1]}", size, "percent", percent, *marks))
+    name = "-".join((f"fo-{model.rsplit('/', 1)[-1]}", size, "percent", percent, *marks))
+    return name if len(name) <= MAX_NAME else f"{name[:MAX_NAME]}-{xxh64_hexdigest(name.encode())}"
 
 
 def _format_marks(config: CompressionConfig, dim: int) -> Iterator[str]:
     """Name each setting of a 4-bit format that is not the default."""
-    if config.group_size != CACHE_GROUP:
+    if config.group_size != KV_GROUP:
         yield f"group{config.group_size}"
     if config.group_dim != dim:
         yield f"dim{config.group_dim}"
@@ -207,12 +214,12 @@ def _number(value: float) -> str:
     type=click.Choice(DEBUG_MODES),
     help=f"fewer_batch: {FEWER_STEPS} token steps, the rest projected; breakdown: that without overlap, lane by lane.",
 )
-@click.option("--num-prompts", type=click.IntRange(1), help="With an automatic policy; by default one block.")
+@click.option("--num-prompts", type=click.IntRange(1), help="With an automatic policy; by default one round.")
 @click.option("--prompts", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="A prompt a line.")
 @click.option(
     "--max-latency",
     type=click.FloatRange(0, min_open=True),
-    help="Seconds that a block may take under an automatic policy.",
+    help="Seconds that a round may take under an automatic policy.",
 )
 @click.option("--log-file", default="auto", show_default=True)
 @click.option("--no-log", is_flag=True)
@@ -239,9 +246,9 @@ def run(console: Console, *, by_hand: bool, **o: Any) -> None:
     o = debugged(o)
     policy = flags_policy(o)
     if by_hand and o["dry_run"]:
-        hardware, copies = dry_machine(o)
+        hardware, host_is_apart = dry_machine(o)
         shape = (o["prompt_len"], o["gen_len"])
-        plan = dry_plan(o["model"] or DEMO, o["path"], o["dtype"], policy, *shape, copies=copies)
+        plan = dry_plan(o["model"] or DEMO, o["path"], o["dtype"], policy, *shape, host_is_apart=host_is_apart)
         figures.dry_run(console, plan, hardware, o["json_file"])
         return
     with Display() as bars, load_model(o, policy if by_hand else AUTO, bars.phase) as llm:
@@ -255,7 +262,7 @@ def run(console: Console, *, by_hand: bool, **o: Any) -> None:
                     figures.dry_run(console, best.plan, searched.hardware, o["json_file"])
                     return
             llm.use(best.policy)
-        count = o["num_prompts"] or llm.policy.block_size
+        count = o["num_prompts"] or llm.policy.round_size
         prompts = prompts or random_prompts(count, o["prompt_len"], llm.spec.vocab, o["seed"])
         params = SamplingParams(
             max_tokens=min(o["cut_gen_len"] or o["gen_len"], o["gen_len"]), ignore_eos=True, temperature=0
@@ -279,10 +286,10 @@ def dry_machine(o: Mapping[str, Any]) -> tuple[Hardware | None, bool]:
     hardware = load_profile(o["hardware"]) if o["hardware"] else None
     if hardware is None:
         hardware = cached_profile(Folders.of(o["offload_dir"]), device)
-    copies = o["copies"]
-    if copies is None:
-        copies = hardware.copies if o["hardware"] and hardware else device.type == "cuda"
-    return hardware, copies
+    host_is_apart = o["copies"]
+    if host_is_apart is None:
+        host_is_apart = hardware.host_is_apart if o["hardware"] and hardware else device.type == "cuda"
+    return hardware, host_is_apart
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -16,6 +16,7 @@ from rich.text import Text
 
 WIDTH = 120  # of prose where the output is no terminal
 UNBOUNDED = 1 << 16
+TIERS = {"gpu": "GPU", "host": "host", "disk": "disk"}  # names for people
 
 
 def console() -> Console:

@@ -13,7 +13,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..plan.fit import need
+from ..plan.footprint import KINDS, WORKSPACE
 from ..plan.hardware import GIB, Hardware
+from ..plan.placement import Tier
 from ..plan.plan import Plan
 from ..plan.policy import Policy
 from ..plan.predict import Prediction, predict
@@ -25,7 +27,7 @@ from .console import print_table
 
 
 def step_seconds(report: RunReport) -> list[float]:
-    """Seconds of each token step, summed over the blocks of the schedule: prefill first."""
+    """Seconds of each token step, summed over the rounds of the schedule: prefill first."""
     totals: list[float] = []
     for ends in report.step_ends:
         durations = [b - a for a, b in zip((0.0, *ends), ends, strict=False)]
@@ -57,7 +59,7 @@ def timing(report: RunReport, *, prompt_tokens: int, num_prompts: int, gen_len: 
 
 
 def placed(plans: Sequence[Plan]) -> dict[str, dict[str, int]]:
-    """Bytes by kind and tier: weights once, cache and activations of the largest block."""
+    """Bytes by kind and tier: weights once, cache and activations of the largest round."""
     return max((p.placement for p in plans), key=lambda p: sum(p["cache"].values()))
 
 
@@ -78,14 +80,14 @@ def formats_text(plan: Plan) -> str:
         f", 4-bit weights (groups of {policy.weight_group})" if policy.weight_group else "",
         ", 4-bit cache" if policy.is_cache_4bit else "",
         f", {policy.attn_sparsity:.0%} of V" if policy.attn_sparsity < 1 else "",
-        f", {policy.attended_percent:g} % attended by the host" if plan.is_split else "",
-        ", open blocks kept" if plan.keeps_open else "",
+        f", {policy.attended_percent:g} % attended by the host" if plan.host_attends else "",
+        ", open pages kept" if plan.keeps_open else "",
     ]
     return "".join(texts)
 
 
 def print_plan(console: Console, plan: Plan) -> None:
-    """What goes where, before anything is touched."""
+    """Print what goes where, before anything is touched: the memory to set aside, which adds up to its peak."""
     policy, workload = plan.policy, plan.workload
     console.print(
         f"[bold]{escape(plan.model.name)}[/] {plan.model.dtype}, {len(plan.layers)} layers, "
@@ -93,14 +95,9 @@ def print_plan(console: Console, plan: Plan) -> None:
         f"percent {percent_text(plan)}, {workload.steps} token steps{formats_text(plan)}"
     )
     table = Table("GiB", "GPU", "host", "disk", title="plan")
-    for kind, by_tier in plan.placement.items():
-        table.add_row(kind, *(f"{by_tier[t] / GIB:.3f}" for t in ("gpu", "cpu", "disk")))
-    staging = plan.rings["stage_in"] + plan.rings["stage_out"]
-    rings = sum(plan.rings.values()) - staging
-    table.add_row("rings", f"{rings / GIB:.3f}", f"{staging / GIB:.3f}", "")
-    table.add_row("workspace", f"{plan.workspace_bytes / GIB:.3f}", "", "")
-    on_disk = sum(plan.placement[kind]["disk"] for kind in plan.placement)
-    table.add_row("peak", f"{plan.device_bytes / GIB:.3f}", f"{plan.host_bytes / GIB:.3f}", f"{on_disk / GIB:.3f}")
+    for kind in KINDS:
+        table.add_row(kind, *(f"{plan.footprint.of(kind, tier) / GIB:.3f}" for tier in Tier))
+    table.add_row("peak", *(f"{plan.footprint.total(tier) / GIB:.3f}" for tier in Tier))
     print_table(console, table)
 
 
@@ -125,7 +122,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     """A plan's figures, under the names that a run's have."""
     workload, placement = plan.workload, plan.placement
     return {
-        "note": "the plan of one block; not a run",
+        "note": "the plan of one round; not a run",
         "model": plan.model.name,
         "dtype": plan.model.dtype,
         "policy": {f: getattr(plan.policy, f) for f in Policy.__slots__ if not f.startswith("comp_")},
@@ -136,10 +133,11 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "cache_bytes": sum(placement["cache"].values()),
         "hidden_bytes": sum(placement["activations"].values()),
         "placement": placement,
-        "rings": dict(plan.rings),
-        "workspace_bytes": plan.workspace_bytes,
-        "device_bytes": plan.device_bytes,
-        "host_bytes": plan.host_bytes,
+        "footprint": {kind: {t.value: plan.footprint.of(kind, t) for t in Tier} for kind in KINDS},
+        "rings": dict(plan.footprint.rings),
+        "workspace_bytes": plan.footprint.of(WORKSPACE, Tier.GPU),
+        "device_bytes": plan.footprint.total(Tier.GPU),
+        "host_bytes": plan.footprint.total(Tier.HOST),
         "need": {tier.value: nbytes for tier, nbytes in need(plan).items()},
     }
 

@@ -98,7 +98,7 @@ RULES = (
     Rule(
         ("prompts", "num_prompts"),
         lambda f: f.by_hand_and_dry,
-        "on the plan of a policy given by flags: it is of one block, of prompts of --prompt-len tokens",
+        "on the plan of a policy given by flags: it is of one round, of prompts of --prompt-len tokens",
     ),
     Rule(
         ("trace", "log_file", "verbose", "verify"),

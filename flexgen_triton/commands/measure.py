@@ -94,13 +94,13 @@ def _rows(h: Hardware) -> Iterator[tuple[str, str, str]]:
     yield "prompts' attention", "GFLOP/s by tokens", _rates(h.prefill_attention)
     for kind, curve in h.decode_attention.items():
         yield f"attention, {kind}", "GB/s of K and V", _rates(curve, in_bytes=True)
-    if h.copies:
+    if h.host_is_apart:
         for kind, curve in h.host_attention.items():
             yield f"the host's attention, {kind}", "GB/s of K and V", _rates(curve, in_bytes=True)
     yield "norms and the like", "GB/s", _rates(h.elementwise, in_bytes=True)
     yield "memory read", "GB/s", _numbers({"device": h.device_read / 1e9, "host": h.host_read / 1e9})
     links = {"h2d": h.h2d, "d2h": h.d2h, "h2d, pageable": h.h2d_pageable, "d2h, pageable": h.d2h_pageable}
-    for name, curve in (links if h.copies else {"copies": h.h2d}).items():
+    for name, curve in (links if h.host_is_apart else {"copies": h.h2d}).items():
         yield name, "GB/s", _rates(curve, in_bytes=True)
     yield "disk read", "GB/s", _rates(h.disk_read, in_bytes=True)
     yield "disk write", "GB/s", _rates(h.disk_write, in_bytes=True)

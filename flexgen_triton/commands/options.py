@@ -112,9 +112,9 @@ MODEL: tuple[Option, ...] = (
         help="With --cpu-cache-compute: of the host's sequences, those it attends to; the rest are sent to the GPU.",
     ),
     click.option(
-        "--keep-open-blocks",
+        "--keep-open-pages",
         is_flag=True,
-        help="New tokens' cache leaves the GPU a whole block at a time, not at once.",
+        help="New tokens' cache leaves the GPU a whole page at a time, not at once.",
     ),
     click.option("--attn-sparsity", type=float, default=1.0, show_default=True, help="Share of V that decode reads."),
     click.option("--compress-weight", is_flag=True, help="Weights in 4 bits."),
@@ -222,12 +222,12 @@ def flags_policy(options: Mapping[str, Any]) -> Policy:
         comp_weight_config=CompressionConfig(group_size=options["group_size"]),
         compress_cache=options["compress_cache"],
         cpu_attention_percent=options["cpu_attention_percent"],
-        keep_open_blocks=options["keep_open_blocks"],
+        keep_open_pages=options["keep_open_pages"],
     )
 
 
 def base_policy(options: Mapping[str, Any]) -> Policy:
-    """What the flags say of an automatic policy: all but block size and percentages."""
+    """What the flags say of an automatic policy: all but round size and percentages."""
     return replace(flags_policy({**options, "percent": BASE_PERCENT}), gpu_batch_size=1, num_gpu_batches=1)
 
 

@@ -23,6 +23,7 @@ from ..memory.stripes import Folders
 from ..models.locate import DUMMY, ModelSource, choose_dtype, find_local, find_sizes, hub_name, read_config
 from ..models.opt import ModelError, config_by_name, model_spec
 from ..plan.fit import fits, need
+from ..plan.footprint import ACTIVATIONS, CACHE, WEIGHTS
 from ..plan.hardware import GIB, Hardware, profile_names
 from ..plan.placement import Tier
 from ..plan.plan import Plan
@@ -30,14 +31,13 @@ from ..plan.policy import Policy
 from ..plan.predict import PHASES, Prediction
 from ..plan.search import Found, Problem, Searched, available, frontier, search, worth
 from ..run.engine import Limits
-from .console import WIDTH, console, print_table
+from .console import TIERS, WIDTH, console, print_table
 from .options import ALLOW, DTYPE, OFFLOAD_DIR, Command, memory_options
 from .progress import Display
 
-TIERS = {"gpu": "GPU", "cpu": "host", "disk": "disk"}
 RESOURCES = {
     "gpu": "GiB of GPU memory",
-    "cpu": "GiB of host memory",
+    "host": "GiB of host memory",
     "disk": "GiB of disk",
     "h2d": "GB/s from host to GPU",
     "d2h": "GB/s from GPU to host",
@@ -71,7 +71,7 @@ def choices(searched: Searched) -> Iterator[Choice]:
     known = {(f.policy.gpu_batch_size, f.policy.num_gpu_batches) for f in searched.found}
     free = available(searched.hardware, searched.problem)
     for latency, tokens_per_s, policy in reversed(frontier(searched)):
-        plan = searched.problem.plan(policy, copies=searched.hardware.copies)
+        plan = searched.problem.plan(policy, host_is_apart=searched.hardware.host_is_apart)
         if (policy.gpu_batch_size, policy.num_gpu_batches) not in known and fits(plan, free):
             yield Choice(policy, plan, tokens_per_s, latency)
 
@@ -83,22 +83,19 @@ def _simulated(found: Found) -> Choice:
 def memory(plan: Plan, searched: Searched) -> dict[str, dict[str, float]]:
     """By tier the bytes of weights, cache and activations, of rings and workspace, of all, and those there are.
 
-    The disk's weights are the whole store that they are read from. The host's cache has the blocks of tokens of the
+    The disk's weights are the whole store that they are read from. The host's cache has the pages of tokens of the
     disk's sequences that are not full yet.
     """
     store = {Tier.DISK: plan.model.weight_bytes}
     found = {}
     for tier, free in available(searched.hardware, searched.problem).items():
-        tiers = (tier,) if plan.copies or tier is Tier.DISK else (Tier.GPU, Tier.HOST)
-        weights = store.get(tier) or sum(plan.placement["weights"][t.value] for t in tiers)
-        activations = sum(plan.placement["activations"][t.value] for t in tiers)
-        homes = sum(plan.homes[t] for t in tiers)
+        tiers = (tier,) if plan.host_is_apart or tier is Tier.DISK else (Tier.GPU, Tier.HOST)
+        kept = {kind: sum(plan.footprint.of(kind, t) for t in tiers) for kind in (WEIGHTS, CACHE, ACTIVATIONS)}
+        kept[WEIGHTS] = store.get(tier, kept[WEIGHTS])
         needs = need(plan)[tier] + store.get(tier, 0)
         found[tier.value] = {
-            "weights": float(weights),
-            "cache": float(homes - activations),
-            "activations": float(activations),
-            "other": float(needs - weights - homes),
+            **{kind: float(nbytes) for kind, nbytes in kept.items()},
+            "other": float(needs - sum(kept.values())),
             "need": float(needs),
             "available": free + store.get(tier, 0),
         }
@@ -158,7 +155,7 @@ def bench_command(model: Model, problem: Problem, policy: Policy, offload_dirs: 
     command += ["--attn-sparsity", f"{p.attn_sparsity:g}"] if p.attn_sparsity != default.attn_sparsity else []
     command += ["--cpu-cache-compute"] if p.cpu_cache_compute else []
     command += ["--cpu-attention-percent", f"{p.cpu_attention_percent:g}"] if p.cpu_attention_percent != 100 else []
-    command += ["--keep-open-blocks"] if p.keep_open_blocks else []
+    command += ["--keep-open-pages"] if p.keep_open_pages else []
     for flag in ("sep_layer", "overlap", "pin_weight"):
         command += [] if getattr(p, flag) else [f"--{flag.replace('_', '-')}", "false"]
     command += ["--num-prompts", str(problem.num_prompts)] if problem.num_prompts else []
@@ -199,7 +196,7 @@ def show(console: Console, searched: Searched, told: list[Choice], gains: Mappin
     console.print("A prediction of what this engine will do there, by simulating its schedule; nothing was run.\n")
     print_table(console, _policies(searched, told))
     console.print(
-        f"No policy of these block sizes is predicted above [bold]{searched.bound_tokens_per_s:.4g} tok/s[/]; "
+        f"No policy of these round sizes is predicted above [bold]{searched.bound_tokens_per_s:.4g} tok/s[/]; "
         f"the best found is {searched.gap:.1%} below that.\n"
     )
     print_table(console, _memory_table(best.plan, searched))
@@ -219,8 +216,8 @@ def _table(title: str, words: int, *headings: str) -> Table:
 
 
 def _policies(searched: Searched, told: list[Choice]) -> Table:
-    copies = searched.hardware.copies
-    tiers = "/".join(TIERS.values() if copies else ("host", "disk"))
+    host_is_apart = searched.hardware.host_is_apart
+    tiers = "/".join(TIERS.values() if host_is_apart else ("host", "disk"))
     bounds = "" if all(c.prediction for c in told) else "; ≤: a bound, not simulated"
     attended = "; attended: of the cache, by the host" if any(c.policy.attended_percent for c in told) else ""
     title = f"policies: per cent on {tiers}{attended}{bounds}"
@@ -231,9 +228,9 @@ def _policies(searched: Searched, told: list[Choice]) -> Table:
     for choice in told:
         table.add_row(
             f"{choice.policy.gpu_batch_size} x {choice.policy.num_gpu_batches}",
-            *(_shares(choice.policy, kind, copies=copies) for kind in ("w", "cache")),
-            f"{choice.policy.attended_percent:.0f}" if copies else "all",
-            _shares(choice.policy, "act", copies=copies),
+            *(_shares(choice.policy, kind, host_is_apart=host_is_apart) for kind in ("w", "cache")),
+            f"{choice.policy.attended_percent:.0f}" if host_is_apart else "all",
+            _shares(choice.policy, "act", host_is_apart=host_is_apart),
             _format(choice.policy),
             ", ".join(_busiest(choice.prediction).values()) if choice.prediction else "",
             f"{choice.at_most}{choice.tokens_per_s:.4g}",
@@ -243,9 +240,9 @@ def _policies(searched: Searched, told: list[Choice]) -> Table:
     return table
 
 
-def _shares(policy: Policy, kind: str, *, copies: bool) -> str:
+def _shares(policy: Policy, kind: str, *, host_is_apart: bool) -> str:
     gpu, cpu, disk = (getattr(policy, f"{kind}_{tier}_percent") for tier in TIERS)
-    return f"{gpu:g}/{cpu:g}/{disk:g}" if copies else f"{gpu + cpu:g}/{disk:g}"
+    return f"{gpu:g}/{cpu:g}/{disk:g}" if host_is_apart else f"{gpu + cpu:g}/{disk:g}"
 
 
 def _format(policy: Policy) -> str:
@@ -278,7 +275,7 @@ def _memory_table(plan: Plan, searched: Searched) -> Table:
 
 
 def _lanes_table(prediction: Prediction) -> Table:
-    title = f"the best: busy lanes of one block; makespan / bound {prediction.total_s / prediction.bound_s:.3f}"
+    title = f"the best: busy lanes of one round; makespan / bound {prediction.total_s / prediction.bound_s:.3f}"
     table = _table(title, 1, "lane", "prefill s", "of prefill", "decode s", "of decode")
     seconds = dict(zip(PHASES, (prediction.prefill_s, prediction.decode_s), strict=True))
     for lane in dict.fromkeys(lane for phase in PHASES for lane in prediction.lanes[phase]):
@@ -320,7 +317,7 @@ def as_json(searched: Searched, told: list[Choice], gains: Mapping[str, float], 
         "hardware": {
             "name": hardware.name,
             "source": hardware.source,
-            "copies": hardware.copies,
+            "host_is_apart": hardware.host_is_apart,
             "gpu_bytes": hardware.gpu_bytes,
             "cpu_bytes": hardware.host_bytes,
             "disk_bytes": hardware.disk_bytes,
@@ -385,7 +382,7 @@ def find_policies(model: Model, hardware: Hardware, options: Mapping[str, Any]) 
 @click.option("--gen-len", type=click.IntRange(1), default=32, show_default=True)
 @click.option("--num-prompts", type=click.IntRange(1), help="How many there are; default: as many as are best.")
 @ALLOW
-@click.option("--max-latency", type=click.FloatRange(0, min_open=True), help="Seconds for a block of prompts.")
+@click.option("--max-latency", type=click.FloatRange(0, min_open=True), help="Seconds for a round of prompts.")
 @memory_options
 @DTYPE
 @OFFLOAD_DIR

@@ -9,10 +9,10 @@ from typing import Any
 
 from ..plan.hardware import GIB
 from ..plan.search import Searched, frontier
+from .console import TIERS
 
 KINDS = {"weights": "#4878a8", "cache": "#d1713c", "activations": "#5a9a68", "other": "#b8b8b8"}
 LABELS = {"other": "rings, workspace"}
-TIERS = {"gpu": "GPU", "cpu": "host", "disk": "disk"}
 WIDE = 5  # a largest value so many times the smallest is drawn on a logarithmic axis
 LEGEND = {"loc": "upper center", "fontsize": 8, "frameon": False, "columnspacing": 1.2, "handletextpad": 0.5}
 
@@ -52,7 +52,7 @@ def _draw_frontier(axes: Any, searched: Searched) -> None:
     latencies = [c.optimum.seconds for c in searched.candidates]
     rates = [c.tokens_per_s for c in searched.candidates]
     edge = frontier(searched)
-    axes.scatter(latencies, rates, s=12, color="#9aa5b1", alpha=0.55, linewidths=0, label="bounds of block sizes")
+    axes.scatter(latencies, rates, s=12, color="#9aa5b1", alpha=0.55, linewidths=0, label="bounds of round sizes")
     axes.plot([e[0] for e in edge], [e[1] for e in edge], color="#4878a8", lw=1.3, label="their frontier")
     if others:
         points = [f.latency_s for f in others], [f.tokens_per_s for f in others]
@@ -61,7 +61,7 @@ def _draw_frontier(axes: Any, searched: Searched) -> None:
     axes.scatter([best.latency_s], [best.tokens_per_s], s=130, color="#c23b22", marker="*", zorder=4, label=label)
     _scale(axes.xaxis, axes.set_xscale, [*latencies, *(f.latency_s for f in searched.found)])
     _scale(axes.yaxis, axes.set_yscale, [*rates, *(f.tokens_per_s for f in searched.found)])
-    axes.set_xlabel("latency of a block of prompts (s)")
+    axes.set_xlabel("latency of a round of prompts (s)")
     axes.set_ylabel("throughput (generated tokens / s)")
     axes.grid(axis="x", alpha=0.3, lw=0.6)
     axes.legend(ncols=4, bbox_to_anchor=(0.5, -0.15), **LEGEND)

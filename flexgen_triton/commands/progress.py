@@ -19,16 +19,16 @@ from rich.text import Text
 
 from ..plan.hardware import GIB
 from ..run.totals import Totals
+from .console import TIERS
 
 PHASES = {"measure": "measuring", "convert": "converting", "load": "loading", "generate": "generating"}
-TIERS = {"gpu": "GPU", "cpu": "host", "disk": "disk"}
 COLUMNS = (TextColumn("{task.description}"), BarColumn(bar_width=20))  # with the times, within 60 columns
 REDRAW_S = 0.1
 LOG_S = 1.0
 
 
 def figures(done: int, totals: Totals, total: int | None = None) -> dict[str, Any]:
-    """Sequences done, and the figures of a run so far: rates over the seconds that blocks ran; None: not known yet."""
+    """Sequences done, and the figures of a run so far: rates over the seconds that rounds ran; None: not known yet."""
     seconds = totals.seconds
     is_timed = total is not None and totals.sequences and seconds
     return {
@@ -40,7 +40,7 @@ def figures(done: int, totals: Totals, total: int | None = None) -> dict[str, An
         "predicted_tok_s": totals.choice.tokens_per_s if totals.choice else None,
         "predicted_busiest": totals.choice.busiest if totals.choice else None,
         "eta_s": max((total or 0) - done, 0) * seconds / totals.sequences if is_timed else None,
-        "blocks": totals.blocks,
+        "rounds": totals.rounds,
         "seconds": seconds,
         "bound_s": totals.bound_s,
         "busiest": totals.busiest,
@@ -123,7 +123,7 @@ class Display:
         if name not in self._tasks:
             self._tasks[name] = self._phases.add_task(PHASES.get(name, name), total=total)
         task = self._tasks[name]
-        if done < self._phases.tasks[task].completed:  # the next block's
+        if done < self._phases.tasks[task].completed:  # the next round's
             self._phases.reset(task)
         self._phases.update(task, completed=done, total=total)
 

@@ -46,10 +46,10 @@ def machine(
         hardware = load_or_measure(device, folders, progress)
     else:
         hardware = profile if isinstance(profile, Hardware) else load_profile(profile)
-    if copies and not hardware.copies:  # on a CPU, as if host memory were apart: half of it is the device's
+    if copies and not hardware.host_is_apart:  # on a CPU, as if host memory were apart: half of it is the device's
         half = hardware.host_bytes // 2
-        hardware = replace(hardware, copies=True, gpu_bytes=half, host_bytes=half)
-    if limits.gpu is not None and not hardware.copies:
+        hardware = replace(hardware, host_is_apart=True, gpu_bytes=half, host_bytes=half)
+    if limits.gpu is not None and not hardware.host_is_apart:
         raise PolicyError("a limit on GPU memory was given, but there is no GPU here; limit the host's memory")
     return hardware.capped(limits.gpu, limits.host, limits.disk)
 
@@ -80,7 +80,7 @@ def settled(model: ModelSpec, base: Policy, device: torch.device) -> Resident:
 def choose(problem: Problem, hardware: Hardware, current: Policy | None = None) -> Choice:
     """The best policy for a problem, or the current one where it fits and is predicted nearly as fast.
 
-    Of prompts without number, the one with the smallest block that is nearly the best: answers come sooner.
+    Of prompts without number, the one with the smallest round that is nearly the best: answers come sooner.
 
     Raises PolicyError when no policy fits.
     """
@@ -89,7 +89,7 @@ def choose(problem: Problem, hardware: Hardware, current: Policy | None = None) 
     best = _choice(found.policy, found.tokens_per_s, found.prediction)
     if current is None or current == best.policy:
         return best
-    plan = problem.plan(current, copies=hardware.copies)
+    plan = problem.plan(current, host_is_apart=hardware.host_is_apart)
     if not fits(plan, available(hardware, problem)):
         return best
     prediction = predict(plan, hardware)
@@ -103,11 +103,11 @@ def _choice(policy: Policy, tokens_per_s: float, prediction: Prediction) -> Choi
 
 
 def predict_run(report: RunReport, hardware: Hardware) -> Prediction:
-    """What the blocks of a run were predicted to take together."""
+    """What the rounds of a run were predicted to take together."""
     return Prediction.sum([predict(plan, hardware) for plan in report.plans])
 
 
 def typical_length(lens: Sequence[int]) -> int:
-    """One prompt length that stands for many: the mean of the longer half, which the first block is made of."""
+    """One prompt length that stands for many: the mean of the longer half, which the first round is made of."""
     longest = sorted(lens, reverse=True)[: -(-len(lens) // 2)]
     return -(-sum(longest) // len(longest))

@@ -38,7 +38,7 @@ from ..plan.spec import DTYPE_BYTES, to_4bit
 from ..run.engine import Engine, RunReport
 from ..run.running import check_process
 from ..sequences.params import SamplingParams
-from ..sequences.sequence import Request
+from ..sequences.sequence import TokenSequence
 from . import sweeps
 from .sweeps import CPU, MIB, Clock, Workbench
 
@@ -68,7 +68,7 @@ def measure(
     folders.make()
     steps = _Steps(progress)
     share = 0.1 if quick else 1.0  # of the time each step gets
-    copies = device.type == "cuda"
+    host_is_apart = device.type == "cuda"
     source = f"measured{', quickly' if quick else ''}{_others()}"
     with torch.inference_mode(), ExitStack() as benches:
         _compile_apart()
@@ -76,14 +76,14 @@ def measure(
         process_bytes = rss()
         steps.done()
         bench = benches.enter_context(Workbench(device, quick=quick))
-        host = benches.enter_context(Workbench(CPU, quick=quick, pin=True)) if copies else bench
+        host = benches.enter_context(Workbench(CPU, quick=quick, pin=True)) if host_is_apart else bench
         figures = _device_figures(bench, host, steps, share)
         disk = sweeps.disk(folders, host.arena.buffer[: 64 * MIB], quick=quick, budget_s=6 * share)
         steps.done()
     hardware = Hardware(
         name=machine_name(device, folders),
         source=source,
-        copies=copies,
+        host_is_apart=host_is_apart,
         gpu_bytes=0,
         host_bytes=0,
         disk_bytes=0,
@@ -91,7 +91,7 @@ def measure(
         disk_write=disk.write,
         disk_rows=disk.rows,
         disk_table=disk.table,
-        dequantize_rows=ops.crossover_rows(device) if copies else 0,
+        dequantize_rows=ops.crossover_rows(device) if host_is_apart else 0,
         process_bytes=process_bytes,
         context_bytes=_context_bytes(device),
         **figures,
@@ -187,7 +187,7 @@ def with_capacities(hardware: Hardware, device: torch.device, folders: Folders) 
     With what it takes already, so that what is left for a plan is without `process_bytes` and `context_bytes`.
     """
     gpu = 0
-    if hardware.copies:
+    if hardware.host_is_apart:
         gpu = gpu_memory(device)[0] + reserved_bytes(device) + hardware.context_bytes
     return hardware.limited(gpu, host_available() + rss(), folders.free_bytes())
 
@@ -199,9 +199,9 @@ def _overheads(hardware: Hardware, device: torch.device, folders: Folders, *, qu
     """Seconds that an op of a tiny model takes beyond its bytes and its arithmetic, by lane."""
     steps = 8 if quick else 32
     with _inside(folders) as work:
-        alone = _run(TINY, Policy(), device, work, copies=hardware.copies, steps=steps)
+        alone = _run(TINY, Policy(), device, work, host_is_apart=hardware.host_is_apart, steps=steps)
         spread = Policy(1, 2, 0, 50, 0, 50, 0, 50, cpu_cache_compute=True)
-        moved = _run(TINY, spread, device, work, copies=True, steps=steps)
+        moved = _run(TINY, spread, device, work, host_is_apart=True, steps=steps)
     lanes = [lane for lane in Lane if lane is not Lane.COMPUTE]
     found = {lane.value: _excess((s for s in moved.timeline.spans if s.op.lane is lane), hardware) for lane in lanes}
     decoded = [s for s in alone.timeline.spans if s.op.i > 0]
@@ -220,14 +220,16 @@ def _inside(folders: Folders) -> Iterator[Folders]:
 
 
 def _run(
-    config: OPTConfig, policy: Policy, device: torch.device, folders: Folders, *, copies: bool, steps: int
+    config: OPTConfig, policy: Policy, device: torch.device, folders: Folders, *, host_is_apart: bool, steps: int
 ) -> RunReport:
-    """Generate with random weights, a block of prompts of 16 tokens."""
+    """Generate with random weights, a round of prompts of 16 tokens."""
     spec = model_spec(config, f"measure-{config.hidden_size}", "float16")
     store = open_store(spec, None, folders.paths)
     params = SamplingParams(max_tokens=steps, ignore_eos=True, temperature=0)
-    requests = [Request([5] * 16, params) for _ in range(policy.block_size)]
-    with Engine(OPT(config), spec, store, policy, device=device, folders=folders, copies=copies) as engine:
+    requests = [TokenSequence([5] * 16, params) for _ in range(policy.round_size)]
+    with Engine(
+        OPT(config), spec, store, policy, device=device, folders=folders, host_is_apart=host_is_apart
+    ) as engine:
         return engine.generate(requests)
 
 
@@ -243,23 +245,23 @@ def _corrected(hardware: Hardware, device: torch.device, folders: Folders) -> Ha
     What is timed by itself is some 15 % quicker than the same between all that an engine does, and where the cores that
     compute also read the disk, computing takes longer while they do.
     """
-    copies = hardware.copies
+    host_is_apart = hardware.host_is_apart
     with _inside(folders) as work:
         resident, streamed = (
-            _run(SAMPLE, policy, device, work, copies=copies, steps=SAMPLE_STEPS)
+            _run(SAMPLE, policy, device, work, host_is_apart=host_is_apart, steps=SAMPLE_STEPS)
             for policy in (Policy(8), Policy(8, 1, 0, 0))
         )
         found = {Lane.COMPUTE: _ratio(resident, Lane.COMPUTE, hardware)}
         found[Lane.DISK_IN] = _ratio(streamed, Lane.DISK_IN, hardware)
-        if copies:
-            beside = _run(SAMPLE, Policy(8, 2, 0, 100, 0, 100, 0, 100), device, work, copies=True, steps=8)
+        if host_is_apart:
+            beside = _run(SAMPLE, Policy(8, 2, 0, 100, 0, 100, 0, 100), device, work, host_is_apart=True, steps=8)
             found |= {lane: _ratio(beside, lane, hardware) for lane in (Lane.H2D, Lane.D2H)}
     more = _busy_s(streamed, Lane.COMPUTE) - _busy_s(resident, Lane.COMPUTE)
     read = sum(s.op.bytes for s in streamed.timeline.spans if s.op.lane is Lane.DISK_IN)
     return replace(
         hardware,
         correction={lane.value: sweeps.rounded(ratio) for lane, ratio in found.items()},
-        disk_compute=0.0 if copies else float(f"{max(more, 0.0) / read / found[Lane.COMPUTE]:.3g}"),
+        disk_compute=0.0 if host_is_apart else float(f"{max(more, 0.0) / read / found[Lane.COMPUTE]:.3g}"),
     )
 
 

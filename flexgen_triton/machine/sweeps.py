@@ -18,6 +18,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from ..kernels.sizes import BLOCK_ROWS
 from ..memory.arena import Arena, host_available
 from ..memory.cache import Fields, Segment
 from ..memory.device import current_stream, gpu_capability, gpu_memory, synchronize
@@ -28,10 +29,10 @@ from ..models import ops
 from ..models.ops import Matrix, Matrix4
 from ..models.opt import OPTConfig, model_spec
 from ..plan.hardware import Curve
-from ..plan.layout import CacheLayout, block_tokens_for, cache_fields
+from ..plan.layout import CacheLayout, cache_fields, page_tokens_for
 from ..plan.plan import Plan, make_plan
 from ..plan.policy import Policy
-from ..plan.spec import BLOCK_ROWS, DTYPE_BYTES, ModelSpec, Workload
+from ..plan.spec import DTYPE_BYTES, ModelSpec, Workload
 
 CPU = torch.device("cpu")
 MIB = 1 << 20
@@ -148,7 +149,7 @@ class Workbench:
         return self.dtypes[-1]
 
     def spec(self, dtype: str) -> ModelSpec:
-        """A model of one decoder block."""
+        """A model of one decoder layer."""
         config = OPTConfig(self.hidden, 1, self.heads, self.ffn, vocab_size=256, max_position_embeddings=1 << 20)
         return model_spec(config, "measured", dtype)
 
@@ -249,17 +250,17 @@ def _context_tasks(bench: Workbench, contexts: Sequence[tuple[int, int]], dtype:
     """Attention over caches of which the arena holds two or more."""
     spec = bench.spec(dtype)
     fields = cache_fields(spec, is_4bit=is_4bit)
-    layouts = [CacheLayout(spec.num_kv_heads, fields, block_tokens_for(tokens)) for _, tokens in contexts]
+    layouts = [CacheLayout(spec.num_kv_heads, fields, page_tokens_for(tokens)) for _, tokens in contexts]
     return [
         _context_task(bench, spec, layout, sequences, tokens)
         for layout, (sequences, tokens) in zip(layouts, contexts, strict=True)
-        if 2 * layout.dense(layout.blocks(tokens), sequences) <= bench.nbytes
+        if 2 * layout.dense(layout.pages(tokens), sequences) <= bench.nbytes
     ]
 
 
 def _context_task(bench: Workbench, spec: ModelSpec, layout: CacheLayout, sequences: int, tokens: int) -> Task:
     q = bench.view(spec.dtype, sequences, spec.num_heads, spec.head_dim)
-    stretches = bench.stretches(layout.dense(layout.blocks(tokens), sequences))
+    stretches = bench.stretches(layout.dense(layout.pages(tokens), sequences))
     lens = torch.tensor([tokens] * sequences, dtype=torch.int32, device=bench.device)
     nbytes = sequences * tokens * layout.token_bytes
 
@@ -271,13 +272,13 @@ def _context_task(bench: Workbench, spec: ModelSpec, layout: CacheLayout, sequen
 
 def cached_segment(layout: CacheLayout, buffer: Tensor, lens: Tensor) -> Segment:
     """A resident home of the cache of sequences with `lens` [n] tokens, as memory/cache.py lays it out."""
-    halves = buffer.view(-1, 2, len(lens), layout.half)  # [blocks, K and V, n, half]
+    halves = buffer.view(-1, 2, len(lens), layout.half)  # [pages, K and V, n, half]
     return Segment(_fields(layout, halves[:, 0]), _fields(layout, halves[:, 1]), lens)
 
 
 def _fields(layout: CacheLayout, halves: Tensor) -> Fields:
-    """K's or V's fields of blocks [blocks, n, half]: each [blocks, n, Hkv, tokens, width]."""
-    heads, tokens, views, at = layout.num_kv_heads, layout.block_tokens, [], 0
+    """K's or V's fields of pages [pages, n, half]: each [pages, n, Hkv, tokens, width]."""
+    heads, tokens, views, at = layout.num_kv_heads, layout.page_tokens, [], 0
     for field in layout.fields:
         nbytes = heads * tokens * field.nbytes
         numbers = halves[..., at : at + nbytes].view(getattr(torch, field.dtype))
@@ -308,8 +309,10 @@ def _passes_task(bench: Workbench, rows: int) -> Task:
 
 
 def _one_batch(bench: Workbench, dtype: str, prompt_len: int, sequences: int) -> Plan:
-    """A plan of the block: layers are embedding, attention, MLP, head."""
-    return make_plan(bench.spec(dtype), Policy(sequences), Workload.uniform(prompt_len, 2, sequences, 1), copies=False)
+    """A plan of the layer: layers are embedding, attention, MLP, head."""
+    return make_plan(
+        bench.spec(dtype), Policy(sequences), Workload.uniform(prompt_len, 2, sequences, 1), host_is_apart=False
+    )
 
 
 # Memory and links

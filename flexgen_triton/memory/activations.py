@@ -19,7 +19,7 @@ from .scratch import Scratch
 
 
 class Activations:
-    """Homes of the hidden states of one block of the schedule, and the transfers between them and compute."""
+    """Homes of the hidden states of one round of the schedule, and the transfers between them and compute."""
 
     def __init__(self, plan: Plan, buffers: Buffers, disk: DiskQueue, dtype: torch.dtype) -> None:
         self._plan, self._buffers, self._disk, self._dtype = plan, buffers, disk, dtype
@@ -41,7 +41,7 @@ class Activations:
     def _homes(self, i: int, k: int) -> list[Tensor]:
         """Rows that compute reaches without a transfer."""
         homes = [self._rows(self._gpu[k], self._nbytes(i, k, Tier.GPU))]
-        if not self._plan.copies:
+        if not self._plan.host_is_apart:
             homes.append(self._rows(self._host[k], self._nbytes(i, k, Tier.HOST)))
         return homes
 
@@ -49,7 +49,7 @@ class Activations:
         """Rows in a ring's slot: the host's (behind the disk's, which start the slot aligned), then the disk's."""
         on_disk = self._nbytes(i, k, Tier.DISK)
         rows = [self._rows(slot, on_disk)]
-        if self._plan.copies:
+        if self._plan.host_is_apart:
             rows.insert(0, self._rows(slot[pad(on_disk) :], self._nbytes(i, k, Tier.HOST)))
         return rows
 

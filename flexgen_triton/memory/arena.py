@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .device import gpu_memory, has_gpu, register, synchronize, unregister
 
-PAGE = 4096
+ALIGN = 4096
 HUGE_PAGE = 2 << 20
 UNLIMITED = 1 << 62  # cgroup v1 writes "no limit" as a number near 2**63
 
@@ -47,7 +47,7 @@ class Arena:
         if pin and nbytes and device.type == "cpu" and has_gpu():
             self.pinned = _register(name, self.buffer)
 
-    def take(self, nbytes: int, align: int = PAGE) -> Tensor:
+    def take(self, nbytes: int, align: int = ALIGN) -> Tensor:
         """The next `nbytes` bytes that start at a multiple of `align`, as a view: [nbytes] uint8.
 
         Raises ArenaError if they do not fit.

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..plan.footprint import RING_TIERS
 from ..plan.placement import Tier
-from ..plan.plan import HOST_RINGS, Plan
+from ..plan.plan import Plan
 from ..plan.schedule import Slot
 from .arena import Arena
 from .scratch import Scratch, Uploads
@@ -30,7 +31,7 @@ class Sizes:
 
     @classmethod
     def of(cls, plan: Plan) -> Sizes:
-        return cls(plan.rings, plan.homes, plan.temporaries)
+        return cls(plan.footprint.rings, plan.footprint.homes, plan.footprint.temporaries)
 
     def __or__(self, other: Sizes) -> Sizes:
         """Enough for both."""
@@ -53,21 +54,21 @@ class Buffers:
     """Arenas for the rings, the homes of cache and hidden states and temporaries; the scratch file of the disk tier.
 
     `work` is for a computation's temporaries, `hosted` for attention's on the host, `dense` for what is kept as long as
-    a load of the weights, `uploads` for what a token step hands the device, `landing` for new tokens on their way home.
-    Raises OSError when the scratch file does not fit the disk.
+    a load of the weights, `uploads` for what a token step hands the device, `token_staging` for new tokens on
+    their way home. Raises OSError when the scratch file does not fit the disk.
     """
 
     def __init__(self, sizes: Sizes, *, device: torch.device, folders: Folders) -> None:
         self.device, self.sizes = device, sizes
         rings, homes = sizes.rings, sizes.homes
-        on_host = sum(rings[n] for n in HOST_RINGS)
+        on_host = sum(size for name, size in rings.items() if RING_TIERS[name] is Tier.HOST)
         pin = device.type == "cuda"
         self.gpu = Arena("gpu homes", homes[Tier.GPU], device)
         self.host = Arena("host homes", homes[Tier.HOST], torch.device("cpu"), pin=pin)
         self._device_rings = Arena("device rings", sum(rings.values()) - on_host, device)
         self._host_rings = Arena("host rings", on_host, torch.device("cpu"), pin=pin)
         self._rings = {
-            name: (self._host_rings if name in HOST_RINGS else self._device_rings).take(size)
+            name: (self._host_rings if RING_TIERS[name] is Tier.HOST else self._device_rings).take(size)
             for name, size in rings.items()
         }
         need = sizes.temporaries
@@ -77,10 +78,10 @@ class Buffers:
         self._uploads = Arena("uploads", need["uploads"], torch.device("cpu"), pin=pin)
         work, wide, self.dense, uploads = (self._temporaries.take(n) for n in on_device)
         self._hosted = Arena("host attention", need["hosted"], torch.device("cpu"))
-        self._landing = Arena("landing", need["landing"], torch.device("cpu"), pin=pin)
+        self._token_staging = Arena("token_staging", need["token_staging"], torch.device("cpu"), pin=pin)
         self.work, self.hosted = Scratch(work, wide), Scratch(self._hosted.buffer)
         self.uploads = Uploads(self._uploads.buffer, None if device.type == "cpu" else uploads)
-        self.landing = self._landing.buffer
+        self.token_staging = self._token_staging.buffer
         self.scratch = folders.scratch(homes[Tier.DISK]) if homes[Tier.DISK] else None
         self._scratch_used = 0
 
@@ -116,7 +117,7 @@ class Buffers:
             self._temporaries,
             self._uploads,
             self._hosted,
-            self._landing,
+            self._token_staging,
         ):
             arena.close()
         if self.scratch is not None:

@@ -1,7 +1,7 @@
-"""The KV cache of one block of the schedule, over three tiers by sequences.
+"""The KV cache of one round of the schedule, over three tiers by sequences.
 
-Layout on every tier, `[blocks, K and V, sequences, half]`, a half being the fields of K or V of one block of tokens of
-one sequence (plan/layout.py). On disk only full blocks are kept; the open one stays on the host. What writes K and V is
+Layout on every tier, `[pages, K and V, sequences, half]`, a half being the fields of K or V of one page of tokens of
+one sequence (plan/layout.py). On disk only full pages are kept; the open one stays on the host. What writes K and V is
 handed the places they go to, attention the segments they lie in; neither asks which tier those are on.
 
 Where host memory is apart from the device's, sparse attention is sent K alone of the host's sequences and is handed
@@ -18,18 +18,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..plan.layout import Group, block_runs
+from ..plan.layout import Group, page_runs
 from ..plan.plan import Plan
 from ..plan.schedule import Op
 from .buffers import Buffers
 from .disk import DiskQueue, Read, Readable, Write
 
 Home = tuple[int, int]  # layer, GPU batch
-Fields = tuple[Tensor, ...]  # of K and V, each [blocks, n, 2, Hkv, tokens, width], or of one, without the 2
+Fields = tuple[Tensor, ...]  # of K and V, each [pages, n, 2, Hkv, tokens, width], or of one, without the 2
 
 
 class Segment(NamedTuple):
-    """Cached tokens of n sequences, each field [blocks, n, Hkv, tokens, width]; `lens` int32 [n] counts the valid ones.
+    """Cached tokens of n sequences, each field [pages, n, Hkv, tokens, width]; `lens` int32 [n] counts the valid ones.
 
     V may lie in host memory where K does not.
     """
@@ -68,9 +68,9 @@ class Attended(NamedTuple):
 
 
 class _PromptParts(NamedTuple):
-    """A slot of prompts' K and V: the disk's full and open blocks, both kinds of the host's; and their counts."""
+    """A slot of prompts' K and V: the disk's full and open pages, both kinds of the host's; and their counts."""
 
-    blocks: Tensor
+    pages: Tensor
     opened: Tensor
     hosted: Tensor
     attended: Tensor
@@ -96,7 +96,7 @@ class Cache:
         self._gpu: dict[Home, Tensor] = {}  # uint8, dense
         self._host: dict[Home, Tensor] = {}
         self._attended: dict[Home, Tensor] = {}  # on the host too
-        self._open: dict[Home, Tensor] = {}  # the open blocks of the disk's sequences
+        self._open: dict[Home, Tensor] = {}  # the open pages of the disk's sequences
         self._tails: dict[Home, Tensor] = {}  # on the device: those of the host's and the disk's, where it keeps them
         self._offsets: dict[Home, int] = {}  # in the scratch file
         self._lens: dict[tuple[int, ...], Tensor] = {}
@@ -109,26 +109,26 @@ class Cache:
 
     def _make_home(self, home: Home) -> None:
         layout, k = self._layout, home[1]
-        blocks = self._plan.cache_home_blocks(k)
+        pages = self._plan.cache_home_pages(k)
         gpu, attended, host, disk = self._plan.groups[k].cache
         if self._plan.keeps_open:
             self._tails[home] = self._buffers.gpu.take(layout.dense(1, host.size + disk.size))
-        self._attended[home] = self._buffers.host.take(layout.dense(blocks, attended.size))
-        self._gpu[home] = self._buffers.gpu.take(layout.dense(blocks, gpu.size))
-        self._host[home] = self._buffers.host.take(layout.dense(blocks, host.size))
+        self._attended[home] = self._buffers.host.take(layout.dense(pages, attended.size))
+        self._gpu[home] = self._buffers.gpu.take(layout.dense(pages, gpu.size))
+        self._host[home] = self._buffers.host.take(layout.dense(pages, host.size))
         self._open[home] = self._buffers.host.take(layout.dense(1, disk.size))
         full = layout.full(self._plan.workload.batches[k].max_len)
         self._offsets[home] = self._buffers.take_scratch(layout.dense(full, disk.size))
 
     # Views
 
-    def _blocks(self, buffer: Tensor, size: int) -> Fields:
-        """Dense uint8 blocks of `size` > 0 sequences as fields [blocks, size, 2, Hkv, tokens, width]."""
-        return self._fields(buffer, size, self._layout.block_tokens, self._layout.half)
+    def _pages(self, buffer: Tensor, size: int) -> Fields:
+        """Dense uint8 pages of `size` > 0 sequences as fields [pages, size, 2, Hkv, tokens, width]."""
+        return self._fields(buffer, size, self._layout.page_tokens, self._layout.half)
 
     def _keys(self, buffer: Tensor, size: int) -> Fields:
-        """The same of K alone: [blocks, size, Hkv, tokens, width]."""
-        return _half(self._fields(buffer, size, self._layout.block_tokens, self._layout.half, halves=1), 0)
+        """The same of K alone: [pages, size, Hkv, tokens, width]."""
+        return _half(self._fields(buffer, size, self._layout.page_tokens, self._layout.half, halves=1), 0)
 
     def _tokens(self, buffer: Tensor, size: int) -> Fields:
         """A slot of one new token for each of `size` sequences, as fields [1, size, 2, Hkv, 1, width]."""
@@ -136,21 +136,21 @@ class Cache:
         return self._fields(buffer[: size * nbytes], size, 1, nbytes // 2)
 
     def _fields(self, buffer: Tensor, size: int, tokens: int, half: int, halves: int = 2) -> Fields:
-        """A buffer [blocks, halves, size, `half` bytes] as fields [blocks, size, halves, Hkv, tokens, width]."""
-        heads, block = self._layout.num_kv_heads, halves * size * half
+        """A buffer [pages, halves, size, `half` bytes] as fields [pages, size, halves, Hkv, tokens, width]."""
+        heads, page = self._layout.num_kv_heads, halves * size * half
         views, at = [], 0
         for field in self._layout.fields:
             dtype = getattr(torch, field.dtype)
             typed = buffer.view(dtype)
-            shape = (len(buffer) // block, size, halves, heads, tokens, field.width)
-            steps = (block, half, size * half, tokens * field.nbytes, field.nbytes, dtype.itemsize)
+            shape = (len(buffer) // page, size, halves, heads, tokens, field.width)
+            steps = (page, half, size * half, tokens * field.nbytes, field.nbytes, dtype.itemsize)
             offset = typed.storage_offset() + at // dtype.itemsize
             views.append(typed.as_strided(shape, [n // dtype.itemsize for n in steps], offset))
             at += heads * tokens * field.nbytes
         return tuple(views)
 
     def _split(self, op: Op, slot: Tensor, full: int, used: int, halves: int = 2) -> list[Tensor]:
-        """Cut a slot: full and open blocks of the disk's sequences, `halves` of the blocks in use by the host's."""
+        """Cut a slot: full and open pages of the disk's sequences, `halves` of the pages in use by the host's."""
         _, _, host, disk = self._plan.groups[op.k].cache
         dense = self._layout.dense
         sizes = dense(full, disk.size), self._plan.open_bytes(disk), dense(used, host.size, halves)
@@ -177,12 +177,12 @@ class Cache:
         self._lens.clear()
 
     def _full(self, op: Op) -> list[int]:
-        """Full blocks, before this token step, of each of the disk's sequences."""
+        """Full pages, before this token step, of each of the disk's sequences."""
         return [self._layout.full(n) for n in self._plan.groups[op.k].cache.disk.cached(op.i)]
 
     def _used(self, op: Op) -> list[int]:
-        """Blocks that the host holds, before this token step, of each of its sequences."""
-        return self._plan.host_blocks(self._plan.groups[op.k].cache.host.cached(op.i))
+        """Pages that the host holds, before this token step, of each of its sequences."""
+        return self._plan.host_pages(self._plan.groups[op.k].cache.host.cached(op.i))
 
     # Transfers
 
@@ -192,46 +192,46 @@ class Cache:
         return self._buffers.scratch
 
     def read(self, op: Op, into: Tensor) -> int:
-        """disk_in: the disk's full blocks, dense, to the start of `into`; returns the bytes of them."""
+        """disk_in: the disk's full pages, dense, to the start of `into`; returns the bytes of them."""
         at = self._offsets[op.j, op.k]
         ranges = list(self._layout.ranges(self._live(op.k, self._plan.groups[op.k].cache.disk, self._full(op))))
         self._disk.read([Read(self._file, at + low, into[low:high]) for low, high in ranges])
         return sum(high - low for low, high in ranges)
 
     def load(self, op: Op, staged: Tensor | None, into: Tensor) -> int:
-        """h2d: staged full blocks, open blocks and the host's blocks or their K, to a slot of the device's ring.
+        """h2d: staged full pages, open pages and the host's pages or their K, to a slot of the device's ring.
 
         Returns the bytes of them.
         """
         _, _, host, disk = self._plan.groups[op.k].cache
         full, used, home = self._full(op), self._used(op), self._host[op.j, op.k]
-        blocks, opened, hosted = self._split(op, into, _most(full), _most(used), self._plan.host_halves)
+        pages, opened, hosted = self._split(op, into, _most(full), _most(used), self._plan.host_halves)
         full, used = self._live(op.k, disk, full), self._live(op.k, host, used)
         nbytes = len(opened)
         if staged is not None:
-            nbytes += self._copy_blocks(staged, blocks, full)
+            nbytes += self._copy_blocks(staged, pages, full)
         opened.copy_(self._open[op.j, op.k][: len(opened)], non_blocking=True)
         copy = self._copy_blocks if self._plan.host_halves == 2 else self._copy_keys
         return nbytes + copy(home, hosted, used)
 
     def _copy_blocks(self, source: Tensor, target: Tensor, counts: Sequence[int]) -> int:
-        """Copy the blocks that sequences have, [blocks, 2, n, half]; one copy where every sequence has them all."""
+        """Copy the pages that sequences have, [pages, 2, n, half]; one copy where every sequence has them all."""
         for low, high in self._layout.ranges(counts):
             target[low:high].copy_(source[low:high], non_blocking=True)
         return self._layout.dense(sum(counts), 1)
 
     def _copy_keys(self, source: Tensor, target: Tensor, counts: Sequence[int]) -> int:
-        """Copy K of the blocks that sequences have, [blocks, 2, n, half] -> [blocks, n, half]: a copy for each."""
+        """Copy K of the pages that sequences have, [pages, 2, n, half] -> [pages, n, half]: a copy for each."""
         half = self._layout.half
-        for block, first, n in block_runs(counts):
-            keys = source[(2 * block * len(counts) + first) * half :][: n * half]
-            target[(block * len(counts) + first) * half :][: len(keys)].copy_(keys, non_blocking=True)
+        for page, first, n in page_runs(counts):
+            keys = source[(2 * page * len(counts) + first) * half :][: n * half]
+            target[(page * len(counts) + first) * half :][: len(keys)].copy_(keys, non_blocking=True)
         return self._layout.dense(sum(counts), 1, halves=1)
 
     def store(self, op: Op, out: Tensor | None, staged: Tensor | None) -> None:
         """d2h: what attention handed over, to the host's homes and to a staging slot on the way to disk.
 
-        Without `out`: the blocks that a token step has filled, of those that the device keeps.
+        Without `out`: the pages that a token step has filled, of those that the device keeps.
         """
         if out is None:
             self._store_filled(op)
@@ -244,7 +244,7 @@ class Cache:
         home = op.j, op.k
         parts = self._prompt_parts(op, out)
         if staged is not None:
-            self._copy_blocks(parts.blocks, staged, parts.full)
+            self._copy_blocks(parts.pages, staged, parts.full)
         self._open[home][: len(parts.opened)].copy_(parts.opened, non_blocking=True)
         for part, used, at in ((parts.hosted, parts.used, self._host), (parts.attended, parts.attends, self._attended)):
             self._copy_blocks(part, at[home], used)
@@ -253,20 +253,20 @@ class Cache:
         """Cut the slot that a prompt's K and V leave the device in."""
         _, attended, host, disk = self._plan.groups[op.k].cache
         full = [self._layout.full(n) for n in disk.prompt_lens]
-        used = self._plan.host_blocks(host.prompt_lens)
-        attends = [self._layout.blocks(n) for n in attended.prompt_lens]
-        blocks, opened, hosted = self._split(op, out, _most(full), _most(used))
-        rest = out[len(blocks) + len(opened) + len(hosted) :][: self._layout.dense(_most(attends), attended.size)]
-        return _PromptParts(blocks, opened, hosted, rest, full, used, attends)
+        used = self._plan.host_pages(host.prompt_lens)
+        attends = [self._layout.pages(n) for n in attended.prompt_lens]
+        pages, opened, hosted = self._split(op, out, _most(full), _most(used))
+        rest = out[len(pages) + len(opened) + len(hosted) :][: self._layout.dense(_most(attends), attended.size)]
+        return _PromptParts(pages, opened, hosted, rest, full, used, attends)
 
     def _store_token(self, op: Op, out: Tensor) -> None:
         _, _, host, disk = self._plan.groups[op.k].cache
         size = host.size + disk.size
-        landed = self._buffers.landing[: size * self._layout.token_bytes]
+        landed = self._buffers.token_staging[: size * self._layout.token_bytes]
         # This waits. In one piece, for by strides torch copies through memory of its own.
         landed.copy_(out[: len(landed)])
         new = [field[0, ..., 0, :] for field in self._tokens(landed, size)]  # [n, 2, Hkv, width]
-        opened = [n % self._layout.block_tokens for n in disk.cached(op.i)]
+        opened = [n % self._layout.page_tokens for n in disk.cached(op.i)]
         for buffer, group, positions in (
             (self._host[op.j, op.k], host, host.cached(op.i)),
             (self._open[op.j, op.k], disk, opened),
@@ -274,23 +274,23 @@ class Cache:
             if group.size:
                 first = group.first - host.first
                 rows = [field[first : first + group.size] for field in new]
-                append_tokens(self._blocks(buffer, group.size), positions, rows)
+                append_tokens(self._pages(buffer, group.size), positions, rows)
 
     def _store_filled(self, op: Op) -> None:
-        """Of the device's open blocks those that are full now: the host's home, the disk's to where they leave from."""
+        """Of the device's open pages those that are full now: the host's home, the disk's to where they leave from."""
         _, _, host, disk = self._plan.groups[op.k].cache
         tails, half = self._tails[op.j, op.k].view(2, -1, self._layout.half), self._layout.half
         home = self._host[op.j, op.k].view(-1, 2, max(host.size, 1), half)
         opened = self._open[op.j, op.k].view(2, -1, half)
         for group in (host, disk):
             at = group.first - host.first
-            for block, first, n in self._filled(group, op.i):
-                to = home[block] if group is host else opened
+            for page, first, n in self._filled(group, op.i):
+                to = home[page] if group is host else opened
                 for half_to, tail in zip(to, tails, strict=True):  # one range each: what is strided takes temporaries
                     half_to[first : first + n].copy_(tail[at + first : at + first + n], non_blocking=True)
 
     def _filled(self, group: Group, step: int) -> Iterator[tuple[int, int, int]]:
-        """(block, first, n): that block of the n neighbours from sequence `first` on becomes full in a token step."""
+        """(page, first, n): that page of the n neighbours from sequence `first` on becomes full in a token step."""
         cached = group.cached(step)
         filled = [(self._layout.full(cached[s]), s) for s in self._layout.filled(cached)]
         for _, run in groupby(enumerate(filled), key=lambda e: (e[1][0], e[1][1] - e[0])):
@@ -298,7 +298,7 @@ class Cache:
             yield *neighbours[0], len(neighbours)
 
     def write(self, op: Op, staged: Tensor | None) -> None:
-        """disk_out: prefill's full blocks from `staged`, or the open blocks that this token step has filled."""
+        """disk_out: prefill's full pages from `staged`, or the open pages that this token step has filled."""
         opened, at, layout = self._open[op.j, op.k], self._offsets[op.j, op.k], self._layout
         disk = self._plan.groups[op.k].cache.disk
         if staged is not None:
@@ -306,10 +306,10 @@ class Cache:
             self._disk.write([Write(self._file, at + low, staged[low:high]) for low, high in ranges])
             return
         requests = []
-        for block, first, n in self._filled(disk, op.i):
+        for page, first, n in self._filled(disk, op.i):
             for low in (first * layout.half, (disk.size + first) * layout.half):  # K's and V's
                 buffer = opened[low:][: n * layout.half]
-                requests.append(Write(self._file, at + layout.dense(block, disk.size) + low, buffer))
+                requests.append(Write(self._file, at + layout.dense(page, disk.size) + low, buffer))
         self._disk.write(requests)
 
     # Where new K and V go, and what attention reads
@@ -332,44 +332,44 @@ class Cache:
         gpu, attended, host, disk = self._plan.groups[op.k].cache
         home, layout = (op.j, op.k), self._layout
         full = [layout.full(n) for n in disk.prompt_lens]
-        blocks, opened, hosted, attends = self._gpu[home][:0], self._open[home], self._host[home], self._attended[home]
-        if self._plan.copies and out is not None:
-            blocks, opened, hosted, attends, *_ = self._prompt_parts(op, out)
+        pages, opened, hosted, attends = self._gpu[home][:0], self._open[home], self._host[home], self._attended[home]
+        if self._plan.host_is_apart and out is not None:
+            pages, opened, hosted, attends, *_ = self._prompt_parts(op, out)
         elif out is not None:
-            blocks = self._split(op, out, _most(full), 0)[0]
-        used = self._plan.host_blocks(host.prompt_lens)
+            pages = self._split(op, out, _most(full), 0)[0]
+        used = self._plan.host_pages(host.prompt_lens)
         for group, buffer in ((gpu, self._gpu[home]), (attended, attends)):
             if group.size:
-                yield group, self._blocks(buffer, group.size), [0] * group.size, list(group.prompt_lens)
-        for group, held, buffer, behind in ((host, used, hosted, hosted[:0]), (disk, full, blocks, opened)):
+                yield group, self._pages(buffer, group.size), [0] * group.size, list(group.prompt_lens)
+        for group, held, buffer, behind in ((host, used, hosted, hosted[:0]), (disk, full, pages, opened)):
             if group.size:
-                counts = [min(n, m * layout.block_tokens) for n, m in zip(group.prompt_lens, held, strict=True)]
-                yield group, self._blocks(buffer, group.size), [0] * group.size, counts
+                counts = [min(n, m * layout.page_tokens) for n, m in zip(group.prompt_lens, held, strict=True)]
+                yield group, self._pages(buffer, group.size), [0] * group.size, counts
                 rest = [n - m for n, m in zip(group.prompt_lens, counts, strict=True)]
                 yield group, self._open_fields(home, group, behind), counts, rest
 
     def _open_fields(self, home: Home, group: Group, elsewhere: Tensor) -> Fields:
-        """The open blocks of a group: of those that the device keeps, or in the buffer given."""
+        """The open pages of a group: of those that the device keeps, or in the buffer given."""
         if not self._plan.keeps_open:
-            return self._blocks(elsewhere, group.size)
+            return self._pages(elsewhere, group.size)
         _, _, host, disk = self._plan.groups[home[1]].cache
         rows = slice(group.first - host.first, group.stop - host.first)
-        return tuple(field[:, rows] for field in self._blocks(self._tails[home], host.size + disk.size))
+        return tuple(field[:, rows] for field in self._pages(self._tails[home], host.size + disk.size))
 
     def token_targets(self, op: Op, out: Tensor | None) -> list[TokenTarget]:
         """In decode: where one token of every sequence goes; `out` is the slot on the way to the host."""
         gpu, _, host, disk = self._plan.groups[op.k].cache
         home = (op.j, op.k)
-        opened = [n % self._layout.block_tokens for n in disk.cached(op.i)]
+        opened = [n % self._layout.page_tokens for n in disk.cached(op.i)]
         places = [(gpu, self._gpu[home], gpu.cached(op.i))]
-        if not self._plan.copies:
+        if not self._plan.host_is_apart:
             places += [(host, self._host[home], host.cached(op.i)), (disk, self._open[home], tuple(opened))]
         targets = []
         for group, buffer, positions in places:
             if group.size:
                 at = self._valid((op.i, op.k, group.first, 6), positions)
-                targets.append(TokenTarget(self._blocks(buffer, group.size), group.first, positions, at))
-        if self._plan.copies and host.size + disk.size:
+                targets.append(TokenTarget(self._pages(buffer, group.size), group.first, positions, at))
+        if self._plan.host_is_apart and host.size + disk.size:
             tail, places_there = self._tail(op, out)
             at = self._valid((op.i, op.k, host.first, 7), places_there)
             targets.append(TokenTarget(tail, host.first, places_there, at))
@@ -378,12 +378,12 @@ class Cache:
     def _tail(self, op: Op, out: Tensor | None) -> tuple[Fields, list[int]]:
         """Where the device holds the newest tokens of the host's and the disk's sequences, and the newest one's place.
 
-        That token alone, on its way home in the slot `out`, or the whole open block.
+        That token alone, on its way home in the slot `out`, or the whole open page.
         """
         _, _, host, disk = self._plan.groups[op.k].cache
         if self._plan.keeps_open:
-            places = [n % self._layout.block_tokens for n in (*host.cached(op.i), *disk.cached(op.i))]
-            return self._blocks(self._tails[op.j, op.k], len(places)), places
+            places = [n % self._layout.page_tokens for n in (*host.cached(op.i), *disk.cached(op.i))]
+            return self._pages(self._tails[op.j, op.k], len(places)), places
         assert out is not None
         return self._tokens(out, host.size + disk.size), [0] * (host.size + disk.size)
 
@@ -397,18 +397,18 @@ class Cache:
             counts.numpy()[:] = positions, [n + 1 for n in cached], [self._plan.kept(n) for n in cached]
             self._attended_at[op.k] = op.i, counts
         at, valid, keep = counts
-        fields = self._blocks(buffer, group.size)
-        used = self._layout.blocks(_most(positions) + 1)
+        fields = self._pages(buffer, group.size)
+        used = self._layout.pages(_most(positions) + 1)
         return Attended(TokenTarget(fields, 0, positions, at), [_segment(fields, valid, used)], keep)
 
     def segments(self, op: Op, slot: Tensor | None, out: Tensor | None) -> list[tuple[Group, list[Segment]]]:
         """In decode, the new tokens written: what attention reads, by group of sequences, the newest token last.
 
-        `slot` is this block's slot of the cache ring, `out` its slot on the way to the host.
+        `slot` is this page's slot of the cache ring, `out` its slot on the way to the host.
         """
         gpu, _, host, disk = self._plan.groups[op.k].cache
         found = [(gpu, self._resident(op, self._gpu, gpu))]
-        if self._plan.copies:
+        if self._plan.host_is_apart:
             found += self._staged(op, slot, out)
         else:
             found += [(host, self._resident(op, self._host, host)), (disk, self._in_place(op, slot))]
@@ -419,16 +419,16 @@ class Cache:
             return []
         counts = [n + 1 for n in self.cached(op, group)]
         lens = self._valid((op.i, op.k, group.first, 0), counts)
-        blocks = self._layout.blocks(_most(counts))
-        return [_segment(self._blocks(homes[op.j, op.k], group.size), lens, blocks)]
+        pages = self._layout.pages(_most(counts))
+        return [_segment(self._pages(homes[op.j, op.k], group.size), lens, pages)]
 
     def _in_place(self, op: Op, slot: Tensor | None) -> list[Segment]:
-        """The disk's sequences where host memory is the device's: full blocks from the ring, the open one at home."""
-        group, tokens = self._plan.groups[op.k].cache.disk, self._layout.block_tokens
+        """The disk's sequences where host memory is the device's: full pages from the ring, the open one at home."""
+        group, tokens = self._plan.groups[op.k].cache.disk, self._layout.page_tokens
         if not group.size:
             return []
         lens = self._valid((op.i, op.k, group.first, 1), [n % tokens + 1 for n in group.cached(op.i)])
-        opened = _segment(self._blocks(self._open[op.j, op.k], group.size), lens)
+        opened = _segment(self._pages(self._open[op.j, op.k], group.size), lens)
         return [*self._full_segment(op, slot), opened]
 
     def _full_segment(self, op: Op, slot: Tensor | None) -> list[Segment]:
@@ -436,9 +436,9 @@ class Cache:
         if not _most(full):
             return []
         assert slot is not None
-        tokens = [n * self._layout.block_tokens for n in self._live(op.k, group, full)]
+        tokens = [n * self._layout.page_tokens for n in self._live(op.k, group, full)]
         lens = self._valid((op.i, op.k, group.first, 2), tokens)
-        return [_segment(self._blocks(self._split(op, slot, _most(full), 0)[0], group.size), lens)]
+        return [_segment(self._pages(self._split(op, slot, _most(full), 0)[0], group.size), lens)]
 
     def _staged(self, op: Op, slot: Tensor | None, out: Tensor | None) -> list[tuple[Group, list[Segment]]]:
         """Host and disk sequences from the device's ring; the newest tokens are a segment of their own.
@@ -463,7 +463,7 @@ class Cache:
         if not _most(used):
             return []
         hosted = self._split(op, slot, _most(self._full(op)), _most(used), self._plan.host_halves)[2]
-        held = [min(n, m * self._layout.block_tokens) for n, m in zip(self.cached(op, group), used, strict=True)]
+        held = [min(n, m * self._layout.page_tokens) for n, m in zip(self.cached(op, group), used, strict=True)]
         lens = self._valid((op.i, op.k, group.first, 3), held)
         return [self._host_segment(op, hosted, lens, _most(used))]
 
@@ -472,26 +472,26 @@ class Cache:
         if self._plan.keeps_open:
             return found
         opened = self._split(op, slot, _most(self._full(op)), 0)[1]
-        lens = self._valid((op.i, op.k, group.first, 4), [n % self._layout.block_tokens for n in group.cached(op.i)])
-        return [*found, _segment(self._blocks(opened, group.size), lens)]
+        lens = self._valid((op.i, op.k, group.first, 4), [n % self._layout.page_tokens for n in group.cached(op.i)])
+        return [*found, _segment(self._pages(opened, group.size), lens)]
 
-    def _host_segment(self, op: Op, hosted: Tensor, lens: Tensor, blocks: int) -> Segment:
+    def _host_segment(self, op: Op, hosted: Tensor, lens: Tensor, pages: int) -> Segment:
         """What the device was sent of the host's sequences; V from its home where only K was."""
         size = len(lens)
         if self._plan.host_halves == 2:
-            return _segment(self._blocks(hosted, size), lens)
-        home = self._blocks(self._host[op.j, op.k], size)
-        return Segment(self._keys(hosted, size), _half([field[:blocks] for field in home], 1), lens)
+            return _segment(self._pages(hosted, size), lens)
+        home = self._pages(self._host[op.j, op.k], size)
+        return Segment(self._keys(hosted, size), _half([field[:pages] for field in home], 1), lens)
 
 
 def _half(fields: Sequence[Tensor], number: int) -> Fields:
-    """K (0) or V (1) of fields [blocks, n, halves, ...]."""
+    """K (0) or V (1) of fields [pages, n, halves, ...]."""
     return tuple(field[:, :, number] for field in fields)
 
 
-def _segment(fields: Sequence[Tensor], lens: Tensor, blocks: int | None = None) -> Segment:
-    """The first blocks of fields of K and V."""
-    fields = [field[:blocks] for field in fields]
+def _segment(fields: Sequence[Tensor], lens: Tensor, pages: int | None = None) -> Segment:
+    """The first pages of fields of K and V."""
+    fields = [field[:pages] for field in fields]
     return Segment(_half(fields, 0), _half(fields, 1), lens)
 
 

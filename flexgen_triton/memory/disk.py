@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .arena import PAGE, Arena
+from .arena import ALIGN, Arena
 
 BOUNCE_BYTES = 1 << 20  # per thread, for what O_DIRECT cannot read or write in place
 ROWS_PER_JOB = 16  # small reads are handed to a thread this many at a time: waking one costs as much as a read
@@ -43,12 +43,12 @@ _KINDS = {
 }
 
 
-def page_up(n: int) -> int:
-    return -(-n // PAGE) * PAGE
+def align_up(n: int) -> int:
+    return -(-n // ALIGN) * ALIGN
 
 
-def page_down(n: int) -> int:
-    return n // PAGE * PAGE
+def align_down(n: int) -> int:
+    return n // ALIGN * ALIGN
 
 
 class Piece(NamedTuple):
@@ -114,7 +114,7 @@ class DiskFile:
         """
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory, buffering=0) as file:  # 0600, O_TMPFILE or unlinked at once
-            preallocate(file.fileno(), page_up(nbytes), directory)
+            preallocate(file.fileno(), align_up(nbytes), directory)
             return cls(os.dup(file.fileno()), f"scratch file in {directory}")
 
     @property
@@ -123,7 +123,7 @@ class DiskFile:
 
     def pieces(self, offset: int, nbytes: int, limit: int) -> Iterator[Piece]:
         """Cut where the range crosses a multiple of `limit` from the page it begins in."""
-        first = limit - (offset - page_down(offset))
+        first = limit - (offset - align_down(offset))
         for low, high in pairwise([0, *range(first, nbytes, limit), nbytes]):
             yield Piece(self, offset + low, low, high)
 
@@ -159,7 +159,7 @@ def _make_direct(fd: int, size: int) -> bool:
     try:
         fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_DIRECT)
         if size:
-            os.preadv(fd, [mmap.mmap(-1, PAGE)], 0)
+            os.preadv(fd, [mmap.mmap(-1, ALIGN)], 0)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP):
             os.close(fd)
@@ -226,7 +226,7 @@ class _Task(Protocol):
 class Scan:
     """Show `nbytes` from `offset` of `file`, as far as the file goes, to `check`; they are kept nowhere.
 
-    `offset` is a multiple of PAGE, `nbytes` at most BOUNCE_BYTES.
+    `offset` is a multiple of ALIGN, `nbytes` at most BOUNCE_BYTES.
     """
 
     file: Readable
@@ -237,7 +237,7 @@ class Scan:
     def run(self, bounce: Bytes) -> None:
         want = min(self.nbytes, self.file.size - self.offset)
         for file, offset, low, high in self.file.pieces(self.offset, want, BOUNCE_BYTES):
-            _read_exactly(file, offset, bounce[low : page_up(high)], high - low)
+            _read_exactly(file, offset, bounce[low : align_up(high)], high - low)
         self.check(self.offset, bounce[:want].data)
 
     def __str__(self) -> str:
@@ -295,7 +295,7 @@ class DiskQueue:
 
     def __init__(self, threads: int = 4, extent_bytes: int = 4 << 20) -> None:
         assert threads > 0, threads
-        assert extent_bytes > 0 and extent_bytes % PAGE == 0, extent_bytes
+        assert extent_bytes > 0 and extent_bytes % ALIGN == 0, extent_bytes
         self._extent_bytes = extent_bytes
         self._batches: deque[_Batch] = deque()  # those with jobs that no thread has taken yet
         self._changed = threading.Condition()
@@ -321,7 +321,7 @@ class DiskQueue:
     def scan(self, scans: Sequence[Scan]) -> None:
         """Do all scans and return. Raises as `read` does."""
         for s in scans:
-            assert s.offset % PAGE == 0 and s.nbytes <= BOUNCE_BYTES, s
+            assert s.offset % ALIGN == 0 and s.nbytes <= BOUNCE_BYTES, s
         self._run([[s] for s in scans])
 
     def read_rows(self, file: Readable, offsets: Sequence[int], row_bytes: int, out: Tensor | None = None) -> Tensor:
@@ -414,7 +414,7 @@ def _read_exactly(file: DiskFile, offset: int, into: Bytes, want: int) -> None:
     done = 0
     while done < want:
         count = os.preadv(file.fd, [into[done:].data], offset + done)
-        if count == 0 or (file.direct and count % PAGE and done + count < want):
+        if count == 0 or (file.direct and count % ALIGN and done + count < want):
             raise OSError(
                 errno.EIO, f"{file.name} ends at {offset + done + count}, before its {file.size} bytes: truncated"
             )
@@ -442,15 +442,15 @@ def _write_buffered(file: DiskFile, offset: int, data: Bytes, _bounce: Bytes) ->
 
 def _in_phase(offset: int, data: Bytes) -> bool:
     """Whether file and memory reach a page boundary at the same byte, at least a page before the end."""
-    return (data.ctypes.data - offset) % PAGE == 0 and page_up(offset) + PAGE <= offset + len(data)
+    return (data.ctypes.data - offset) % ALIGN == 0 and align_up(offset) + ALIGN <= offset + len(data)
 
 
 def _read_direct(file: DiskFile, offset: int, data: Bytes, bounce: Bytes) -> int:
     """Whole pages go straight to `data`; what is left at both ends, or all of it if out of phase, by `bounce`."""
     want = min(len(data), file.size - offset)
-    head = min(-offset % PAGE, want) if _in_phase(offset, data) else want
+    head = min(-offset % ALIGN, want) if _in_phase(offset, data) else want
     _read_bounced(file, offset, data[:head], bounce)
-    body = min(page_down(len(data) - head), page_up(want - head))
+    body = min(align_down(len(data) - head), align_up(want - head))
     _read_exactly(file, offset + head, data[head : head + body], min(body, want - head))
     done = min(head + body, want)
     _read_bounced(file, offset + done, data[done:want], bounce)
@@ -460,17 +460,17 @@ def _read_direct(file: DiskFile, offset: int, data: Bytes, bounce: Bytes) -> int
 def _read_bounced(file: DiskFile, offset: int, data: Bytes, bounce: Bytes) -> None:
     done = 0
     while done < len(data):
-        skip = (offset + done) % PAGE
+        skip = (offset + done) % ALIGN
         count = min(len(bounce) - skip, len(data) - done)
-        _read_exactly(file, offset + done - skip, bounce[: page_up(skip + count)], skip + count)
+        _read_exactly(file, offset + done - skip, bounce[: align_up(skip + count)], skip + count)
         data[done : done + count] = bounce[skip : skip + count]
         done += count
 
 
 def _write_direct(file: DiskFile, offset: int, data: Bytes, bounce: Bytes) -> None:
-    head = -offset % PAGE if _in_phase(offset, data) else len(data)
+    head = -offset % ALIGN if _in_phase(offset, data) else len(data)
     _write_bounced(file, offset, data[:head], bounce)
-    done = head + page_down(len(data) - head)
+    done = head + align_down(len(data) - head)
     _write_exactly(file, offset + head, data[head:done])
     _write_bounced(file, offset + done, data[done:], bounce)
 
@@ -479,14 +479,14 @@ def _write_bounced(file: DiskFile, offset: int, data: Bytes, bounce: Bytes) -> N
     """Write by `bounce`; a page at either end that is not covered whole is read first."""
     done = 0
     while done < len(data):
-        skip = (offset + done) % PAGE
+        skip = (offset + done) % ALIGN
         count = min(len(bounce) - skip, len(data) - done)
-        start, span = offset + done - skip, page_up(skip + count)
+        start, span = offset + done - skip, align_up(skip + count)
         edges = {0} if skip else set()
-        edges |= {span - PAGE} if span > skip + count else set()
+        edges |= {span - ALIGN} if span > skip + count else set()
         with file.edges:
             for at in edges:
-                _read_exactly(file, start + at, bounce[at : at + PAGE], PAGE)
+                _read_exactly(file, start + at, bounce[at : at + ALIGN], ALIGN)
             bounce[skip : skip + count] = data[done : done + count]
             _write_exactly(file, start, bounce[:span])
         done += count

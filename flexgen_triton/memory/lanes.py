@@ -90,8 +90,8 @@ class Lanes:
     def restart(self, on_done: OnDone) -> None:
         """Count work and seconds anew, and report to `on_done`; what was submitted must have finished.
 
-        Threads stay, so that blocks which follow each other share theirs: a new thread starts its own team of OpenMP
-        threads and may get its own heap, which keeps what others would use (60 MB more after 20 blocks of the demo).
+        Threads stay, so that rounds which follow each other share theirs: a new thread starts its own team of OpenMP
+        threads and may get its own heap, which keeps what others would use (60 MB more after 20 rounds of the demo).
         """
         with self._changed:
             self._raise_error()

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Self, TypeVar
 
 import xxhash
 
-from ..plan.placement import PAGE, STORE_ALIGN, Extent
+from ..plan.placement import ALIGN, STORE_ALIGN, Extent
 from .disk import DiskFile, Readable, open_regular
 from .stripes import StripedFile, StripedWriter, part_bytes, part_paths
 
@@ -361,7 +361,7 @@ def pack_header(tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> bytes:
         header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [at, end]}
         at = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % PAGE)
+    text += b" " * (-(8 + len(text)) % ALIGN)
     return len(text).to_bytes(8, "little") + text
 
 
@@ -371,7 +371,7 @@ def write_safetensors(
     """Write a new file whose data, the tensors' bytes in order, comes in `pieces` of any size, and sync it to disk.
 
     Of several `paths`, each holds its stripes. Returns the file's size and its checksums (Store.checks). Its data
-    begins at a multiple of PAGE. Raises OSError.
+    begins at a multiple of ALIGN. Raises OSError.
     """
     header = pack_header(tensors)
     nbytes = len(header) + sum(prod(shape) * _BITS[SAFETENSORS_DTYPES[dtype]] // 8 for _, dtype, shape in tensors)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..plan.placement import LayerPlacement, Run, Segment, Share
-from ..plan.plan import Part, Plan
+from ..plan.plan import Plan
+from ..plan.traffic import Part
 from .arena import Arena
 from .device import current_stream
 from .disk import DiskQueue
@@ -49,7 +50,7 @@ class Weights:
     ) -> None:
         self._dtype, self._device = dtype, device
         self._dtypes = {t.name: getattr(torch, t.dtype) for layer in plan.layers for t in layer.tensors}
-        self._placements, self._tables, self._copies = plan.placements, plan.tables, plan.copies
+        self._placements, self._tables, self._copies = plan.placements, plan.tables, plan.host_is_apart
         pin = device.type == "cuda" and plan.policy.pin_weight
         cpu, on_gpu = torch.device("cpu"), device.type == "cuda"
         self.bytes_loaded = 0

@@ -20,6 +20,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from ..kernels.sizes import BLOCK_ROWS
 from ..memory.disk import open_regular
 from ..memory.store import (
     CHUNK,
@@ -31,7 +32,7 @@ from ..memory.store import (
 )
 from ..memory.stripes import Folders, part_paths
 from ..plan.placement import Extent, packed_layout
-from ..plan.spec import BLOCK_ROWS, ModelSpec, ModuleSpec, Packing, TensorSpec
+from ..plan.spec import ModelSpec, ModuleSpec, Packing, TensorSpec
 from . import kept_checks, ops
 from .sources import (
     BinWeights,

@@ -16,9 +16,10 @@ from math import prod
 import torch
 from torch import Tensor
 
+from ..kernels.sizes import BLOCK_ROWS
 from ..memory.store import Store
 from ..plan.placement import Extent
-from ..plan.spec import BLOCK_ROWS, ModelSpec, TensorSpec
+from ..plan.spec import ModelSpec, TensorSpec
 
 PIECE_BYTES = 8 << 20
 ABSURD = 1e4  # no weight of a trained model is nearly as large

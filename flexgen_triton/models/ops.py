@@ -22,12 +22,12 @@ from torch import Tensor
 
 from ..kernels.formats import SEARCHED, KVSegment, quantize_kv
 from ..kernels.formats import quantize_weight as quantize
+from ..kernels.sizes import BLOCK_ROWS, widened_rows
 from ..memory.cache import Fields, PromptTarget, Segment, TokenTarget
 from ..memory.device import current_stream
 from ..memory.scratch import Scratch
 from ..plan.layout import Field
-from ..plan.spec import BLOCK_ROWS, ModelSpec
-from ..plan.workspace import WIDEN_BYTES
+from ..plan.spec import ModelSpec
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # in place
     "relu": torch.relu_,
@@ -275,7 +275,7 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> No
 
 def _widened_product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, scratch: Scratch) -> None:
     """x [M, K] fp32, weight [N, K] 16-bit: a panel of rows at a time, its product in a dense buffer of its own."""
-    size = min(max(1, WIDEN_BYTES // (4 * weight.shape[1])), len(weight))
+    size = min(widened_rows(weight.shape[1]), len(weight))
     panel = scratch.panel(size * weight.shape[1])
     buffer = scratch.take(len(x) * size, dtype=torch.float32)
     for low in range(0, len(weight), size):
@@ -387,7 +387,7 @@ def _runs(rows: Sequence[int], counts: Sequence[int]) -> Iterator[tuple[int, int
 
 
 def _write_run(field: Tensor, new: Tensor) -> None:
-    """new [n, L, Hkv, width] to the first positions of field [blocks, n, Hkv, tokens, width]."""
+    """new [n, L, Hkv, width] to the first positions of field [pages, n, Hkv, tokens, width]."""
     tokens = field.shape[3]
     for low in range(0, new.shape[1], tokens):
         piece = new[:, low : low + tokens].transpose(1, 2)
@@ -403,7 +403,7 @@ def _cached(x: Tensor, fields: Fields) -> tuple[Tensor, ...]:
 
 
 def _k_and_v(fields: Fields) -> tuple[Fields, Fields]:
-    """K's and V's fields [blocks, n, Hkv, tokens, width], as the kernels take them."""
+    """K's and V's fields [pages, n, Hkv, tokens, width], as the kernels take them."""
     return _for_kernels([f[:, :, 0] for f in fields]), _for_kernels([f[:, :, 1] for f in fields])
 
 
@@ -463,7 +463,7 @@ def sparse_decode_attention(
             from ..kernels.cpu.attention import sparse_decode_attention as attend
             from ..kernels.cpu.attention import sparse_workspace_bytes
 
-            blocks = sum(len(s.k[0]) * s.k[0].shape[3] for s in segments)
-            nbytes = sparse_workspace_bytes(*q.shape, blocks, max_keep)
+            tokens = sum(len(s.k[0]) * s.k[0].shape[3] for s in segments)
+            nbytes = sparse_workspace_bytes(*q.shape, tokens, max_keep)
             attend(q, _kv_segments(segments), keep, out=out, workspace=scratch.take(nbytes // 4, dtype=torch.float32))
     return out

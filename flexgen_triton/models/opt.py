@@ -97,9 +97,9 @@ class OPTConfig:
     @property
     def num_parameters(self) -> int:
         """Elements of its matrices and tables; vectors are left out."""
-        block = 4 * self.hidden_size**2 + 2 * self.hidden_size * self.ffn_dim
+        layer = 4 * self.hidden_size**2 + 2 * self.hidden_size * self.ffn_dim
         tables = self.vocab_size * self.embed_dim + self.max_position_embeddings * self.hidden_size
-        return self.num_hidden_layers * block + tables
+        return self.num_hidden_layers * layer + tables
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> OPTConfig:
@@ -154,7 +154,7 @@ def model_spec(config: OPTConfig, name: str, dtype: str) -> ModelSpec:
         family="opt",
         dtype=dtype,
         hidden=config.hidden_size,
-        num_blocks=config.num_hidden_layers,
+        num_decoder_layers=config.num_hidden_layers,
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_attention_heads,
         head_dim=config.head_dim,
@@ -221,7 +221,7 @@ def _mlp(config: OPTConfig, n: int) -> ModuleSpec:
 
 
 def _head(config: OPTConfig, itemsize: int) -> list[ModuleSpec]:
-    """The output projection, in parts no larger than a decoder block's MLP, so that the ring need not hold it whole."""
+    """The output projection, in parts no larger than a decoder layer's MLP, so that the ring need not hold it whole."""
     width, vocab = config.embed_dim, config.vocab_size
     tied = config.tie_word_embeddings
     name, source = ("tokens.weight", "decoder.embed_tokens.weight") if tied else ("lm_head.weight", "lm_head.weight")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..memory.disk import irregular, open_regular
 from ..memory.store import SAFETENSORS_DTYPES, Header, Stamp, Store, StoreError, TensorEntry, read_safetensors_header
-from ..plan.placement import PAGE, Extent
+from ..plan.placement import ALIGN, Extent
 from ..plan.spec import STORED_BYTES, ModelSpec, TensorSpec
 from .pickles import unsafe_globals
 
@@ -182,7 +182,7 @@ class SafetensorsWeights:
         stamps = tuple(h.stamp for h in self.headers)
         sizes = tuple(s.nbytes for s in stamps)
         unknown = (None,) * len(sizes)
-        return Store(self.files, sizes, extents, spec.dtype, PAGE, unknown, stamps, "download the checkpoint again")
+        return Store(self.files, sizes, extents, spec.dtype, ALIGN, unknown, stamps, "download the checkpoint again")
 
     def _extents(self, tensor: TensorSpec) -> Iterator[Extent]:
         """One extent per source; a vector is one row, numbered by its first element."""

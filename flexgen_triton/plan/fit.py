@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from itertools import product
 
+from .footprint import WEIGHTS
 from .hardware import GIB
 from .placement import Tier
 from .plan import Plan, make_plan
@@ -18,9 +19,11 @@ SHARES = tuple(f"{kind}_{at}_percent" for kind in ("w", "cache", "act") for at i
 
 def need(plan: Plan) -> dict[Tier, int]:
     """Peak bytes of each tier; of the disk without the weights' store. In place, all memory counts as the host's."""
-    if plan.copies:
-        return {Tier.GPU: plan.device_bytes, Tier.HOST: plan.host_bytes, Tier.DISK: plan.scratch_bytes}
-    return {Tier.HOST: plan.device_bytes + plan.host_bytes, Tier.DISK: plan.scratch_bytes}
+    f = plan.footprint
+    memory = {Tier.GPU: f.total(Tier.GPU), Tier.HOST: f.total(Tier.HOST)}
+    if not plan.host_is_apart:
+        memory = {Tier.HOST: sum(memory.values())}
+    return memory | {Tier.DISK: f.scratch_bytes}
 
 
 def fits(plan: Plan, available: Mapping[Tier, float]) -> bool:
@@ -37,13 +40,11 @@ def check(plan: Plan, available: Mapping[Tier, float]) -> None:
 
 
 def _shortage(plan: Plan, tier: Tier, have: float) -> str:
+    f = plan.footprint
     if tier is Tier.DISK:
-        return f"the disk needs {amount(plan.scratch_bytes)} for cache and activations, has {amount(have)}"
-    weights = sum(p.gpu.nbytes for p in (*plan.placements, plan.tables))
-    homes = plan.homes[Tier.GPU]
-    if tier is Tier.HOST:
-        on_host = sum(p.host.nbytes for p in (*plan.placements, plan.tables))
-        weights, homes = (on_host, plan.homes[tier]) if plan.copies else (weights + on_host, homes + plan.homes[tier])
+        return f"the disk needs {amount(f.scratch_bytes)} for cache and activations, has {amount(have)}"
+    tiers = (tier,) if plan.host_is_apart else (Tier.GPU, Tier.HOST)
+    weights, homes = sum(f.of(WEIGHTS, t) for t in tiers), sum(f.homes[t] for t in tiers)
     total = need(plan)[tier]
     name = "GPU" if tier is Tier.GPU else "the host"
     return (
@@ -82,4 +83,4 @@ def _way_out(plan: Plan, available: Mapping[Tier, float]) -> str:
 def _smaller(plan: Plan, gpu_batch_size: int, policy: Policy | None = None) -> Plan:
     policy = replace(policy or plan.policy, gpu_batch_size=gpu_batch_size)
     batches = tuple(b.first(gpu_batch_size) for b in plan.workload.batches)
-    return make_plan(plan.model, policy, Workload(batches), align=plan.align, copies=plan.copies)
+    return make_plan(plan.model, policy, Workload(batches), align=plan.align, host_is_apart=plan.host_is_apart)

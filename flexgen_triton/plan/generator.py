@@ -1,6 +1,6 @@
 """Makes the ops of a program, in the order they are issued.
 
-One generator walks the blocks row by row and issues every load ahead of its use, as far as the rings have room; the
+One generator walks the visits row by row and issues every load ahead of its use, as far as the rings have room; the
 paper's strategies (FlexGen, section 4.2) are settings of it.
 """
 
@@ -86,7 +86,7 @@ def _round_up(nbytes: int) -> int:
     return -(-nbytes // SLOT_ALIGN) * SLOT_ALIGN
 
 
-Block = tuple[int, int, int]
+Visit = tuple[int, int, int]
 Homes = tuple[Slot, Slot]  # on disk and on the host
 Row = list[tuple[int, str]]  # layers and which of their computations
 
@@ -106,12 +106,12 @@ class Generator:
         self._rings = {name: Ring(name, size) for name, size in program.rings.items()}
         self._weight_slots: dict[int, Slot] = {}  # instance i*L + j -> its slot
         self._weight_next = (0, 0)  # instance and part to load next
-        self._cache_slots: dict[Block, Slot] = {}
-        self._cache_next: Block = (1, 0, 0)
-        self._hidden_slots: dict[Block, Slot] = {}
-        self._hidden_next: Block = (0, 1, 0)
-        self._answers: dict[Block, Slot] = {}
-        self._results: dict[Block, Slot] = {}
+        self._cache_slots: dict[Visit, Slot] = {}
+        self._cache_next: Visit = (1, 0, 0)
+        self._hidden_slots: dict[Visit, Slot] = {}
+        self._hidden_next: Visit = (0, 1, 0)
+        self._answers: dict[Visit, Slot] = {}
+        self._results: dict[Visit, Slot] = {}
 
     def __iter__(self) -> Iterator[Op]:
         for i in range(max(self.program.batch_steps)):
@@ -148,24 +148,24 @@ class Generator:
     def _drop(self, i: int, k: int) -> None:
         self._live.remove(k)
         for slots, ring in ((self._cache_slots, "cache"), (self._hidden_slots, "hidden")):
-            for block in [b for b in slots if b[0] >= i and b[2] == k]:
-                self._rings[ring].release(slots.pop(block))
+            for visit in [b for b in slots if b[0] >= i and b[2] == k]:
+                self._rings[ring].release(slots.pop(visit))
 
     def _visit(self, i: int, row: Row, k: int) -> Iterator[Op]:
         """A row's computations of one GPU batch, and the transfers around them."""
         following = [name for _, name in row[1:]]
         for (j, name), then in zip(row, [*following, None], strict=True):
-            block = (i, j, k)
-            enters, keeps = name == FINISH or (j, name) == row[0], then in (PROJECT, None)
+            visit = (i, j, k)
+            loads_hidden, stores_hidden = name == FINISH or (j, name) == row[0], then in (PROJECT, None)
             yield from self._load_weights(i * self._num_layers + j, k)
             if name != FINISH:
-                yield from self._load_caches(block)
-            if enters:
-                yield from self._load_hiddens(block)
+                yield from self._load_caches(visit)
+            if loads_hidden:
+                yield from self._load_hiddens(visit)
             if name == PROJECT:
-                yield from self._project_and_attend(block)
+                yield from self._project_and_attend(visit)
             else:
-                yield from self._compute_and_store(block, name, enters=enters, keeps=keeps)
+                yield from self._compute_and_store(visit, name, loads_hidden=loads_hidden, stores_hidden=stores_hidden)
 
     # Weights: parts of a layer, spread over the GPU batches of the layers before it.
 
@@ -205,78 +205,78 @@ class Generator:
 
     # Cache: what an earlier token step stored for the same layer and GPU batch.
 
-    def _next_block(self, block: Block) -> Block:
-        i, j, k = block
+    def _next_visit(self, visit: Visit) -> Visit:
+        i, j, k = visit
         later = [b for b in self._live if b > k]
         if later:
             return i, j, later[0]
         return (i, j + 1, self._live[0]) if j + 1 < self._num_layers else (i + 1, 0, self._live[0])
 
-    def _load_caches(self, block: Block) -> Iterator[Op]:
-        i, j, k = block
-        limit = block if self.program.serial else (i + 1, j, k)  # never ahead of the store it reads
+    def _load_caches(self, visit: Visit) -> Iterator[Op]:
+        i, j, k = visit
+        limit = visit if self.program.serial else (i + 1, j, k)  # never ahead of the store it reads
         steps = self.program.batch_steps
-        while self._cache_next < limit or self._cache_next == block:
+        while self._cache_next < limit or self._cache_next == visit:
             ahead = self._cache_next
             traffic = self.program.cache(ahead[0], ahead[2])
-            wanted = ahead >= block and ahead[0] < steps[ahead[2]] and ahead[2] in self._live
+            wanted = ahead >= visit and ahead[0] < steps[ahead[2]] and ahead[2] in self._live
             if wanted and self.program.has_cache[ahead[1]] and traffic.slot:
-                if ahead != block and not self._rings["cache"].fits(traffic.slot):
+                if ahead != visit and not self._rings["cache"].fits(traffic.slot):
                     return
                 yield from self._cache_load(ahead, traffic)
-            self._cache_next = self._next_block(ahead)
+            self._cache_next = self._next_visit(ahead)
 
-    def _cache_load(self, block: Block, traffic: CacheTraffic) -> Iterator[Op]:
+    def _cache_load(self, visit: Visit, traffic: CacheTraffic) -> Iterator[Op]:
         slot, old = self._rings["cache"].take(traffic.slot)
-        self._cache_slots[block] = slot
+        self._cache_slots[visit] = slot
         yield from self._bring(
             "cache",
-            block,
+            visit,
             0,
             slot,
             old,
             disk=traffic.disk_read,
             host=traffic.host_load,
             stage=traffic.read_slot,
-            homes=self._cache_homes(block),
+            homes=self._cache_homes(visit),
         )
 
-    def _cache_homes(self, block: Block) -> Homes:
-        home = block[1] * self._num_batches + block[2]
+    def _cache_homes(self, visit: Visit) -> Homes:
+        home = visit[1] * self._num_batches + visit[2]
         return Slot("cache_disk", home), Slot("cache_host", home)
 
     # Hidden states: what the layer before stored for the same GPU batch.
 
-    def _load_hiddens(self, block: Block) -> Iterator[Op]:
-        ahead, horizon = block, 1 if self.program.serial else len(self._live)
+    def _load_hiddens(self, visit: Visit) -> Iterator[Op]:
+        ahead, horizon = visit, 1 if self.program.serial else len(self._live)
         for _ in range(horizon):
             i, j, k = ahead
             traffic = self.program.hidden(i, j - 1, k) if j else HiddenTraffic()
             nbytes = traffic.host + traffic.disk
             if nbytes and ahead not in self._hidden_slots and ahead >= self._hidden_next:
-                if ahead != block and not self._rings["hidden"].fits(nbytes):
+                if ahead != visit and not self._rings["hidden"].fits(nbytes):
                     return
                 yield from self._hidden_load(ahead, traffic)
-                self._hidden_next = self._next_block(ahead)
-            ahead = self._next_block(ahead)
-            if ahead[0] > block[0] or (self._is_split(block[0]) and ahead[1] > block[1]):
+                self._hidden_next = self._next_visit(ahead)
+            ahead = self._next_visit(ahead)
+            if ahead[0] > visit[0] or (self._is_split(visit[0]) and ahead[1] > visit[1]):
                 return
 
-    def _hidden_load(self, block: Block, traffic: HiddenTraffic) -> Iterator[Op]:
+    def _hidden_load(self, visit: Visit, traffic: HiddenTraffic) -> Iterator[Op]:
         slot, old = self._rings["hidden"].take(traffic.host + traffic.disk)
-        self._hidden_slots[block] = slot
-        homes = self._hidden_homes(block)
-        yield from self._bring("hidden", block, 0, slot, old, disk=traffic.disk, host=traffic.host, homes=homes)
+        self._hidden_slots[visit] = slot
+        homes = self._hidden_homes(visit)
+        yield from self._bring("hidden", visit, 0, slot, old, disk=traffic.disk, host=traffic.host, homes=homes)
 
-    def _hidden_homes(self, block: Block) -> Homes:
-        return Slot("hidden_disk", block[2]), Slot("hidden_host", block[2])
+    def _hidden_homes(self, visit: Visit) -> Homes:
+        return Slot("hidden_disk", visit[2]), Slot("hidden_host", visit[2])
 
     # Transfers: the ways in and out, by host memory where that is apart from the device's.
 
     def _bring(
         self,
         kind: str,
-        block: Block,
+        visit: Visit,
         part: int,
         slot: Slot,
         old: tuple[Slot, ...],
@@ -288,25 +288,25 @@ class Generator:
     ) -> Iterator[Op]:
         """Fill a ring's slot with bytes from the disk (through `stage` bytes of staging) and from the host."""
         on_disk, on_host = (homes[:1], homes[1:]) if homes else ((), ())
-        if not self.program.copies:
+        if not self.program.host_is_apart:
             if disk or old:
-                yield Op(Lane.DISK_IN, f"read_{kind}", *block, part, on_disk, (slot,), old, disk)
+                yield Op(Lane.DISK_IN, f"read_{kind}", *visit, part, on_disk, (slot,), old, disk)
             return
         pageable = kind == "weight" and host > 0 and not self.program.pinned
         staged: tuple[Slot, ...] = ()
         if disk:
             staging, gone = self._rings["stage_in"].take(stage or disk)
-            yield Op(Lane.DISK_IN, f"read_{kind}", *block, part, on_disk, (staging,), gone, disk)
+            yield Op(Lane.DISK_IN, f"read_{kind}", *visit, part, on_disk, (staging,), gone, disk)
             staged = (staging,)
             self._rings["stage_in"].release(staging)
         if disk or host or old:
             reads = (*staged, *on_host)
-            yield Op(Lane.H2D, f"load_{kind}", *block, part, reads, (slot,), old, disk + host, pageable=pageable)
+            yield Op(Lane.H2D, f"load_{kind}", *visit, part, reads, (slot,), old, disk + host, pageable=pageable)
 
     def _carry(
         self,
         kind: str,
-        block: Block,
+        visit: Visit,
         out: Slot | None,
         homes: Homes,
         *,
@@ -321,17 +321,17 @@ class Generator:
         """
         on_disk, on_host = homes
         source = out if stage else on_host
-        if self.program.copies and out and moved:
+        if self.program.host_is_apart and out and moved:
             staged: tuple[Slot, ...] = ()
             gone: tuple[Slot, ...] = ()
             if stage:
                 source, gone = self._rings["stage_out"].take(stage)
                 staged = (source,)
                 self._rings["stage_out"].release(source)
-            yield Op(Lane.D2H, f"store_{kind}", *block, 0, (out,), (on_host, *staged, *also), gone, moved)
+            yield Op(Lane.D2H, f"store_{kind}", *visit, 0, (out,), (on_host, *staged, *also), gone, moved)
         if disk:
-            assert source is not None, f"{kind} of {block}: nothing to write"
-            yield Op(Lane.DISK_OUT, f"write_{kind}", *block, 0, (source,), (on_disk,), bytes=disk)
+            assert source is not None, f"{kind} of {visit}: nothing to write"
+            yield Op(Lane.DISK_OUT, f"write_{kind}", *visit, 0, (source,), (on_disk,), bytes=disk)
         if out:
             self._rings[f"{kind}_out"].release(out)
 
@@ -340,82 +340,82 @@ class Generator:
     def _is_split(self, i: int) -> bool:
         return i > 0 and self.program.split is not None
 
-    def _weights_in_use(self, block: Block) -> list[Slot]:
-        slot = self._weight_slots[block[0] * self._num_layers + block[1]]
+    def _weights_in_use(self, visit: Visit) -> list[Slot]:
+        slot = self._weight_slots[visit[0] * self._num_layers + visit[1]]
         return [slot] if slot.nbytes else []
 
-    def _use(self, slots: dict[Block, Slot], ring: str, block: Block) -> list[Slot]:
-        """What was brought for a block, if anything; the ring may have it back when the next op has read it."""
-        if block not in slots:
+    def _use(self, slots: dict[Visit, Slot], ring: str, visit: Visit) -> list[Slot]:
+        """What was brought for a visit, if anything; the ring may have it back when the next op has read it."""
+        if visit not in slots:
             return []
-        self._rings[ring].release(slots[block])
-        return [slots.pop(block)]
+        self._rings[ring].release(slots[visit])
+        return [slots.pop(visit)]
 
     def _compute_op(
-        self, name: str, block: Block, reads: list[Slot], writes: list[Slot], old: list[Slot], **hidden: bool
+        self, name: str, visit: Visit, reads: list[Slot], writes: list[Slot], old: list[Slot], **hidden: bool
     ) -> Op:
-        i, j, k = block
+        i, j, k = visit
         work = self.program.work(i, j, k, name)
         nbytes = work.weight_bytes + work.cache_bytes
         lane = Lane.HOST_ATTENTION if name == ATTEND_HOST else Lane.COMPUTE
         return Op(lane, name, i, j, k, 0, tuple(reads), tuple(writes), tuple(old), nbytes, work, **hidden)
 
-    def _compute_and_store(self, block: Block, name: str, *, enters: bool, keeps: bool) -> Iterator[Op]:
+    def _compute_and_store(self, visit: Visit, name: str, *, loads_hidden: bool, stores_hidden: bool) -> Iterator[Op]:
         """A whole layer's computation, or what follows its attention."""
-        i, j, k = block
+        i, j, k = visit
         program = self.program
         has_cache = program.has_cache[j] and name == COMPUTE
         cache = program.cache(i, k) if has_cache else CacheTraffic()
-        hidden = program.hidden(i, j, k) if keeps else HiddenTraffic()
-        reads = self._weights_in_use(block)
+        hidden = program.hidden(i, j, k) if stores_hidden else HiddenTraffic()
+        reads = self._weights_in_use(visit)
         writes: list[Slot] = []
         old: list[Slot] = []
         if name == FINISH:
-            yield from self._load_attended(block)
-            reads += self._use(self._results, "result", block)
-        reads += self._use(self._cache_slots, "cache", block) if has_cache else []
-        reads += self._use(self._hidden_slots, "hidden", block)
+            yield from self._load_attended(visit)
+            reads += self._use(self._results, "result", visit)
+        reads += self._use(self._cache_slots, "cache", visit) if has_cache else []
+        reads += self._use(self._hidden_slots, "hidden", visit)
         outs: dict[str, Slot] = {}
         for ring, nbytes in (("cache_out", cache.out), ("hidden_out", hidden.host + hidden.disk)):
             if nbytes:
                 outs[ring], gone = self._rings[ring].take(nbytes)
                 writes.append(outs[ring])
                 old.extend(gone)
-        on_host = self._cache_homes(block)[1]
+        on_host = self._cache_homes(visit)[1]
         if cache.gathered:
             reads.append(on_host)
-        if has_cache and not program.copies:
-            writes.append(on_host)  # host rows and open blocks are appended to in place
+        if has_cache and not program.host_is_apart:
+            writes.append(on_host)  # host rows and open visits are appended to in place
         if has_cache and program.keeps_open:
-            writes.append(self._open_home(block))
-        yield self._compute_op(name, block, reads, writes, old, enters=enters, keeps=keeps)
-        yield from self._carry_cache(block, outs.get("cache_out"), cache)
+            writes.append(self._open_home(visit))
+        yield self._compute_op(name, visit, reads, writes, old, loads_hidden=loads_hidden, stores_hidden=stores_hidden)
+        yield from self._carry_cache(visit, outs.get("cache_out"), cache)
         moved = hidden.host + hidden.disk
-        out, homes = outs.get("hidden_out"), self._hidden_homes(block)
-        yield from self._carry("hidden", block, out, homes, moved=moved, disk=hidden.disk, stage=hidden.disk)
+        out, homes = outs.get("hidden_out"), self._hidden_homes(visit)
+        yield from self._carry("hidden", visit, out, homes, moved=moved, disk=hidden.disk, stage=hidden.disk)
 
-    def _carry_cache(self, block: Block, out: Slot | None, cache: CacheTraffic) -> Iterator[Op]:
-        """New K and V home; in decode, what has become whole of the blocks that the device keeps."""
-        if self.program.keeps_open and block[0]:
-            out = self._open_home(block)
-        prompts_attended = self.program.split is not None and block[0] == 0
+    def _carry_cache(self, visit: Visit, out: Slot | None, cache: CacheTraffic) -> Iterator[Op]:
+        """New K and V home; in decode, what has become whole of the pages that the device keeps."""
+        if self.program.keeps_open and visit[0]:
+            out = self._open_home(visit)
+        prompts_attended = self.program.split is not None and visit[0] == 0
         yield from self._carry(
             "cache",
-            block,
+            visit,
             out,
-            self._cache_homes(block),
+            self._cache_homes(visit),
             moved=cache.host_store,
             disk=cache.disk_write,
             stage=cache.write_slot,
-            also=(self._attended_home(block),) if prompts_attended else (),
+            also=(self._attended_home(visit),) if prompts_attended else (),
         )
 
     # Attention on two lanes: the device's sequences on one, on the other those that the host attends to at their home.
 
-    def _project_and_attend(self, block: Block) -> Iterator[Op]:
+    def _project_and_attend(self, visit: Visit) -> Iterator[Op]:
         """Q, K and V of all sequences; the host's part to its lane; the device's attention meanwhile."""
         assert self.program.split is not None
-        i, _, k = block
+        i, _, k = visit
         split, cache = self.program.split(i, k), self.program.cache(i, k)
         projected, old = self._rings["projected"].take(split.projected)
         writes, out = [projected], None
@@ -423,40 +423,40 @@ class Generator:
             out, gone = self._rings["cache_out"].take(cache.out)
             writes, old = [projected, out], (*old, *gone)
         if self.program.keeps_open:
-            writes.append(self._open_home(block))
-        yield self._compute_op(PROJECT, block, self._weights_in_use(block), writes, list(old), enters=False)
+            writes.append(self._open_home(visit))
+        yield self._compute_op(PROJECT, visit, self._weights_in_use(visit), writes, list(old), loads_hidden=False)
         if split.query:
-            yield from self._ask_host(block, split, projected)
+            yield from self._ask_host(visit, split, projected)
         if split.attends:
-            self._results[block], gone = self._rings["result"].take(split.result)
-            reads = [projected, *self._use(self._cache_slots, "cache", block)]
+            self._results[visit], gone = self._rings["result"].take(split.result)
+            reads = [projected, *self._use(self._cache_slots, "cache", visit)]
             reads += [out] if out else []
-            reads += [self._cache_homes(block)[1]] if cache.gathered else []
-            yield self._compute_op(ATTEND, block, reads, [self._results[block]], list(gone))
-        yield from self._carry_cache(block, out, cache)
+            reads += [self._cache_homes(visit)[1]] if cache.gathered else []
+            yield self._compute_op(ATTEND, visit, reads, [self._results[visit]], list(gone))
+        yield from self._carry_cache(visit, out, cache)
         self._rings["projected"].release(projected)
 
-    def _ask_host(self, block: Block, split: SplitTraffic, projected: Slot) -> Iterator[Op]:
+    def _ask_host(self, visit: Visit, split: SplitTraffic, projected: Slot) -> Iterator[Op]:
         query, old = self._rings["query"].take(split.query)
-        yield Op(Lane.D2H, "store_query", *block, 0, (projected,), (query,), old, split.query)
-        self._answers[block], old = self._rings["answer"].take(split.answer)
-        home = self._attended_home(block)
-        yield self._compute_op(ATTEND_HOST, block, [query], [self._answers[block], home], list(old))
+        yield Op(Lane.D2H, "store_query", *visit, 0, (projected,), (query,), old, split.query)
+        self._answers[visit], old = self._rings["answer"].take(split.answer)
+        home = self._attended_home(visit)
+        yield self._compute_op(ATTEND_HOST, visit, [query], [self._answers[visit], home], list(old))
         self._rings["query"].release(query)
 
-    def _load_attended(self, block: Block) -> Iterator[Op]:
+    def _load_attended(self, visit: Visit) -> Iterator[Op]:
         """The host's results beside the device's. Issued late: the lane would wait for the host, and all behind it."""
         assert self.program.split is not None
-        split = self.program.split(block[0], block[2])
+        split = self.program.split(visit[0], visit[2])
         old: tuple[Slot, ...] = ()
-        if block not in self._results:
-            self._results[block], old = self._rings["result"].take(split.result)
+        if visit not in self._results:
+            self._results[visit], old = self._rings["result"].take(split.result)
         if split.query:
-            reads = self._use(self._answers, "answer", block)
-            yield Op(Lane.H2D, "load_attended", *block, 0, tuple(reads), (self._results[block],), old, split.answer)
+            reads = self._use(self._answers, "answer", visit)
+            yield Op(Lane.H2D, "load_attended", *visit, 0, tuple(reads), (self._results[visit],), old, split.answer)
 
-    def _open_home(self, block: Block) -> Slot:
-        return Slot("cache_open", block[1] * self._num_batches + block[2])
+    def _open_home(self, visit: Visit) -> Slot:
+        return Slot("cache_open", visit[1] * self._num_batches + visit[2])
 
-    def _attended_home(self, block: Block) -> Slot:
-        return Slot("cache_attended", block[1] * self._num_batches + block[2])
+    def _attended_home(self, visit: Visit) -> Slot:
+        return Slot("cache_attended", visit[1] * self._num_batches + visit[2])

@@ -83,7 +83,7 @@ class Hardware:
 
     name: str
     source: str  # where the figures come from
-    copies: bool  # host memory is apart from the device's; else gpu_bytes is 0 and host bytes are used in place
+    host_is_apart: bool  # host memory is apart from the device's; else gpu_bytes is 0 and host bytes are used in place
     gpu_bytes: int
     host_bytes: int
     disk_bytes: int

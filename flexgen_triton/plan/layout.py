@@ -2,9 +2,9 @@
 
 Sequences of a batch stand longest first: the first ones on the GPU, the next on the host (first those that it attends
 to itself), the last on disk. A group of
-n sequences keeps its cache as `[blocks, 2, n, half]`: of every block of tokens K of all sequences, then V of all. So
-any number of leading blocks is one contiguous range, and a block's K of the longest sequences is one too. A half is K
-or V of `block_tokens` tokens of one sequence, one field after another, `[KV heads, block_tokens, width]`: a 16-bit
+n sequences keeps its cache as `[pages, 2, n, half]`: of every page of tokens K of all sequences, then V of all. So
+any number of leading pages is one contiguous range, and a page's K of the longest sequences is one too. A half is K
+or V of `page_tokens` tokens of one sequence, one field after another, `[KV heads, page_tokens, width]`: a 16-bit
 cache has one field, the head's numbers; a 4-bit one has two, codes and scales (kernels/formats.py).
 """
 
@@ -16,22 +16,22 @@ from itertools import accumulate, groupby, pairwise
 from operator import itemgetter
 from typing import NamedTuple
 
-from .placement import PAGE, Tier
-from .policy import CACHE_GROUP
-from .spec import CODES_PER_WORD, STORED_BYTES, Batch, ModelSpec, cached
+from ..kernels.sizes import CODES_PER_WORD, KV_GROUP, kv_width
+from .placement import ALIGN, Tier
+from .spec import STORED_BYTES, Batch, ModelSpec, cached
 
-BLOCK_TOKENS = (64, 32, 16, 8)
+PAGE_TOKENS = (64, 32, 16, 8)
 NO_SHARE = 1e-9  # what is left of 100 % after rounding
-MAX_OPEN_SHARE = 8  # a sequence's last block is half empty in the mean: that may be an eighth of what it holds
+MAX_OPEN_SHARE = 8  # a sequence's last page is half empty in the mean: that may be an eighth of what it holds
 
 
-def pad(nbytes: int, to: int = PAGE) -> int:
+def pad(nbytes: int, to: int = ALIGN) -> int:
     return -(-nbytes // to) * to
 
 
-def block_tokens_for(mean_len: float) -> int:
-    """Tokens of a block for sequences of that mean length: many, unless too much of what moves would be empty."""
-    return next((n for n in BLOCK_TOKENS if n / 2 * MAX_OPEN_SHARE <= mean_len), BLOCK_TOKENS[-1])
+def page_tokens_for(mean_len: float) -> int:
+    """Tokens of a page for sequences of that mean length: many, unless too much of what moves would be empty."""
+    return next((n for n in PAGE_TOKENS if n / 2 * MAX_OPEN_SHARE <= mean_len), PAGE_TOKENS[-1])
 
 
 def split_counts(sizes: Sequence[int], percents: Sequence[float]) -> list[tuple[int, ...]]:
@@ -138,26 +138,21 @@ class Field:
         return self.width * STORED_BYTES[self.dtype]
 
 
-def kv_width(head_dim: int) -> int:
-    """Numbers of a head as a 4-bit cache holds them: a power of two, in whole groups."""
-    return max(CACHE_GROUP, 1 << (head_dim - 1).bit_length())
-
-
 def cache_fields(spec: ModelSpec, *, is_4bit: bool) -> tuple[Field, ...]:
     """A head's K or V: as computed, or in 4 bits, padded, with scale and minimum of every 64."""
     if not is_4bit:
         return (Field(spec.dtype, spec.head_dim),)
     width = kv_width(spec.head_dim)
-    return Field("int16", width // CODES_PER_WORD), Field("float16", 2 * width // CACHE_GROUP)
+    return Field("int16", width // CODES_PER_WORD), Field("float16", 2 * width // KV_GROUP)
 
 
 @dataclass(frozen=True, slots=True)
 class CacheLayout:
-    """Sizes in bytes of K and V, and where they lie; a half is a whole number of pages."""
+    """Sizes in bytes of K and V, and where they lie; a half is a multiple of ALIGN."""
 
     num_kv_heads: int
     fields: tuple[Field, ...]
-    block_tokens: int
+    page_tokens: int
 
     @property
     def token_bytes(self) -> int:
@@ -166,30 +161,30 @@ class CacheLayout:
 
     @property
     def half(self) -> int:
-        """K, or V, of one block of one sequence."""
-        return pad(self.token_bytes // 2 * self.block_tokens)
+        """K, or V, of one page of one sequence."""
+        return pad(self.token_bytes // 2 * self.page_tokens)
 
-    def blocks(self, tokens: int) -> int:
-        return -(-tokens // self.block_tokens)
+    def pages(self, tokens: int) -> int:
+        return -(-tokens // self.page_tokens)
 
     def full(self, tokens: int) -> int:
-        return tokens // self.block_tokens
+        return tokens // self.page_tokens
 
     def filled(self, cached: Sequence[int]) -> list[int]:
-        """The sequences, of so many cached tokens, whose next token fills a block; one that has ended holds none."""
-        return [s for s, n in enumerate(cached) if (n + 1) % self.block_tokens == 0]
+        """The sequences, of so many cached tokens, whose next token fills a page; one that has ended holds none."""
+        return [s for s, n in enumerate(cached) if (n + 1) % self.page_tokens == 0]
 
-    def dense(self, blocks: int, size: int, halves: int = 2) -> int:
-        """Bytes of `blocks` blocks of `size` sequences: of K and V, or with one of the halves alone."""
-        return blocks * halves * size * self.half
+    def dense(self, pages: int, size: int, halves: int = 2) -> int:
+        """Bytes of `pages` pages of `size` sequences: of K and V, or with one of the halves alone."""
+        return pages * halves * size * self.half
 
     def ranges(self, counts: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """(start, end) in `[blocks, 2, n, half]` of what sequences have; `counts` are their blocks."""
+        """(start, end) in `[pages, 2, n, half]` of what sequences have; `counts` are their pages."""
         row = len(counts) * self.half
         start = end = 0
-        for block, runs in groupby(block_runs(counts), key=itemgetter(0)):
+        for page, runs in groupby(page_runs(counts), key=itemgetter(0)):
             found = [(first, n) for _, first, n in runs]
-            for half in (2 * block * row, (2 * block + 1) * row):
+            for half in (2 * page * row, (2 * page + 1) * row):
                 for first, n in found:
                     low = half + first * self.half
                     if low != end:
@@ -201,10 +196,10 @@ class CacheLayout:
             yield start, end
 
 
-def block_runs(counts: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """(block, first, n): the n neighbours from sequence `first` on have that block. `counts` are blocks of each."""
-    for block in range(max(counts, default=0)):
-        for has, run in groupby(range(len(counts)), key=lambda s, b=block: counts[s] > b):  # type: ignore[misc]
+def page_runs(counts: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """(page, first, n): the n neighbours from sequence `first` on have that page. `counts` are pages of each."""
+    for page in range(max(counts, default=0)):
+        for has, run in groupby(range(len(counts)), key=lambda s, b=page: counts[s] > b):  # type: ignore[misc]
             if has:
                 neighbours = list(run)
-                yield block, neighbours[0], len(neighbours)
+                yield page, neighbours[0], len(neighbours)

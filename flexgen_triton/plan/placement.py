@@ -14,7 +14,7 @@ from itertools import pairwise
 
 from .spec import ModuleSpec, TensorSpec
 
-PAGE = 4096
+ALIGN = 4096  # of what is read past the page cache, and of buffers
 STORE_ALIGN = 256 << 10  # that a store of our own is read at multiples of: it has a checksum for each
 
 
@@ -22,7 +22,7 @@ class Tier(Enum):
     """Where bytes live."""
 
     GPU = "gpu"
-    HOST = "cpu"
+    HOST = "host"
     DISK = "disk"
 
 
@@ -145,7 +145,9 @@ def cut(extents: Iterable[Extent], nbytes: float) -> tuple[list[Extent], list[Ex
     return head, tail
 
 
-def place_layer(extents: Sequence[Extent], gpu_percent: float, cpu_percent: float, align: int = PAGE) -> LayerPlacement:
+def place_layer(
+    extents: Sequence[Extent], gpu_percent: float, cpu_percent: float, align: int = ALIGN
+) -> LayerPlacement:
     """Cut a layer's extents, in their order, into the three tiers' shares; each cut is within one row of exact."""
     ordered = sorted(extents, key=lambda e: (e.file, e.offset))
     total = sum(e.nbytes for e in ordered)
@@ -160,7 +162,7 @@ def whole_tensor(tensor: TensorSpec, file: int, offset: int) -> Extent:
     return Extent(tensor.name, tensor.row, rows, tensor.nbytes // rows, file, offset)
 
 
-def packed_layout(modules: Sequence[ModuleSpec], header: int = PAGE) -> list[list[Extent]]:
+def packed_layout(modules: Sequence[ModuleSpec], header: int = ALIGN) -> list[list[Extent]]:
     """The layout of a store of our own: one file per module, its tensors one after another behind the header."""
     layout = []
     for file, module in enumerate(modules):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-WEIGHT_GROUPS = (32, 64, 128)
-CACHE_GROUP = 64
+from ..kernels.sizes import KV_GROUP, WEIGHT_GROUPS
+
 LOSSY = ("4bit", "4bit-cache", "sparse")  # what changes the output, by the names that allow it
 
 
@@ -55,7 +55,7 @@ class Policy:
     compress_cache: bool = False
     comp_cache_config: CompressionConfig = field(default_factory=lambda: CompressionConfig(group_dim=2))
     cpu_attention_percent: float = 100  # with cpu_cache_compute: of the host's sequences, those it attends to itself
-    keep_open_blocks: bool = False  # what a block of the cache gains stays on the GPU until the block is full
+    keep_open_pages: bool = False  # what a page of the cache gains stays on the GPU until the page is full
 
     def __post_init__(self) -> None:
         for name in ("gpu_batch_size", "num_gpu_batches"):
@@ -83,7 +83,7 @@ class Policy:
         if self.compress_weight:
             _check_format("comp_weight_config", self.comp_weight_config, WEIGHT_GROUPS, (0, 1))
         if self.compress_cache:
-            _check_format("comp_cache_config", self.comp_cache_config, (CACHE_GROUP,), (2,))
+            _check_format("comp_cache_config", self.comp_cache_config, (KV_GROUP,), (2,))
 
     @property
     def weight_group(self) -> int | None:
@@ -113,8 +113,8 @@ class Policy:
         return 100 - self.act_gpu_percent - self.act_cpu_percent
 
     @property
-    def block_size(self) -> int:
-        """Sequences in one block of the schedule."""
+    def round_size(self) -> int:
+        """Sequences in one round of the schedule."""
         return self.gpu_batch_size * self.num_gpu_batches
 
     @property

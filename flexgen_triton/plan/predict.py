@@ -19,7 +19,7 @@ EXACT_STEPS = 6  # as many token steps are simulated one by one; of more, a samp
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """Seconds of one block of the schedule, and by phase and lane the seconds busy."""
+    """Seconds of one round of the schedule, and by phase and lane the seconds busy."""
 
     prefill_s: float
     decode_s: float
@@ -28,18 +28,18 @@ class Prediction:
     ops: int  # simulated
 
     @classmethod
-    def sum(cls, blocks: Sequence[Prediction]) -> Prediction:
-        """Of several blocks, one after another."""
+    def sum(cls, rounds: Sequence[Prediction]) -> Prediction:
+        """Of several rounds, one after another."""
         lanes: dict[str, dict[str, float]] = {PREFILL: {}, DECODE: {}}
-        for block, phase in product(blocks, PHASES):
-            for lane, busy in block.lanes[phase].items():
+        for round, phase in product(rounds, PHASES):
+            for lane, busy in round.lanes[phase].items():
                 lanes[phase][lane] = lanes[phase].get(lane, 0.0) + busy
         return cls(
-            sum(b.prefill_s for b in blocks),
-            sum(b.decode_s for b in blocks),
-            sum(b.tokens for b in blocks),
+            sum(b.prefill_s for b in rounds),
+            sum(b.decode_s for b in rounds),
+            sum(b.tokens for b in rounds),
             lanes,
-            sum(b.ops for b in blocks),
+            sum(b.ops for b in rounds),
         )
 
     @property
@@ -88,7 +88,7 @@ def sampled(program: Program, steps: Iterable[int]) -> Program:
 
 
 def predict(plan: Plan, hardware: Hardware, *, exact: int = EXACT_STEPS) -> Prediction:
-    """Simulate one block: all of its token steps, or where there are more than `exact` a weighted sample of them."""
+    """Simulate one round: all of its token steps, or where there are more than `exact` a weighted sample of them."""
     weights = [w for _, w in sorted(sample_steps(plan.workload.steps, exact).items())]
     program = sampled(plan.program, sample_steps(plan.workload.steps, exact))
     lanes: dict[str, dict[str, float]] = {PREFILL: {}, DECODE: {}}

@@ -17,6 +17,7 @@ from scipy.optimize import linprog
 
 from .cost import seconds
 from .fit import need
+from .footprint import STAGING
 from .generator import Generator
 from .hardware import GIB, Hardware
 from .placement import Tier
@@ -26,9 +27,9 @@ from .predict import DECODE, PHASES, PREFILL, sample_steps, sampled
 from .spec import ModelSpec, Workload
 
 KINDS = ("w", "cache", "act")
-SHORT = 2  # decoder blocks of the model that coefficients are taken from; all blocks are alike
+SHORT = 2  # decoder layers of the model that coefficients are taken from; all are alike
 SHORT_STEPS = 4
-STAGE, STAGING = "stage", ("stage_in", "stage_out")
+STAGE = "stage"
 TIE = 1e-3  # weight of all lanes' loads beside the busiest one's: between equals, move less
 
 Amounts = dict[tuple[str, str], float]  # (phase, lane) -> seconds; ("need", tier) and ("stage", ring) -> bytes
@@ -44,10 +45,10 @@ class Optimum(NamedTuple):
     shares: Shares
 
 
-def shortened(model: ModelSpec, blocks: int) -> ModelSpec:
-    """The model with its first `blocks` decoder blocks only."""
-    modules = tuple(m for m in model.modules if m.kind not in ("attention", "mlp") or m.index < blocks)
-    return replace(model, modules=modules, num_blocks=blocks)
+def shortened(model: ModelSpec, layers: int) -> ModelSpec:
+    """The model with its first `layers` decoder layers only."""
+    modules = tuple(m for m in model.modules if m.kind not in ("attention", "mlp") or m.index < layers)
+    return replace(model, modules=modules, num_decoder_layers=layers)
 
 
 @dataclass(frozen=True)
@@ -63,31 +64,31 @@ class Relaxation:
     @property
     def places(self) -> list[tuple[str, Place]]:
         """Where each kind may be, first the GPU; in place, the host is the device."""
-        tiers = tuple(Tier) if self.hardware.copies else (Tier.GPU, Tier.DISK)
-        attended: list[tuple[str, Place]] = [("cache", ATTENDED)] if self.hardware.copies else []
+        tiers = tuple(Tier) if self.hardware.host_is_apart else (Tier.GPU, Tier.DISK)
+        attended: list[tuple[str, Place]] = [("cache", ATTENDED)] if self.hardware.host_is_apart else []
         return [*product(KINDS, tiers), *attended]
 
     def _plan(self, model: ModelSpec, shares: Shares, num_gpu_batches: int) -> Plan:
         policy = with_shares(replace(self.policy, num_gpu_batches=num_gpu_batches), shares)
         workload = Workload.uniform(self.prompt_len, self.gen_len, policy.gpu_batch_size, num_gpu_batches)
-        return make_plan(model, policy, workload, copies=self.hardware.copies)
+        return make_plan(model, policy, workload, host_is_apart=self.hardware.host_is_apart)
 
     def _amounts(self, shares: Shares, num_gpu_batches: int) -> Amounts:
-        """Of the whole model: loads with one block standing for all but the first, needs extended from two models."""
-        blocks = self.model.num_blocks
-        short = shortened(self.model, min(SHORT, blocks))
+        """Of the whole model: loads with one layer standing for all but the first, needs extended from two models."""
+        layers = self.model.num_decoder_layers
+        short = shortened(self.model, min(SHORT, layers))
         plan = self._plan(short, shares, num_gpu_batches)
-        found = self._loads(plan, blocks - short.num_blocks + 1)
+        found = self._loads(plan, layers - short.num_decoder_layers + 1)
         needs = _needs(plan)
-        if blocks > short.num_blocks:
+        if layers > short.num_decoder_layers:
             longer = _needs(self._plan(shortened(self.model, SHORT + 1), shares, num_gpu_batches))
-            needs = _along(needs, longer, blocks - SHORT)
+            needs = _along(needs, longer, layers - SHORT)
         return found | needs
 
     def _loads(self, plan: Plan, times: int) -> Amounts:
-        """Seconds by phase and lane; the last decoder block's layers count `times`."""
+        """Seconds by phase and lane; the last decoder layer's layers count `times`."""
         steps = sorted(sample_steps(plan.workload.steps, SHORT_STEPS).items())
-        last = plan.model.num_blocks - 1
+        last = plan.model.num_decoder_layers - 1
         repeated = [any(m.kind in ("attention", "mlp") and m.index == last for m in la.modules) for la in plan.layers]
         found: Amounts = {}
         for op in Generator(sampled(plan.program, dict(steps))):
@@ -194,7 +195,7 @@ def with_shares(policy: Policy, shares: Mapping[tuple[str, Place], float]) -> Po
 def _needs(plan: Plan) -> Amounts:
     """Bytes of each tier, the staging rings apart: they are shared by weights, cache and activations."""
     found = {("need", tier.value): float(nbytes) for tier, nbytes in need(plan).items()}
-    staging = {(STAGE, ring): float(plan.rings[ring]) for ring in STAGING}
+    staging = {(STAGE, ring): float(plan.footprint.rings[ring]) for ring in STAGING}
     found["need", Tier.HOST.value] -= sum(staging.values())
     return found | staging
 

@@ -1,6 +1,6 @@
-"""The block schedule as data: what moves, what computes, on which lane.
+"""The schedule of a round as data: what moves, what computes, on which lane.
 
-Indices as in the FlexGen paper (section 4.2): i token step, j layer, k GPU batch. A plan says what each block moves and
+Indices as in the FlexGen paper (section 4.2): i token step, j layer, k GPU batch. A plan says what each visit moves and
 computes (`Program`); the generator makes ops of it; nobody writes a dependency by hand (link.py).
 """
 
@@ -76,8 +76,8 @@ class Op:
     bytes: int = 0
     work: Work | None = None  # of a computation
     pageable: bool = False  # a transfer from memory that is not pinned
-    enters: bool = True  # the hidden state comes from where it was kept, else from the computation before
-    keeps: bool = True  # its result is kept for a later row of the schedule, else only handed to the next computation
+    loads_hidden: bool = True  # the hidden state comes from where it was kept, else from the computation before
+    stores_hidden: bool = True  # its result is kept for a later row, else only handed to the next computation
 
     @property
     def flops(self) -> float:
@@ -102,7 +102,7 @@ class WeightTraffic:
 
 @dataclass(frozen=True, slots=True)
 class CacheTraffic:
-    """What attention of one block moves: the cache before it, the new K and V after it."""
+    """What attention of one visit moves: the cache before it, the new K and V after it."""
 
     disk_read: int = 0  # bytes moved by disk_in ...
     read_slot: int = 0  # ... and the room they take: sequences of unequal length leave gaps
@@ -112,7 +112,7 @@ class CacheTraffic:
     out: int = 0
     host_store: int = 0
     disk_write: int = 0
-    write_slot: int = 0  # room on the way to disk: prefill writes through the out ring, decode the open block's home
+    write_slot: int = 0  # room on the way to disk: prefill writes through the out ring, decode the open page's home
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +145,7 @@ class Program(NamedTuple):
     work: Callable[[int, int, int, str], Work]  # (i, j, k, name of the op)
     split: Callable[[int, int], SplitTraffic] | None  # (i, k), in decode: a layer's computation is cut at its attention
     rings: dict[str, int]  # capacity in bytes
-    copies: bool  # host memory is apart from the device's: h2d and d2h lanes exist
-    keeps_open: bool  # there, the device keeps the blocks of the cache that are being filled
+    host_is_apart: bool  # host memory is apart from the device's: h2d and d2h lanes exist
+    keeps_open: bool  # there, the device keeps the pages of the cache that are being filled
     serial: bool  # no overlap: every op after the one before it
     pinned: bool  # the host's share of the weights lies in pinned memory

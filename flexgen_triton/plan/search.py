@@ -1,4 +1,4 @@
-"""Finds the policy: every block size and format by linear program, the best of them by simulation.
+"""Finds the policy: every round size and format by linear program, the best of them by simulation.
 
 For each (GPU batch size, number of GPU batches, format) the relaxation (relax.py) gives shares and a throughput that no
 policy of that kind exceeds. In the order of these bounds the shares are rounded to a real plan, which must fit, and
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from .fit import fits, need
 from .hardware import GIB, Hardware, HardwareError
-from .placement import PAGE, STORE_ALIGN, Tier
+from .placement import ALIGN, STORE_ALIGN, Tier
 from .plan import Plan, make_plan
 from .policy import LOSSY, Policy, PolicyError
 from .predict import Prediction, predict
@@ -27,9 +27,9 @@ GPU_BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 SPARSITY = 0.1  # FlexGen's: V of a tenth of the tokens
 MODEST = 0.98  # of the best throughput, where that spares sequences in flight
 CLOSE = 0.995  # a policy this near to the next bound ends the search
-ESTIMATED = 12  # candidates at most whose schedule is simulated for a few decoder blocks ...
+ESTIMATED = 12  # candidates at most whose schedule is simulated for a few decoder layers ...
 FEW_STEPS = 4  # token steps of a simulation
-SHORT_BLOCKS = (4, 6)  # ... so many, and extended to all
+SHORT_LAYERS = (4, 6)  # ... so many, and extended to all
 KEPT = 3  # the best of them are simulated whole, the second and third ...
 KEPT_OPS = 80_000  # ... as far as these reach
 SHRINK = (0.0, 0.01, 0.03, 0.08, 0.2, 0.4, 0.7)  # of memory, until the rounded policy fits
@@ -48,7 +48,7 @@ class Problem:
     gen_len: int
     num_prompts: int | None = None
     allow: frozenset[str] = frozenset()
-    max_latency: float | None = None  # seconds for one block, prefill and decode
+    max_latency: float | None = None  # seconds for one round, prefill and decode
     stored: bool = True  # the weights are on the disk already, in every format that may be chosen
     prompt_lens: tuple[int, ...] = ()  # all of them, where they differ
     base: Policy = field(default_factory=Policy)  # what the search does not choose
@@ -80,24 +80,24 @@ class Problem:
         ]
 
     def workload(self, gpu_batch_size: int, num_gpu_batches: int) -> Workload:
-        """The first block: all prompts alike, or the longest ones."""
+        """The first round: all prompts alike, or the longest ones."""
         if not self.prompt_lens:
             return Workload.uniform(self.prompt_len, self.gen_len, gpu_batch_size, num_gpu_batches)
         longest = sorted(self.prompt_lens, reverse=True)[: gpu_batch_size * num_gpu_batches]
         cuts = range(0, len(longest), gpu_batch_size)
         return Workload(tuple(Batch(tuple(longest[n : n + gpu_batch_size]), self.gen_len) for n in cuts))
 
-    def plan(self, policy: Policy, *, copies: bool) -> Plan:
+    def plan(self, policy: Policy, *, host_is_apart: bool) -> Plan:
         workload = self.workload(policy.gpu_batch_size, policy.num_gpu_batches)
         model = stored_as(self.model, policy)
-        align = PAGE if self.in_place and not model.is_4bit else STORE_ALIGN
-        return make_plan(model, policy, workload, align=align, copies=copies)
+        align = ALIGN if self.in_place and not model.is_4bit else STORE_ALIGN
+        return make_plan(model, policy, workload, align=align, host_is_apart=host_is_apart)
 
-    def throughput(self, policy: Policy, block_seconds: float) -> float:
-        """Generated tokens per second over one block or, where their number is given, over all prompts."""
-        size = policy.block_size
-        prompts, blocks = (size, 1) if self.num_prompts is None else (self.num_prompts, -(-self.num_prompts // size))
-        return prompts * self.gen_len / (blocks * block_seconds)
+    def throughput(self, policy: Policy, round_seconds: float) -> float:
+        """Generated tokens per second over one round or, where their number is given, over all prompts."""
+        size = policy.round_size
+        prompts, rounds = (size, 1) if self.num_prompts is None else (self.num_prompts, -(-self.num_prompts // size))
+        return prompts * self.gen_len / (rounds * round_seconds)
 
 
 @dataclass(frozen=True)
@@ -108,17 +108,17 @@ class Found:
     plan: Plan
     prediction: Prediction
     tokens_per_s: float  # over all prompts of the problem
-    bound_tokens_per_s: float  # of the relaxation, for its block size and format
+    bound_tokens_per_s: float  # of the relaxation, for its round size and format
 
     @property
     def latency_s(self) -> float:
-        """Seconds from a block's start to its last token."""
+        """Seconds from a round's start to its last token."""
         return self.prediction.total_s
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A block size and format, with the relaxation's answer."""
+    """A round size and format, with the relaxation's answer."""
 
     relaxation: Relaxation
     policy: Policy  # with its batch sizes and format
@@ -154,7 +154,7 @@ def available(hardware: Hardware, problem: Problem) -> dict[Tier, float]:
     store = 0 if problem.stored else max(stored_as(problem.model, p).weight_bytes for p in problem.formats())
     host = hardware.host_bytes - hardware.process_bytes - problem.alignment
     free = {Tier.HOST: host, Tier.DISK: hardware.disk_bytes - store}
-    if hardware.copies:
+    if hardware.host_is_apart:
         free[Tier.GPU] = hardware.gpu_bytes - hardware.context_bytes - problem.alignment
     return {tier: float(nbytes) for tier, nbytes in free.items()}
 
@@ -174,14 +174,14 @@ def search(problem: Problem, hardware: Hardware) -> Searched:
     if not found:
         found = _smallest(problem, hardware, free)
     best, *others = sorted(found, key=lambda f: -f.tokens_per_s)
-    best = _with_open_blocks_kept(problem, hardware, free, best)
+    best = _with_open_pages_kept(problem, hardware, free, best)
     return Searched(problem, hardware, (best, *others), tuple(candidates))
 
 
-def _with_open_blocks_kept(problem: Problem, hardware: Hardware, free: Mapping[Tier, float], found: Found) -> Found:
-    """The same policy storing only whole blocks of the cache, where there is room for that and it is no slower."""
-    policy = replace(found.policy, keep_open_blocks=True)
-    plan = problem.plan(policy, copies=hardware.copies)
+def _with_open_pages_kept(problem: Problem, hardware: Hardware, free: Mapping[Tier, float], found: Found) -> Found:
+    """The same policy storing only whole pages of the cache, where there is room for that and it is no slower."""
+    policy = replace(found.policy, keep_open_pages=True)
+    plan = problem.plan(policy, host_is_apart=hardware.host_is_apart)
     if not plan.keeps_open or not fits(plan, free):
         return found
     other = _found(problem, plan, hardware, found.bound_tokens_per_s)
@@ -201,24 +201,24 @@ def check_formats(problem: Problem, hardware: Hardware) -> None:
 
 
 def _too_slow(problem: Problem, hardware: Hardware) -> str:
-    """One sentence: how long a block takes at least. Raises PolicyError where none fits at any speed."""
+    """One sentence: how long a round takes at least. Raises PolicyError where none fits at any speed."""
     quickest = search(replace(problem, max_latency=None, num_prompts=1), hardware).best
     return (
-        f"no policy found takes {problem.max_latency:g} s or less for a block; a single sequence is predicted to take "
+        f"no policy found takes {problem.max_latency:g} s or less for a round; a single sequence is predicted to take "
         f"{quickest.latency_s:.3g} s"
     )
 
 
 def modest(searched: Searched, share: float = MODEST) -> Found:
-    """The policy with the smallest block that is predicted to reach `share` of the best one's throughput."""
+    """The policy with the smallest round that is predicted to reach `share` of the best one's throughput."""
     problem, hardware = searched.problem, searched.hardware
     enough = share * searched.best.tokens_per_s
     smaller = [
         c
         for c in searched.candidates
-        if c.tokens_per_s >= enough and c.policy.block_size < searched.best.policy.block_size
+        if c.tokens_per_s >= enough and c.policy.round_size < searched.best.policy.round_size
     ]
-    for candidate in sorted(smaller, key=lambda c: c.policy.block_size)[:ESTIMATED]:
+    for candidate in sorted(smaller, key=lambda c: c.policy.round_size)[:ESTIMATED]:
         plan = _realise(problem, available(hardware, problem), candidate)
         if plan and _estimate(problem, plan, hardware, candidate.tokens_per_s).tokens_per_s >= enough:
             return _found(problem, plan, hardware, candidate.tokens_per_s)
@@ -237,7 +237,7 @@ def _sizes(problem: Problem) -> Iterator[tuple[int, list[int]]]:
 
 
 def _candidates(problem: Problem, hardware: Hardware, free: Mapping[Tier, float]) -> Iterator[Candidate]:
-    """Every block size and format for which the relaxation has an answer; larger GPU batches than fit are not tried."""
+    """Every round size and format for which the relaxation has an answer; larger GPU batches than fit are not tried."""
     for form in problem.formats():
         model = stored_as(problem.model, form)
         for size, counts in _sizes(problem):
@@ -295,7 +295,7 @@ class Estimate(NamedTuple):
     """What the schedules of two shortened models tell of a plan."""
 
     plan: Plan
-    seconds: float  # of a block
+    seconds: float  # of a round
     tokens_per_s: float
     bound_tokens_per_s: float
     ops: int  # of the whole schedule's sample
@@ -308,16 +308,16 @@ def _found(problem: Problem, plan: Plan, hardware: Hardware, bound: float | None
 
 
 def _estimate(problem: Problem, plan: Plan, hardware: Hardware, bound: float) -> Estimate:
-    """Simulate the plan for two models with fewer decoder blocks, and extend: a few per cent of the ops."""
+    """Simulate the plan for two models with fewer decoder layers, and extend: a few per cent of the ops."""
     few, more = (
         predict(
-            replace(problem, model=shortened(problem.model, n)).plan(plan.policy, copies=plan.copies),
+            replace(problem, model=shortened(problem.model, n)).plan(plan.policy, host_is_apart=plan.host_is_apart),
             hardware,
             exact=FEW_STEPS,
         )
-        for n in (min(n, plan.model.num_blocks) for n in SHORT_BLOCKS)
+        for n in (min(n, plan.model.num_decoder_layers) for n in SHORT_LAYERS)
     )
-    further = max(plan.model.num_blocks - SHORT_BLOCKS[0], 0) / (SHORT_BLOCKS[1] - SHORT_BLOCKS[0])
+    further = max(plan.model.num_decoder_layers - SHORT_LAYERS[0], 0) / (SHORT_LAYERS[1] - SHORT_LAYERS[0])
     seconds = few.total_s + further * (more.total_s - few.total_s)
     ops = few.ops + round(further * (more.ops - few.ops))
     return Estimate(plan, seconds, problem.throughput(plan.policy, seconds), bound, ops)
@@ -333,7 +333,7 @@ def _realise(problem: Problem, free: Mapping[Tier, float], candidate: Candidate)
             optimum = relaxation.solve(count, smaller)
         if optimum is None:
             return None
-        plan = problem.plan(_rounded(candidate.policy, optimum.shares), copies=relaxation.hardware.copies)
+        plan = problem.plan(_rounded(candidate.policy, optimum.shares), host_is_apart=relaxation.hardware.host_is_apart)
         if fits(plan, free):
             return plan
     return None
@@ -365,11 +365,11 @@ def _smallest(problem: Problem, hardware: Hardware, free: Mapping[Tier, float]) 
 
 
 def _smallest_plans(problem: Problem, hardware: Hardware) -> Iterator[Plan]:
-    tiers = tuple(Tier) if hardware.copies else (Tier.GPU, Tier.DISK)
+    tiers = tuple(Tier) if hardware.host_is_apart else (Tier.GPU, Tier.DISK)
     for form, overlap, separate in product(problem.formats(), (True, False), (True, False)):
         single = replace(form, gpu_batch_size=1, num_gpu_batches=1, overlap=overlap, sep_layer=separate)
         for policy in whole_tiers(single, tiers):
-            yield problem.plan(policy, copies=hardware.copies)
+            yield problem.plan(policy, host_is_apart=hardware.host_is_apart)
 
 
 def _infeasible(problem: Problem, plans: Sequence[Plan], free: Mapping[Tier, float], hardware: Hardware) -> str:
@@ -416,7 +416,7 @@ def _mib(nbytes: float) -> str:
 def worth(searched: Searched, neighbours: int = 24) -> dict[str, float]:
     """Tokens per second that one more GiB of each tier, or GB/s of each link, would bring: re-solved, not simulated.
 
-    By tier ("gpu", "cpu", "disk") and lane ("h2d", ...), against the relaxation's best as it is.
+    By tier ("gpu", "host", "disk") and lane ("h2d", ...), against the relaxation's best as it is.
     """
     problem, hardware = searched.problem, searched.hardware
     free = available(hardware, problem)
@@ -440,7 +440,7 @@ def worth(searched: Searched, neighbours: int = 24) -> dict[str, float]:
         "disk_out": hardware.disk_write,
     }
     for lane, curve in links.items():
-        if hardware.copies or lane.startswith("disk"):
+        if hardware.host_is_apart or lane.startswith("disk"):
             rate = curve.points[-1][1]
             gains[lane] = best(free, {lane: (rate + 1e9) / rate}) - now
     return gains

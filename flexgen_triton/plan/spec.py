@@ -9,14 +9,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
+from ..kernels.sizes import BLOCK_ROWS, CODES_PER_WORD
 from .policy import Policy
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 STORED_BYTES = DTYPE_BYTES | {"int16": 2}  # four 4-bit codes to an int16
 
 # The 4-bit format of a matrix [N, K] (kernels/formats.py): blocks of 256 rows, groups along K
-BLOCK_ROWS = 256
-CODES_PER_WORD = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +72,7 @@ class ModuleSpec:
     """
 
     kind: str
-    index: int  # which decoder block, or which part of the head
+    index: int  # which decoder layer, or which part of the head
     tensors: tuple[TensorSpec, ...]
 
     @property
@@ -87,7 +86,7 @@ class ModuleSpec:
 
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
-    """A layer of the schedule: one module, or attention and MLP of a block together."""
+    """A layer of the schedule: one module, or attention and MLP of a decoder layer together."""
 
     modules: tuple[ModuleSpec, ...]
 
@@ -123,7 +122,7 @@ class ModelSpec:
     family: str
     dtype: str  # "float32", "bfloat16" or "float16"
     hidden: int
-    num_blocks: int
+    num_decoder_layers: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -149,7 +148,7 @@ class ModelSpec:
         return any(t.packing for m in self.modules for t in m.tensors)
 
     def layers(self, sep_layer: bool) -> tuple[LayerSpec, ...]:
-        """The schedule's layers: attention and MLP apart (`sep_layer`) or one per decoder block."""
+        """The schedule's layers: attention and MLP apart (`sep_layer`) or one per decoder layer."""
         if sep_layer:
             return tuple(LayerSpec((m,)) for m in self.modules)
         layers: list[LayerSpec] = []
@@ -162,7 +161,7 @@ class ModelSpec:
 
 
 def to_4bit(spec: ModelSpec, group_size: int) -> ModelSpec:
-    """The model with every matrix of its decoder blocks and projections in 4 bits, in groups of `group_size` along K.
+    """The model with every matrix of its decoder layers and projections in 4 bits, in groups of `group_size` along K.
 
     Embeddings and the output projection, which often are one table, keep their 16 bits.
     """
@@ -255,7 +254,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """The GPU batches of one block of the schedule."""
+    """The GPU batches of one round of the schedule."""
 
     batches: tuple[Batch, ...]
 

@@ -1,4 +1,4 @@
-"""One block of the schedule at work: the actions that its ops name, on its sequences."""
+"""One round at work: the actions that its ops name, on its sequences."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from ..plan.layout import Group
 from ..plan.plan import Plan
 from ..plan.schedule import Op, Slot
 from ..plan.spec import ModuleSpec
-from ..plan.workspace import SCORED_ROWS
+from ..plan.temporaries import SCORED_ROWS
 from ..sequences.sampler import Sampler
 from ..sequences.scorer import PromptScorer
-from ..sequences.sequence import NOT_FINITE, Request
+from ..sequences.sequence import NOT_FINITE, TokenSequence
 
 
-class Block:
+class Round:
     """State of the GPU batches of one plan while it runs; `actions` maps an op's name to what it does.
 
     `on_step(i, k)` is called when GPU batch k has its tokens of token step i, on the lane that computes.
@@ -38,7 +38,7 @@ class Block:
     def __init__(
         self,
         plan: Plan,
-        batches: Sequence[Sequence[Request]],
+        batches: Sequence[Sequence[TokenSequence]],
         model: OPT,
         weights: Weights,
         buffers: Buffers,
@@ -64,7 +64,7 @@ class Block:
         self._step = -1
         self._nothing = self._passed = torch.empty(0)
 
-    def _sampler(self, batch: Sequence[Request]) -> Sampler:
+    def _sampler(self, batch: Sequence[TokenSequence]) -> Sampler:
         return Sampler(
             [s.params for s in batch],
             [s.seed for s in batch],
@@ -127,7 +127,7 @@ class Block:
 
     def _read_weight(self, op: Op) -> None:
         part = self._plan.parts[op.j][op.part]
-        self._weights.read(part, self._into(op), staged=self._plan.copies)
+        self._weights.read(part, self._into(op), staged=self._plan.host_is_apart)
 
     def _load_weight(self, op: Op) -> None:
         part = self._plan.parts[op.j][op.part]
@@ -161,7 +161,7 @@ class Block:
 
     def _start(self, op: Op) -> None:
         """Take temporaries back, but for what the computation before hands on; at a token step all that it was sent."""
-        if op.enters:
+        if op.loads_hidden:
             self._work.begin(planned=op.i > 0)
         if op.i != self._step:
             self._step = op.i
@@ -195,12 +195,12 @@ class Block:
         layer = self._plan.layers[op.j]
         if op.j == 0 or (layer.is_head and layer.modules[0].index > 0):
             return self._nothing
-        return self._activations.get(op, self._slot(op, "hidden"), self._work) if op.enters else self._passed
+        return self._activations.get(op, self._slot(op, "hidden"), self._work) if op.loads_hidden else self._passed
 
     def _leave(self, op: Op, x: Tensor) -> None:
         """Keep a layer's result, or hand it to the next computation, or both."""
         self._passed = x
-        if op.keeps and not self._plan.layers[op.j].is_head:
+        if op.stores_hidden and not self._plan.layers[op.j].is_head:
             self._activations.put(op, x, self._slot(op, "hidden_out"))
 
     def _embed(self, op: Op, w: Mapping[str, Weight]) -> Tensor:
@@ -348,13 +348,13 @@ class Block:
     def _score_inputs(self, k: int, w: Mapping[str, Weight], x: Tensor) -> list[_Scored]:
         """What the head multiplies to score the prompts that ask for it: packed rows [T, E] -> a part for each."""
         found, first = [], 0
-        for request in self._batches[k]:
-            stop = first + len(request.prompt)
-            num = request.params.prompt_logprobs
+        for sequence in self._batches[k]:
+            stop = first + len(sequence.prompt)
+            num = sequence.params.prompt_logprobs
             if num is not None and stop - first > 1:
-                targets = torch.tensor(request.prompt[1:], device=x.device)
+                targets = torch.tensor(sequence.prompt[1:], device=x.device)
                 scorer = PromptScorer(targets, num, x.device)
-                found.append(_Scored(request, scorer, self._model.head_input(w, x[first : stop - 1], self._work)))
+                found.append(_Scored(sequence, scorer, self._model.head_input(w, x[first : stop - 1], self._work)))
             first = stop
         return found
 
@@ -369,15 +369,15 @@ class Block:
 
 
 class _Scored(NamedTuple):
-    """A request whose prompt is scored, and what the head multiplies for it: [T - 1, width]."""
+    """A sequence whose prompt is scored, and what the head multiplies for it: [T - 1, width]."""
 
-    request: Request
+    sequence: TokenSequence
     scorer: PromptScorer
     rows: Tensor
 
     def finish(self) -> None:
-        """Hand the request its prompt's log-probabilities, or have it fail where there are none."""
+        """Hand the sequence its prompt's log-probabilities, or have it fail where there are none."""
         if wrong := self.scorer.wrong():
-            self.request.fail(f"the output projection's logits of the prompt are not all numbers: {wrong}", NOT_FINITE)
+            self.sequence.fail(f"the output projection's logits of the prompt are not all numbers: {wrong}", NOT_FINITE)
         else:
-            self.request.prompt_logprobs = self.scorer.result()
+            self.sequence.prompt_logprobs = self.scorer.result()

@@ -1,4 +1,4 @@
-"""The engine: holds a model's weights over three tiers and generates, block after block of sequences."""
+"""The engine: holds a model's weights over three tiers and generates, round after round of sequences."""
 
 from __future__ import annotations
 
@@ -27,24 +27,25 @@ from ..models import ops
 from ..models.diagnosis import diagnose
 from ..models.opt import OPT
 from ..plan import fit
+from ..plan.footprint import LIBRARY_BYTES, WORKSPACE
 from ..plan.link import Span
 from ..plan.placement import Tier
-from ..plan.plan import LIBRARY_BYTES, Plan, make_plan
+from ..plan.plan import Plan, make_plan
 from ..plan.policy import Policy, PolicyError
 from ..plan.spec import Batch, ModelSpec, Workload
 from ..sequences.batching import Batches, Pool, divide, make_batches, workload
-from ..sequences.sequence import NOT_FINITE, Request
-from .actions import Block
+from ..sequences.sequence import NOT_FINITE, TokenSequence
+from .actions import Round
 from .executor import execute, open_lanes
 from .running import CLOSED, Holdings, Run, check_process
 from .totals import Totals
 from .trace import Timeline
 
 Progress = Callable[[int, int], None]  # token steps done, of how many
-KeepLogits = Callable[[Sequence[Request], Tensor], None]
+KeepLogits = Callable[[Sequence[TokenSequence], Tensor], None]
 
-MIN_WAITING = 1024  # requests read ahead, to run those alike together ...
-WAITING_BLOCKS = 4  # ... or so many blocks of them
+MIN_WAITING = 1024  # sequences read ahead, to run those alike together ...
+WAITING_ROUNDS = 4  # ... or so many rounds of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +61,8 @@ NO_LIMITS = Limits()
 
 
 @dataclass(frozen=True, slots=True)
-class BlockReport:
-    """What one block did: its plan, when its ops ran, and the seconds from its start at which each token step ended."""
+class RoundReport:
+    """What one round did: its plan, when its ops ran, and the seconds from its start at which each token step ended."""
 
     plan: Plan
     timeline: Timeline
@@ -70,21 +71,21 @@ class BlockReport:
 
 @dataclass(frozen=True, slots=True)
 class RunReport:
-    """What a call of `generate` did: when, and in which blocks."""
+    """What a call of `generate` did: when, and in which rounds."""
 
     timeline: Timeline
     plans: tuple[Plan, ...]
-    step_ends: tuple[tuple[float, ...], ...]  # by block: seconds at which each token step ended, from its start
+    step_ends: tuple[tuple[float, ...], ...]  # by round: seconds at which each token step ended, from its start
 
     @classmethod
-    def of(cls, blocks: Sequence[BlockReport]) -> RunReport:
-        """Blocks that ran one after the other."""
+    def of(cls, rounds: Sequence[RoundReport]) -> RunReport:
+        """Rounds that ran one after the other."""
         spans: list[Span] = []
         start = 0.0
-        for block in blocks:
-            spans += [Span(s.op, s.start + start, s.end + start) for s in block.timeline.spans]
-            start += block.timeline.makespan_s
-        return cls(Timeline.of(spans), tuple(b.plan for b in blocks), tuple(b.step_ends for b in blocks))
+        for each in rounds:
+            spans += [Span(s.op, s.start + start, s.end + start) for s in each.timeline.spans]
+            start += each.timeline.makespan_s
+        return cls(Timeline.of(spans), tuple(r.plan for r in rounds), tuple(r.step_ends for r in rounds))
 
     @property
     def prefill_s(self) -> float:
@@ -100,12 +101,12 @@ class Engine:
 
     So does whoever drops it without closing it. It serves the process that made it: a fork has none of its threads.
 
-    `copies` says whether host memory is apart from the device's; on the CPU it is not, and True makes the engine move
-    bytes as if it were. `limits` are the bytes that this process may use of a tier, with all that it takes already;
-    without one it is what is free. `taken` is what the process had of the host's memory when the policy was searched
-    for; by default what it has when it first generates. `check` is called on the caller's thread whenever an op is
-    issued, and what it raises ends the run. Raises PolicyError before allocating when weights, or later a workload, do
-    not fit, and ForkedError in a fork of a process that has made an engine.
+    `host_is_apart` says whether host memory must be copied to the device; on the CPU it need not, and True makes the
+    engine move bytes as if it did. `limits` are the bytes that this process may use of a tier, with all that it has
+    already; without one it is what is free. `taken` is what the process had of the host's memory when the policy was
+    searched for; by default what it has when it first generates. `check` is called on the caller's thread whenever an
+    op is issued, and what it raises ends the run. Raises PolicyError before allocating when weights, or later a
+    workload, do not fit, and ForkedError in a fork of a process that has made an engine.
     """
 
     def __init__(
@@ -117,7 +118,7 @@ class Engine:
         *,
         device: torch.device,
         folders: Folders,
-        copies: bool | None = None,
+        host_is_apart: bool | None = None,
         limits: Limits = NO_LIMITS,
         taken: Resident | None = None,
         progress: Progress | None = None,
@@ -126,7 +127,7 @@ class Engine:
         check_process()
         self._limits, self._check = limits, check
         self.model, self.spec, self.store, self.policy, self.device = model, spec, store, policy, device
-        self.copies = device.type == "cuda" if copies is None else copies
+        self.host_is_apart = device.type == "cuda" if host_is_apart is None else host_is_apart
         self._folders = folders
         self._dtype = getattr(torch, spec.dtype)
         smallest = self.plan(Workload((Batch((1,), 2),)))
@@ -156,17 +157,17 @@ class Engine:
         self._holdings.check()
 
     def _run(self) -> AbstractContextManager[Run]:
-        return self._holdings.run(partial(open_lanes, self.device, copies=self.copies, check=self._check))
+        return self._holdings.run(partial(open_lanes, self.device, host_is_apart=self.host_is_apart, check=self._check))
 
     def plan(self, workload: Workload) -> Plan:
-        """The plan of one block; pure."""
+        """The plan of one round; pure."""
         return make_plan(
             self.spec,
             self.policy,
             workload,
             extents=self.store.extents,
             align=self.store.align,
-            copies=self.copies,
+            host_is_apart=self.host_is_apart,
         )
 
     def _available(self) -> dict[Tier, int]:
@@ -176,7 +177,7 @@ class Engine:
         if self.device.type == "cuda":
             free[Tier.GPU], total = gpu_memory(self.device)
             used[Tier.GPU] = total - free[Tier.GPU]
-        elif self.copies:
+        elif self.host_is_apart:
             free[Tier.GPU] = free[Tier.HOST]
         allowed = {Tier.GPU: self._limits.gpu, Tier.HOST: self._limits.host, Tier.DISK: self._limits.disk}
         return {t: n if (a := allowed[t]) is None else max(min(n, a - used[t]), 0) for t, n in free.items()}
@@ -199,63 +200,68 @@ class Engine:
 
     def generate(
         self,
-        requests: Sequence[Request],
+        sequences: Sequence[TokenSequence],
         *,
         progress: Progress | None = None,
         keep_logits: KeepLogits | None = None,
     ) -> RunReport:
-        """Generate every request and fill in its tokens and finish reason.
+        """Generate every sequence and fill in its tokens and finish reason.
 
         `keep_logits(requests of a GPU batch, logits [B, V])` is called at every token step. Raises PolicyError when the
         prompts do not fit the model's positions or the memory there is; OSError when the disk cannot hold the cache.
         """
         self._begin()
-        blocks = divide(requests, self.policy.gpu_batch_size, self.policy.num_gpu_batches)
-        plans = [self.plan(workload(batches)) for batches in blocks]
+        rounds = divide(sequences, self.policy.gpu_batch_size, self.policy.num_gpu_batches)
+        plans = [self.plan(workload(batches)) for batches in rounds]
         for plan in plans:
             fit.check(plan, self._remaining())
         total = sum(p.workload.steps for p in plans)
-        reports: list[BlockReport] = []
+        reports: list[RoundReport] = []
         with self._run() as run, run.at_work():
             run.take(self._buffers(reduce(Sizes.__or__, map(Sizes.of, plans))))
-            for plan, batches in zip(plans, blocks, strict=True):
+            for plan, batches in zip(plans, rounds, strict=True):
                 before = sum(p.workload.steps for p in plans[: len(reports)])
 
                 def on_step(i: int, k: int, before: int = before) -> None:
                     if progress:
                         progress(before + i + 1, total)
 
-                block = self._run_block(plan, batches, run, on_step=on_step, keep_logits=keep_logits)
-                reports.append(_exhaust(block))
-            for request in requests:
-                self._explained(request)
+                running = self._run_round(plan, batches, run, on_step=on_step, keep_logits=keep_logits)
+                reports.append(_exhaust(running))
+            for sequence in sequences:
+                self._explained(sequence)
         return RunReport.of(reports)
 
     def stream(
-        self, requests: Iterable[Request], totals: Totals, *, partial: bool = False, progress: Progress | None = None
-    ) -> Generator[Request, None, None]:
-        """Generate requests as they come, each handed back when it has ended (`partial`: after every token step too).
+        self,
+        sequences: Iterable[TokenSequence],
+        totals: Totals,
+        *,
+        partial: bool = False,
+        progress: Progress | None = None,
+    ) -> Generator[TokenSequence, None, None]:
+        """Generate sequences as they come, each handed back when it has ended (`partial`: after every token step too).
 
-        Reads a bounded number of them ahead and runs those alike together, in blocks no larger than the policy says and
+        Reads a bounded number of them ahead and runs those alike together, in rounds no larger than the policy says and
         than memory holds; one that does not fit by itself is handed back with its `error`. `totals` is kept up to date,
-        `progress` is told of each block's token steps. Raises OSError when the disk cannot hold the cache, ClosedError
+        `progress` is told of each round's token steps. Raises OSError when the disk cannot hold the cache, ClosedError
         when the engine was closed since the last one was handed back.
         """
         self._begin()
-        pool = Pool(requests, size=max(MIN_WAITING, WAITING_BLOCKS * self.policy.block_size))
-        with self._run() as run, closing(self._blocks(pool, run, totals, progress, partial=partial)) as ended:
+        pool = Pool(sequences, size=max(MIN_WAITING, WAITING_ROUNDS * self.policy.round_size))
+        with self._run() as run, closing(self._rounds(pool, run, totals, progress, partial=partial)) as ended:
             while True:
                 with run.at_work():
-                    request = next(ended, None)
-                if request is None:
+                    sequence = next(ended, None)
+                if sequence is None:
                     return
-                yield request
+                yield sequence
 
-    def _blocks(
+    def _rounds(
         self, pool: Pool, run: Run, totals: Totals, progress: Progress | None, *, partial: bool
-    ) -> Generator[Request, None, None]:
-        """Run the pool's requests block after block."""
-        while waiting := pool.take(self.policy.block_size):
+    ) -> Generator[TokenSequence, None, None]:
+        """Run the pool's sequences round after round."""
+        while waiting := pool.take(self.policy.round_size):
             try:
                 plan, batches = self._fitting(waiting, run)
             except PolicyError as error:
@@ -270,9 +276,9 @@ class Engine:
                 if progress:
                     progress(i + 1, steps)
 
-            totals.end((yield from self._stream_block(plan, batches, run, on_step, partial=partial)))
+            totals.end((yield from self._stream_round(plan, batches, run, on_step, partial=partial)))
 
-    def _stream_block(
+    def _stream_round(
         self,
         plan: Plan,
         batches: Batches,
@@ -280,9 +286,9 @@ class Engine:
         stepped: Callable[[int], None],
         *,
         partial: bool,
-    ) -> Generator[Request, None, Timeline]:
-        """Run one block; its requests are handed over as they end, by the thread that asks for the next one."""
-        news: deque[Request] = deque()  # filled on the lane that computes
+    ) -> Generator[TokenSequence, None, Timeline]:
+        """Run one round; its sequences are handed over as they end, by the thread that asks for the next one."""
+        news: deque[TokenSequence] = deque()  # filled on the lane that computes
         ended: set[int] = set()
 
         def on_step(i: int, k: int) -> None:
@@ -290,35 +296,35 @@ class Engine:
             news.extend(r for r in batches[k] if (partial or r.finished) and id(r) not in ended)
             ended.update(id(r) for r in batches[k] if r.finished)
 
-        block = self._run_block(plan, batches, run, on_step=on_step, watched=partial)
+        running = self._run_round(plan, batches, run, on_step=on_step, watched=partial)
         while True:
             try:
-                next(block)
+                next(running)
             except StopIteration as end:
-                report: BlockReport = end.value
+                report: RoundReport = end.value
                 break
             while news:
                 yield self._explained(news.popleft())
         yield from map(self._explained, news)
         return report.timeline
 
-    def _explained(self, request: Request) -> Request:
+    def _explained(self, sequence: TokenSequence) -> TokenSequence:
         """The same; where what was computed is not finite its error tells the likely cause too."""
-        if request.error_code == NOT_FINITE:
-            request.error = f"{request.error}; {self._diagnosis}"
-        return request
+        if sequence.error_code == NOT_FINITE:
+            sequence.error = f"{sequence.error}; {self._diagnosis}"
+        return sequence
 
     @cached_property
     def _diagnosis(self) -> str:
         return diagnose(self.spec, self.store, self._check or (lambda: None))
 
-    def _fitting(self, requests: Sequence[Request], run: Run) -> tuple[Plan, Batches]:
-        """The first of the requests, as many as the policy lets and as fit; `run` gets buffers for them.
+    def _fitting(self, sequences: Sequence[TokenSequence], run: Run) -> tuple[Plan, Batches]:
+        """The first of the sequences, as many as the policy lets and as fit; `run` gets buffers for them.
 
         Raises PolicyError when not even the first one fits.
         """
         for size, count in _smaller(self.policy.gpu_batch_size, self.policy.num_gpu_batches):
-            batches = make_batches(requests[: size * count], size)
+            batches = make_batches(sequences[: size * count], size)
             plan = self.plan(workload(batches))
             if run.holds(plan):
                 return plan, batches
@@ -327,7 +333,7 @@ class Engine:
                 break
         else:
             fit.check(plan, self._remaining())
-        run.take(self._buffers(Sizes.of(plan)), plan.workspace_bytes)
+        run.take(self._buffers(Sizes.of(plan)), plan.footprint.of(WORKSPACE, Tier.GPU))
         return plan, batches
 
     def _buffers(self, sizes: Sizes) -> Buffers:
@@ -337,11 +343,11 @@ class Engine:
         """Bytes there are for a plan, whose resident weights are already loaded."""
         free = self._available()
         free[Tier.HOST] += self.weights.host_bytes
-        tier = Tier.GPU if self.copies else Tier.HOST
+        tier = Tier.GPU if self.host_is_apart else Tier.HOST
         free[tier] += self.weights.gpu_bytes
         return free
 
-    def _run_block(
+    def _run_round(
         self,
         plan: Plan,
         batches: Batches,
@@ -350,15 +356,15 @@ class Engine:
         on_step: Callable[[int, int], None],
         watched: bool = False,
         keep_logits: KeepLogits | None = None,
-    ) -> Generator[None, None, BlockReport]:
-        """Run one block, yielding as its ops are issued; `watched` keeps them from running ahead of its token steps."""
+    ) -> Generator[None, None, RoundReport]:
+        """Run one round, yielding as its ops are issued; `watched` keeps them from running ahead of its token steps."""
         self.weights.check()
         run.buffers.reset()
         started = time.time()
-        for request in itertools.chain.from_iterable(batches):
-            request.first_scheduled_time = started
+        for sequence in itertools.chain.from_iterable(batches):
+            sequence.first_scheduled_time = started
         keep = (lambda k, logits: keep_logits(batches[k], logits)) if keep_logits else None
-        block = Block(
+        running = Round(
             plan,
             batches,
             self.model,
@@ -370,8 +376,8 @@ class Engine:
             keep_logits=keep,
         )
         fixed = not watched and all(_runs_to_its_end(batch) for batch in batches)
-        spans = yield from execute(plan.program, block.actions, run.lanes, alive=None if fixed else block.alive)
-        return BlockReport(plan, Timeline.of(spans), _step_ends(spans))
+        spans = yield from execute(plan.program, running.actions, run.lanes, alive=None if fixed else running.alive)
+        return RoundReport(plan, Timeline.of(spans), _step_ends(spans))
 
     def close(self, why: str = CLOSED) -> None:
         """Free everything; runs that are under way raise ClosedError, which says why. Does nothing in a fork."""
@@ -387,7 +393,7 @@ class Engine:
 
 
 def _smaller(gpu_batch_size: int, num_gpu_batches: int) -> Iterator[tuple[int, int]]:
-    """Sizes of a block, from the one asked for down to one sequence."""
+    """Sizes of a round, from the one asked for down to one sequence."""
     size = gpu_batch_size
     while size > 1:
         yield size, num_gpu_batches
@@ -396,18 +402,18 @@ def _smaller(gpu_batch_size: int, num_gpu_batches: int) -> Iterator[tuple[int, i
         yield 1, count
 
 
-def _runs_to_its_end(batch: Sequence[Request]) -> bool:
+def _runs_to_its_end(batch: Sequence[TokenSequence]) -> bool:
     """Whether it is known beforehand at which token step the GPU batch ends."""
     return all(r.params.ignore_eos and not r.params.stop_token_ids and not r.watch for r in batch)
 
 
-def _exhaust(block: Generator[None, None, BlockReport]) -> BlockReport:
-    """Run a block to its end."""
+def _exhaust(running: Generator[None, None, RoundReport]) -> RoundReport:
+    """Run a round to its end."""
     try:
         while True:
-            next(block)
+            next(running)
     except StopIteration as end:
-        report: BlockReport = end.value
+        report: RoundReport = end.value
         return report
 
 

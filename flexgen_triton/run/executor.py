@@ -17,12 +17,12 @@ Action = Callable[[Op], int | None]  # returns the bytes moved, None where they 
 HOST_LANES = (Lane.DISK_IN, Lane.DISK_OUT, Lane.HOST_ATTENTION)  # without a stream
 
 
-def open_lanes(device: torch.device, *, copies: bool, check: Check | None = None) -> Lanes:
-    """The lanes of an engine whose host memory is apart from the device's (`copies`) or is not: no copies, no link.
+def open_lanes(device: torch.device, *, host_is_apart: bool, check: Check | None = None) -> Lanes:
+    """The lanes of an engine; without those of the link where host memory is the device's.
 
     `check` is called whenever an op is issued, on the thread that issues it; what it raises ends the run.
     """
-    names = tuple(Lane) if copies else (Lane.DISK_IN, Lane.DISK_OUT, Lane.COMPUTE)
+    names = tuple(Lane) if host_is_apart else (Lane.DISK_IN, Lane.DISK_OUT, Lane.COMPUTE)
     return Lanes(names, device=device, streams=[lane for lane in Lane if lane not in HOST_LANES], check=check)
 
 

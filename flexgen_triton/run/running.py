@@ -16,6 +16,8 @@ from ..memory.buffers import Buffers
 from ..memory.disk import DiskQueue
 from ..memory.lanes import Lanes
 from ..memory.weights import Weights
+from ..plan.footprint import WORKSPACE
+from ..plan.placement import Tier
 from ..plan.plan import Plan
 
 _T = TypeVar("_T")
@@ -72,7 +74,9 @@ class Run:
 
     def holds(self, plan: Plan) -> bool:
         """Whether the buffers are large enough for the plan, and what fitted beside them too."""
-        return bool(self._buffers) and self.buffers.sizes.hold(plan) and plan.workspace_bytes <= self._workspace
+        if not self._buffers or not self.buffers.sizes.hold(plan):
+            return False
+        return plan.footprint.of(WORKSPACE, Tier.GPU) <= self._workspace
 
     def take(self, buffers: Buffers, workspace: int = 0) -> None:
         """Own buffers, made for a plan with this workspace."""

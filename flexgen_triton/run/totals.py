@@ -1,4 +1,4 @@
-"""What a stream of blocks has done so far: constant in size, however many blocks there are."""
+"""What a stream of rounds has done so far: constant in size, however many rounds there are."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ class Choice:
 
 @dataclass(slots=True)
 class Totals:
-    """Counts, and seconds and bytes by lane, over all blocks that have ended.
+    """Counts, and seconds and bytes by lane, over all rounds that have ended.
 
-    `memory` is the planned peak of the largest block.
+    `memory` is the planned peak of the largest round.
     """
 
     sequences: int = 0  # that have ended
     prompt_tokens: int = 0
     output_tokens: int = 0
-    blocks: int = 0
+    rounds: int = 0
     seconds_ended: float = 0.0
-    bound_s: float = 0.0  # the busiest lane's seconds in each phase of each block
+    bound_s: float = 0.0  # the busiest lane's seconds in each phase of each round
     busy: dict[str, float] = field(default_factory=dict)
     moved: dict[str, int] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
     choice: Choice | None = None  # the automatic policy, and what it was predicted to do
-    began: float | None = None  # when the block under way did, by time.perf_counter()
+    began: float | None = None  # when the round under way did, by time.perf_counter()
 
     def begin(self, plan: Plan) -> None:
-        """A block of this plan begins."""
+        """A round of this plan begins."""
         self.began = time.perf_counter()
         for tier, nbytes in need(plan).items():
             self.memory[tier.value] = max(nbytes, self.memory.get(tier.value, 0))
 
     def end(self, timeline: Timeline) -> None:
-        """The block has ended, and this is what it did."""
-        self.blocks += 1
+        """The round has ended, and this is what it did."""
+        self.rounds += 1
         self.began = None
         self.seconds_ended += timeline.makespan_s
         self.bound_s += timeline.bound_s
@@ -64,7 +64,7 @@ class Totals:
 
     @property
     def seconds(self) -> float:
-        """Of all blocks, the one under way with what it has taken so far."""
+        """Of all rounds, the one under way with what it has taken so far."""
         return self.seconds_ended + (time.perf_counter() - self.began if self.began is not None else 0.0)
 
     @property

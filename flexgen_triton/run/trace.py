@@ -29,7 +29,7 @@ class LaneUse:
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """Spans of a whole run, and the seconds at which each block's prefill and decode ended."""
+    """Spans of a whole run, and the seconds at which each round's prefill and decode ended."""
 
     spans: tuple[Span, ...]
 

@@ -1,4 +1,4 @@
-"""Which requests run together: those alike in the tokens they ask for and in length share a GPU batch and a block."""
+"""Which sequences run together: those alike in the tokens they ask for and in length share a GPU batch and a round."""
 
 from __future__ import annotations
 
@@ -8,41 +8,41 @@ from itertools import islice
 
 from ..plan.spec import Batch, Workload
 from .params import SamplingParams
-from .sequence import Request
+from .sequence import TokenSequence
 
-Batches = list[list[Request]]  # the GPU batches of one block
+Batches = list[list[TokenSequence]]  # the GPU batches of one round
 
-STEP_RATIO = 1.25  # requests whose max_tokens differ by less count as asking for the same
+STEP_RATIO = 1.25  # sequences whose max_tokens differ by less count as asking for the same
 MAX_WAITING_TOKENS = 1 << 22  # of prompts read ahead
 
 
-def likeness(request: Request) -> tuple[int, int]:
+def likeness(sequence: TokenSequence) -> tuple[int, int]:
     """Neighbours in this order run together: they end at about the same token step, then they are of similar length.
 
-    Token steps come first: a block goes on until its last sequence ends, while prompts are packed, never padded.
+    Token steps come first: a round goes on until its last sequence ends, while prompts are packed, never padded.
     """
-    return math.floor(math.log(request.params.max_tokens, STEP_RATIO)), len(request.prompt)
+    return math.floor(math.log(sequence.params.max_tokens, STEP_RATIO)), len(sequence.prompt)
 
 
-def divide(requests: Sequence[Request], gpu_batch_size: int, num_gpu_batches: int) -> list[Batches]:
-    """All requests in blocks, those that ask for most first."""
-    ordered = sorted(requests, key=likeness, reverse=True)
+def divide(sequences: Sequence[TokenSequence], gpu_batch_size: int, num_gpu_batches: int) -> list[Batches]:
+    """All sequences in rounds, those that ask for most first."""
+    ordered = sorted(sequences, key=likeness, reverse=True)
     size = gpu_batch_size * num_gpu_batches
     return [make_batches(ordered[n : n + size], gpu_batch_size) for n in range(0, len(ordered), size)]
 
 
-def make_batches(requests: Sequence[Request], gpu_batch_size: int) -> Batches:
-    """One block's GPU batches, each with its longest prompt first."""
-    batches = [list(requests[n : n + gpu_batch_size]) for n in range(0, len(requests), gpu_batch_size)]
+def make_batches(sequences: Sequence[TokenSequence], gpu_batch_size: int) -> Batches:
+    """One round's GPU batches, each with its longest prompt first."""
+    batches = [list(sequences[n : n + gpu_batch_size]) for n in range(0, len(sequences), gpu_batch_size)]
     return [sorted(batch, key=lambda r: len(r.prompt), reverse=True) for batch in batches]
 
 
 def workload(batches: Batches) -> Workload:
-    """What the planner is asked for one block."""
+    """What the planner is asked for one round."""
     return Workload(tuple(_batch(batch) for batch in batches))
 
 
-def _batch(batch: Sequence[Request]) -> Batch:
+def _batch(batch: Sequence[TokenSequence]) -> Batch:
     asked = tuple(r.params.max_tokens for r in batch)
     scored = sum(len(r.prompt) - 1 for r in batch if r.params.prompt_logprobs is not None)
     kept = sum(_sampler_bytes(r.params) for r in batch)
@@ -58,15 +58,15 @@ def _sampler_bytes(params: SamplingParams) -> int:
 
 
 class Pool:
-    """Requests that wait: read ahead from where they come, as far as `size` of them, and handed out block by block."""
+    """Sequences that wait: read ahead from where they come, as far as `size` of them, and handed out round by round."""
 
-    def __init__(self, requests: Iterable[Request], size: int) -> None:
-        self._source: Iterator[Request] = iter(requests)
+    def __init__(self, sequences: Iterable[TokenSequence], size: int) -> None:
+        self._source: Iterator[TokenSequence] = iter(sequences)
         self._size = size
-        self._waiting: list[Request] = []  # oldest first
+        self._waiting: list[TokenSequence] = []  # oldest first
 
-    def take(self, count: int) -> list[Request]:
-        """Up to `count` requests alike, the oldest that waits among them; none when all are handed out."""
+    def take(self, count: int) -> list[TokenSequence]:
+        """Up to `count` sequences alike, the oldest that waits among them; none when all are handed out."""
         self._fill()
         if not self._waiting:
             return []
@@ -78,9 +78,9 @@ class Pool:
         self._waiting = [r for r in self._waiting if id(r) not in gone]
         return chosen
 
-    def put_back(self, requests: Sequence[Request]) -> None:
-        """Let requests that were taken wait again, before all others."""
-        self._waiting[:0] = requests
+    def put_back(self, sequences: Sequence[TokenSequence]) -> None:
+        """Let sequences that were taken wait again, before all others."""
+        self._waiting[:0] = sequences
 
     def _fill(self) -> None:
         tokens = sum(len(r.prompt) for r in self._waiting)

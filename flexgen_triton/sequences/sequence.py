@@ -14,7 +14,7 @@ NOT_FINITE = "not_finite"  # what was computed is not finite
 
 
 @dataclass(slots=True, eq=False)
-class Request:
+class TokenSequence:
     """Token ids in, token ids out, and why it ended: "stop", "length", "error" or not yet.
 
     `watch`, asked with each new token, returns the stop string that the text now holds, if any.

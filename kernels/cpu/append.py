@@ -1,10 +1,10 @@
 """Writing one new token of every sequence into the cache, on the CPU.
 
     k, v [B, Hkv, D] in fp16, bf16 or fp32; positions int32 [B]
-    fields (values [blocks, B, Hkv, T, D],) of k's dtype, or P16: codes int16 [blocks, B, Hkv, T, P/4] and scales fp16
-    [blocks, B, Hkv, T, P/64, 2], of any strides as far as T
+    fields (values [pages, B, Hkv, T, D],) of k's dtype, or P16: codes int16 [pages, B, Hkv, T, P/4] and scales fp16
+    [pages, B, Hkv, T, P/64, 2], of any strides as far as T
 
-A token at position p goes to block p // T, place p % T. A thread takes a sequence. What 16 or 32 bits hold is copied as
+A token at position p goes to page p // T, place p % T. A thread takes a sequence. What 16 or 32 bits hold is copied as
 bytes; P16 is made group by group, its bits those of `formats.quantize_kv`, but for the sign of a minimum of zero. The
 specification is `elementwise.append_kv_ref`.
 """
@@ -18,7 +18,8 @@ from numba import prange, types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from ..formats import KV_GROUP, LEVELS, SMALLEST_SCALE, kv_width
+from ..formats import LEVELS, SMALLEST_SCALE
+from ..sizes import KV_GROUP, kv_width
 from .jit import compiled, compiled_parallel, flat, launch, nearest, part, vectorize_apart, widen
 
 _ZERO, _LEVELS, _SMALLEST, _INFINITY = (np.float32(x) for x in (0, LEVELS, SMALLEST_SCALE, np.inf))
@@ -105,11 +106,11 @@ def _quantize_row(x, codes, scales):
             _encode(some, widen(scales[2 * g + 1]), widen(scales[2 * g]), weight, words)
 
 
-# Places [3, 4] of `_places`: strides of block (none of x), sequence, head and token of x and of the two fields.
+# Places [3, 4] of `_places`: strides of page (none of x), sequence, head and token of x and of the two fields.
 @compiled
-def _token(numbers, place, block, seq, head, slot):
+def _token(numbers, place, page, seq, head, slot):
     """One head's row of one token."""
-    at = block * place[0] + seq * place[1] + head * place[2] + slot * place[3]
+    at = page * place[0] + seq * place[1] + head * place[2] + slot * place[3]
     return part(numbers, at, place[3])
 
 

@@ -24,7 +24,18 @@ from numba import get_thread_id, prange, types
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
-from ..formats import KV_GROUP, KVSegment, kv_width
+from ..formats import KVSegment
+from ..sizes import (
+    CHUNK,
+    KV_GROUP,
+    cpu_decode_bytes,
+    cpu_sparse_bytes,
+    decode_scratch,
+    fp32_bytes,
+    kv_width,
+    line_aligned,
+    sparse_scratch,
+)
 from .jit import compiled, compiled_parallel, flat, launch, nearest, num_threads, part, prefetch, vectorize_apart, widen
 from .lanes import (
     EXP2_SERIES,
@@ -46,7 +57,6 @@ from .lanes import (
     tabulate,
 )
 
-CHUNK = 32  # tokens between two looks at the softmax's state
 AHEAD = 8  # rows of V that are on their way while one is added
 LOG2E = math.log2(math.e)
 LOWEST = np.float32(-3e38)
@@ -171,10 +181,10 @@ def _add_words(weights, codes, tables, count, width, acc, ahead, at):
         store(acc3, acc, 3 * quarter + i)
 
 
-# Offsets [2, 2, 4] of `_stores`: of K and V; of the numbers and the scales; strides of block, sequence, head and token.
+# Offsets [2, 2, 4] of `_stores`: of K and V; of the numbers and the scales; strides of page, sequence, head and token.
 @compiled
 def _place(offsets, i, where, token):
-    """Where a token of `where`, (block, sequence, head), begins: in the numbers, in the scales."""
+    """Where a token of `where`, (page, sequence, head), begins: in the numbers, in the scales."""
     at, scales_at = token * offsets[i, 0, 3], token * offsets[i, 1, 3]
     for n in range(3):
         at += where[n] * offsets[i, 0, n]
@@ -418,7 +428,7 @@ def _log_sum(scores):
 
 @compiled
 def _after(where, token, tokens):
-    """The chunk behind this one: its block, sequence and head, and its first token."""
+    """The chunk behind this one: its page, sequence and head, and its first token."""
     if token + CHUNK < tokens:
         return where, token + CHUNK
     return (where[0] + 1, where[1], where[2]), 0
@@ -428,7 +438,7 @@ def _after(where, token, tokens):
 def _score_chunk(k, ahead, offsets, here, count, j, then, q, rows, width, wide, scores, at, S):
     """Scores of a chunk of K for query heads `rows`, to scores[at:], a head's S apart; the chunk ahead is asked for.
 
-    The chunks begin at `here` and `then`, (block, sequence, head) and token; the one ahead is K's (j = 0) or V's (1).
+    The chunks begin at `here` and `then`, (page, sequence, head) and token; the one ahead is K's (j = 0) or V's (1).
     """
     now, next_at = _place(offsets, 0, *here), _place(offsets, j, *then)
     if rows[1] - rows[0] == 1:
@@ -498,9 +508,9 @@ def _decode_head(item, scratch, q, width, k, v, offsets, lens, tokens, kv_heads,
         for r in range(rows[0], rows[1]):
             best[r], total[r] = LOWEST, ZERO
             _begin_row(part(q, r * width, width), scale, part(acc, r * width, width))
-    for block in range((length + tokens - 1) // tokens):
-        where = (block, seq, head)
-        valid = min(tokens, length - block * tokens)
+    for page in range((length + tokens - 1) // tokens):
+        where = (page, seq, head)
+        valid = min(tokens, length - page * tokens)
         for token in range(0, valid, CHUNK):
             here, then = (where, token), _after(where, token, tokens)
             count = min(CHUNK, valid - token)
@@ -530,12 +540,12 @@ def _score_head(item, scratch, q, width, k, offsets, starts, lens, tokens, kv_he
     seq, head, length = item // kv_heads, item % kv_heads, lens[item // kv_heads]
     rows = item * group, (item + 1) * group
     wide = scratch[get_thread_id()]
-    for block in range((length + tokens - 1) // tokens):
-        where = (block, seq, head)
-        valid = min(tokens, length - block * tokens)
+    for page in range((length + tokens - 1) // tokens):
+        where = (page, seq, head)
+        valid = min(tokens, length - page * tokens)
         for token in range(0, valid, CHUNK):
             here, then = (where, token), _after(where, token, tokens)
-            at = rows[0] * S + starts[seq] + block * tokens + token
+            at = rows[0] * S + starts[seq] + page * tokens + token
             count = min(CHUNK, valid - token)
             _score_chunk(k, k, offsets, here, count, 0, then, q, rows, width, wide, scores, at, S)
 
@@ -650,17 +660,13 @@ def _gather_kernel(scratch, v, offsets, scores, lse, picks, num_picks, starts, l
 
 
 def decode_workspace_bytes(num_seqs: int, num_heads: int, head_dim: int) -> int:
-    """Bytes of workspace with which `decode_attention` allocates no more, whatever the cache's format and heads."""
-    rows, width = num_seqs * num_heads, kv_width(head_dim)
-    return _bytes(rows * width, rows * width, rows, rows, num_threads() * _decode_scratch(width, num_heads))
+    """Bytes of workspace with which `decode_attention` allocates no more, on as many threads as there are here."""
+    return cpu_decode_bytes(num_seqs, num_heads, head_dim, num_threads())
 
 
 def sparse_workspace_bytes(num_seqs: int, num_heads: int, head_dim: int, max_tokens: int, max_keep: int) -> int:
-    """The same of `sparse_decode_attention` over at most `max_tokens` of a sequence, `max_keep` the largest of keep."""
-    rows, width = num_seqs * num_heads, kv_width(head_dim)
-    picks = rows * min(max_tokens, max_keep + 1)
-    scratch = num_threads() * _sparse_scratch(width, max_tokens)
-    return _bytes(num_seqs, rows * width, rows * width, rows * max_tokens, picks, rows, rows, scratch)
+    """Return the same of `sparse_decode_attention`, as `cpu_sparse_bytes`."""
+    return cpu_sparse_bytes(num_seqs, num_heads, head_dim, max_tokens, max_keep, num_threads())
 
 
 def decode_attention(
@@ -703,7 +709,7 @@ def _attend(
     """Of every query head, [B * H]: attention, the highest score, the sum of weights; and scratch."""
     num_seqs, num_heads, dim = q.shape
     rows, width = num_seqs * num_heads, _width(segments, dim)
-    threads, size = num_threads(), _decode_scratch(width, num_heads)
+    threads, size = num_threads(), decode_scratch(width, num_heads)
     query, acc, best, total, scratch = _cut(workspace, rows * width, rows * width, rows, rows, threads * size)
     _pad_query(q, query.view(rows, width))
     factor = np.float32((dim**-0.5 if scale is None else scale) * LOG2E)
@@ -738,7 +744,7 @@ def sparse_decode_attention(
     num_seqs, num_heads, dim = q.shape
     rows, width = num_seqs * num_heads, _width(segments, dim)
     (counts,) = _cut(workspace, num_seqs)
-    workspace = None if workspace is None else workspace[_aligned(num_seqs) :]
+    workspace = None if workspace is None else workspace[line_aligned(num_seqs) :]
     counted, keeps = counts.view(torch.int32).numpy(), keep.to(torch.int32).contiguous().numpy()
     for _ in _starting(segments, counted):
         pass
@@ -746,7 +752,7 @@ def sparse_decode_attention(
     if not longest:
         return torch.zeros_like(q) if out is None else out.zero_()
     most = min(longest, max(0, int(keeps.max())) + 1)
-    threads, size = num_threads(), _sparse_scratch(width, longest)
+    threads, size = num_threads(), sparse_scratch(width, longest)
     sizes = rows * width, rows * width, rows * longest, rows * most, rows, rows, threads * size
     query, acc, scores, picks, num_picks, lse, scratch = _cut(workspace, *sizes)
     _scale_query(q, scale, query.view(rows, width))
@@ -774,31 +780,13 @@ def _starting(segments: Sequence[KVSegment], counted: np.ndarray) -> Iterator[KV
         counted += segment.lens.numpy()
 
 
-def _decode_scratch(width: int, num_heads: int) -> int:
-    """Numbers of a thread's scratch: tokens widened, their tables, a chunk's weights of heads that share K and V."""
-    return CHUNK * (2 * width + num_heads)
-
-
-def _sparse_scratch(width: int, longest: int) -> int:
-    """Numbers of a thread's scratch: tokens widened and their tables, or keys of a head's scores; whole lines."""
-    return _aligned(max(CHUNK * 2 * width, longest))
-
-
-def _aligned(size: int) -> int:
-    return -(-size // LANES) * LANES
-
-
-def _bytes(*sizes: int) -> int:
-    return 4 * sum(map(_aligned, sizes))
-
-
 def _cut(workspace: Tensor | None, *sizes: int) -> Sequence[Tensor]:
     """Vectors of these sizes, one behind the other in the workspace, each at a cache line if the workspace is."""
     if workspace is None:
-        workspace = torch.empty(_bytes(*sizes) // 4)
+        workspace = torch.empty(fp32_bytes(*sizes) // 4)
     assert workspace.dtype == torch.float32 and workspace.is_contiguous() and workspace.dim() == 1, workspace.shape
-    assert workspace.nbytes >= _bytes(*sizes), (workspace.nbytes, sizes)
-    room = workspace[: _bytes(*sizes) // 4].split([_aligned(size) for size in sizes])
+    assert workspace.nbytes >= fp32_bytes(*sizes), (workspace.nbytes, sizes)
+    room = workspace[: fp32_bytes(*sizes) // 4].split([line_aligned(size) for size in sizes])
     return [vector[:size] for vector, size in zip(room, sizes, strict=True)]
 
 
@@ -830,10 +818,10 @@ def _result(acc: Tensor, q: Tensor, out: Tensor | None) -> Tensor:
 
 
 def _sizes(segment: KVSegment) -> tuple[np.ndarray, int, int]:
-    """Valid tokens, tokens of a block, K and V heads."""
-    blocks, _, kv_heads, tokens, *_ = segment.k[0].shape
+    """Valid tokens, tokens of a page, K and V heads."""
+    pages, _, kv_heads, tokens, *_ = segment.k[0].shape
     lens = segment.lens.to(torch.int32).contiguous().numpy()
-    assert lens.max() <= blocks * tokens, (lens, segment.k[0].shape)
+    assert lens.max() <= pages * tokens, (lens, segment.k[0].shape)
     return lens, tokens, kv_heads
 
 

@@ -24,10 +24,11 @@ from numba.extending import intrinsic
 from numba.np.arrayobj import populate_array
 from torch import Tensor
 
+from ..sizes import MAX_THREADS
+
 FASTMATH = {"contract", "reassoc", "nsz"}  # sums may be reordered and fused; NaN and infinity stay what they are
 _CARRIERS = {torch.float16: torch.int16, torch.bfloat16: torch.uint16}
 _TURN = threading.Lock()
-MAX_THREADS = 128  # that kernels run on and have scratch for
 
 
 def compiled(function: Callable, *, parallel: bool = False) -> Callable:

@@ -17,7 +17,8 @@ import torch
 from numba import prange
 from torch import Tensor
 
-from ..formats import BLOCK_ROWS, dequantize_weight
+from ..formats import dequantize_weight
+from ..sizes import BLOCK_ROWS, panel_blocks
 from .jit import (
     PLANE_WEIGHTS,
     compiled,
@@ -39,7 +40,6 @@ from .jit import (
 #   2048x8192  codes 20 33 52 56 59 59 55 48, panels 3 5  9 15 28 46 70 85, torch's fp32 6 11 11 15 23 40 64 84
 #   8192x2048  codes 19 32 52 58 61 64 65 60, panels 3 3  6 11 21 35 48 63, torch's fp32 5 11 11 14 23 38 62 83
 CROSSOVER_ROWS = 96
-PANEL_BYTES = 2 << 20  # of dequantised weights at a time; 8 MiB halve the product's speed
 TILE = 4
 LINE = 16  # fp32 numbers of a cache line
 ZERO = np.float32(0)
@@ -232,7 +232,7 @@ def _dequantized_product(
     """A few blocks at a time through an fp32 panel that the product reads from the cache."""
     _check(x, codes, scales, rows, out)
     columns = 4 * codes.shape[1]
-    blocks = min(max(1, PANEL_BYTES // (4 * columns * BLOCK_ROWS)), len(codes))
+    blocks = min(panel_blocks(columns), len(codes))
     buffer = panel_of(columns * blocks * BLOCK_ROWS)
     for block in range(0, -(-rows // BLOCK_ROWS), blocks):
         some = slice(block, block + blocks)

@@ -43,7 +43,7 @@ def figures(total: float = 2.0, predicted: float = 1.8, planned: int = 105, peak
             "total_s": predicted,
             "lanes": {"prefill": expected, "decode": expected},
         },
-        "need": {"cpu": planned, "disk": 0},
+        "need": {"host": planned, "disk": 0},
     }
 
 
@@ -142,7 +142,7 @@ def test_the_worker_runs_a_model_and_says_what_was_predicted(tiny: Any, tmp_path
     )
     found = predictions.run(job)
     assert found["num_prompts"] == 4 and found["total_s"] > 0 and found["load_before"] >= 0
-    assert found["need"]["cpu"] > 0 and found["need"]["disk"] > 0
+    assert found["need"]["host"] > 0 and found["need"]["disk"] > 0
     judged = Outcome(Case("tiny", "tiny", policy, 12, 3), (found,))
     assert judged.ratio("total_s") is not None and judged.memory_ratio is not None
     assert set(found["predicted"]["lanes"]["decode"]) >= {"compute", "disk_in"}
@@ -158,26 +158,26 @@ def test_a_run_that_fails_says_why(tmp_path: Path) -> None:
 
 
 def test_the_grid_has_no_policy_that_the_prompts_do_not_fill() -> None:
-    found = auto_policy.grid([4, 16, 64], [1, 4], 32, copies=False)
+    found = auto_policy.grid([4, 16, 64], [1, 4], 32, host_is_apart=False)
     assert {(p.gpu_batch_size, p.num_gpu_batches) for p in found} == {(4, 1), (4, 4), (16, 1)}
     assert len(found) == 3 * 3 * 2 and len(set(found)) == len(found)
     assert all(p.w_disk_percent == 100 - p.w_gpu_percent for p in found)
-    assert all(p.w_disk_percent == p.cache_disk_percent == 0 for p in auto_policy.grid([4], [1], 4, copies=True))
+    assert all(p.w_disk_percent == p.cache_disk_percent == 0 for p in auto_policy.grid([4], [1], 4, host_is_apart=True))
 
 
 def test_without_a_gpu_policies_that_differ_only_in_gpu_and_host_are_one() -> None:
     a, b = Policy(4, 1, 20, 30, 0, 100, 100, 0), Policy(4, 1, 50, 0, 60, 40, 0, 100, pin_weight=False)
-    assert auto_policy.in_place(a, copies=False) == auto_policy.in_place(b, copies=False)
-    assert auto_policy.in_place(a, copies=True) != auto_policy.in_place(b, copies=True)
+    assert auto_policy.in_place(a, host_is_apart=False) == auto_policy.in_place(b, host_is_apart=False)
+    assert auto_policy.in_place(a, host_is_apart=True) != auto_policy.in_place(b, host_is_apart=True)
 
 
 def test_the_best_is_the_fastest_that_fits() -> None:
     slow = Measured(Policy(1), (figures(total=4.0, planned=10),))
     fast = Measured(Policy(2), (figures(total=2.0, planned=50),))
-    assert auto_policy.best_within([slow, fast], "cpu", 50) is fast
-    assert auto_policy.best_within([slow, fast], "cpu", 49) is slow
-    assert auto_policy.best_within([slow, fast], "cpu", 9) is None
-    limits = auto_policy.spread([slow, fast], "cpu", 100)
+    assert auto_policy.best_within([slow, fast], "host", 50) is fast
+    assert auto_policy.best_within([slow, fast], "host", 49) is slow
+    assert auto_policy.best_within([slow, fast], "host", 9) is None
+    limits = auto_policy.spread([slow, fast], "host", 100)
     assert limits == [110, 131, 151]
     assert fast.predicted_tokens_per_s == pytest.approx(100 / 1.8)
 

@@ -293,6 +293,21 @@ def test_no_two_policies_share_a_logs_name(first, second, data):
             assert len(names) == len({first, other}) and all("/" not in n and len(n) < 250 for n in names)
 
 
+def test_the_longest_log_name_is_one_that_file_systems_take():
+    """Every percentage with all its digits, every mark: two such policies that differ in the last digit."""
+    shares = [100 / 7, 100 / 3] * 3
+    compressed = {"compress_weight": True, "comp_weight_config": CompressionConfig(group_size=32, group_dim=1)}
+    first = Policy(12, 11, *shares, False, False, False, True, 2 / 3, **compressed, compress_cache=True)
+    names = [
+        log_name("facebook/opt-30b", policy, prompt_len=512, gen_len=32)
+        for policy in (first, replace(first, cpu_attention_percent=100 / 3))
+    ]
+    assert len(set(names)) == 2 and all(len(f"{name}.log") <= 255 for name in names)
+    assert all(name.startswith("fo-opt-30b-gbs12-ngbs11-prompt512-gen32-percent-14.28") for name in names)
+    long = [log_name(f"{'m' * 300}{n}", first, prompt_len=512, gen_len=32) for n in range(2)]
+    assert len(set(long)) == 2 and all(len(f"{name}.log") <= 255 for name in long)
+
+
 def test_a_cut_run_projects_the_rest(tiny, tmp_path):
     shape = ("--prompt-len", "8", "--gen-len", "40", "--cut-gen-len", "5", "--gpu-batch-size", "4")
     assert bench("--model", str(tiny.path), *shape, "--no-log", "--json", "o.json", cwd=tmp_path).returncode == 0

@@ -47,7 +47,7 @@ def plan() -> Plan:
     policy = Policy(
         48, 2, 13, 37, 11, 29, 17, 31, cpu_cache_compute=True, cpu_attention_percent=73, compress_weight=True
     )
-    return make_plan(spec, policy, Workload.uniform(512, 3, 48, 2), copies=True)
+    return make_plan(spec, policy, Workload.uniform(512, 3, 48, 2), host_is_apart=True)
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from flexgen_triton.commands.progress import Display
 
 MODEL = (
     "model path offload_dir policy gpu_batch_size num_gpu_batches percent sep_layer pin_weight cpu_cache_compute "
-    "keep_open_blocks attn_sparsity compress_weight compress_cache overlap dtype device copies verify"
+    "keep_open_pages attn_sparsity compress_weight compress_cache overlap dtype device copies verify"
 )
 SAMPLING = (
     "max_tokens min_tokens temperature repetition_penalty presence_penalty frequency_penalty n stop stop_token_id "

@@ -96,7 +96,7 @@ def test_progress_for_programs(generate):
     done = generate(*PROMPTS, *GREEDY, "--log-json")
     lines = [json.loads(line) for line in done.stderr.splitlines()]
     assert lines[-1]["done"] == lines[-1]["total"] == 3 and lines[-1]["output_tokens"] == 24
-    assert set(lines[-1]["memory"]) <= {"gpu", "cpu", "disk"}
+    assert set(lines[-1]["memory"]) <= {"gpu", "host", "disk"}
 
 
 @pytest.mark.parametrize(

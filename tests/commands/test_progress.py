@@ -23,7 +23,7 @@ HALFWAY = Totals(
     bound_s=10.0,
     busy={"compute": 6.0, "disk_in": 9.0},
     moved={"disk_in": 1 << 30},
-    memory={"gpu": 0, "cpu": 3 * GIB, "disk": GIB // 2},
+    memory={"gpu": 0, "host": 3 * GIB, "disk": GIB // 2},
 )
 NOTHING = Totals()
 
@@ -57,7 +57,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def test_figures_are_of_the_seconds_that_blocks_ran():
     found = figures(30, HALFWAY, 90)
     assert found["output_tok_s"] == 50 and found["eta_s"] == 60 * 12 / 30
-    assert found["busiest"] == "disk_in" and found["memory"]["cpu"] == 3 * GIB
+    assert found["busiest"] == "disk_in" and found["memory"]["host"] == 3 * GIB
     text = figures_text(found)
     assert text == "600 tokens, 50 tok/s, 0:00:24 to go, busiest lane disk_in (75%), GiB planned: host 3.0, disk 0.5"
     assert closing_text(found) == (

@@ -11,8 +11,8 @@ from ahead_of_time import Case, Compiled
 from flexgen_triton.kernels.attention_prefill import shape_of
 from flexgen_triton.kernels.chips import CHIPS, Chip
 from flexgen_triton.kernels.elementwise import BLOCK_N, SUM_COLUMNS
-from flexgen_triton.kernels.formats import kv_width
 from flexgen_triton.kernels.norm import warps_of
+from flexgen_triton.kernels.sizes import kv_width
 
 HEAD_DIMS = (64, 80, 128)
 WIDEST = 12288  # OPT-175B

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flexgen_triton.kernels.cpu.append import append_kv
 from flexgen_triton.kernels.elementwise import append_kv_ref
-from flexgen_triton.kernels.formats import kv_width
+from flexgen_triton.kernels.sizes import kv_width
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 SHAPES = {  # sequences, heads, D, tokens of a block, positions

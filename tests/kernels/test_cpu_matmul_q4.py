@@ -10,7 +10,8 @@ from torch import Tensor
 
 from flexgen_triton.kernels.cpu import matmul_q4 as cpu_matmul_q4
 from flexgen_triton.kernels.cpu.matmul_q4 import CROSSOVER_ROWS, dequantize, linear_q4, matmul_q4, matmul_q4_ref
-from flexgen_triton.kernels.formats import BLOCK_ROWS, dequantize_weight, quantize_weight
+from flexgen_triton.kernels.formats import dequantize_weight, quantize_weight
+from flexgen_triton.kernels.sizes import BLOCK_ROWS
 
 NAN = float("nan")
 SHAPES = {  # M, N, K, G

@@ -16,7 +16,8 @@ from flexgen_triton.kernels.elementwise import (
     write_prompt_kv,
     write_prompt_kv_ref,
 )
-from flexgen_triton.kernels.formats import dequantize_kv, kv_width
+from flexgen_triton.kernels.formats import dequantize_kv
+from flexgen_triton.kernels.sizes import kv_width
 
 UNTOUCHED = -77  # what the cache holds before a write; P16 and fp16 both keep it
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["fp16", "fp32"])

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flexgen_triton.kernels import formats
+from flexgen_triton.kernels import formats, sizes
+from flexgen_triton.kernels.sizes import BLOCK_ROWS
 from flexgen_triton.plan.layout import cache_fields
-from flexgen_triton.plan.spec import BLOCK_ROWS
 
 WEIGHTS = {
     "one block, one group": (256, 64, 64),
@@ -34,7 +34,7 @@ def test_a_weight_is_within_half_a_step(shape, dtype):
     assert ((back - weight.float()).abs() <= 0.5 * step + slack).all()
 
 
-@pytest.mark.parametrize("group", formats.WEIGHT_GROUPS)
+@pytest.mark.parametrize("group", sizes.WEIGHT_GROUPS)
 def test_words_lie_where_the_layout_says(group):
     """Decoded by hand, number by number, from the documented layout."""
     rows, columns = 260, group * 2 + 3
@@ -61,7 +61,7 @@ def test_a_constant_group_keeps_its_value(value):
 def test_k_and_v_are_within_half_a_step(dim):
     x = torch.randn(3, 5, dim, generator=torch.Generator().manual_seed(3))
     codes, scales = formats.quantize_kv(x)
-    width = formats.kv_width(dim)
+    width = sizes.kv_width(dim)
     assert codes.shape == (3, 5, width // 4) and scales.shape == (3, 5, width // 64, 2)
     back = formats.dequantize_kv(codes, scales, dim, torch.float32)
     step = scales[..., 0].float().repeat_interleave(64, -1)[..., :dim]
@@ -95,4 +95,4 @@ def test_the_plan_counts_what_the_format_takes(dim):
     codes, scales = formats.quantize_kv(torch.zeros(1, dim))
     widths = [field.width for field in cache_fields(Spec, is_4bit=True)]  # type: ignore[arg-type]
     assert widths == [codes.shape[-1], scales[0].numel()]
-    assert BLOCK_ROWS == formats.BLOCK_ROWS
+    assert BLOCK_ROWS == sizes.BLOCK_ROWS

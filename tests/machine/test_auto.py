@@ -45,7 +45,7 @@ def test_a_search_leaves_room_for_how_the_store_is_aligned(tiny, tmp_path, more,
         for gpu, cpu in ((100, 0), (40, 30), (0, 0)):
             policy = Policy(2, 1, gpu, cpu)
             llm.use(policy)
-            planned, taken = problem.plan(policy, copies=False), llm.engine.plan(problem.workload(2, 1))
+            planned, taken = problem.plan(policy, host_is_apart=False), llm.engine.plan(problem.workload(2, 1))
             assert need(taken)[Tier.HOST] <= need(planned)[Tier.HOST] + problem.alignment
 
 
@@ -63,7 +63,7 @@ def test_a_small_device_is_filled_and_the_rest_offloaded(tiny, tmp_path):
         assert [o.outputs[0].token_ids for o in outputs] == [t[:5] for t in tiny.tokens]
         assert llm.policy.w_gpu_percent < 100
         plan = llm.last_report.plans[0]
-        assert plan.device_bytes <= 1700 * KIB
+        assert plan.footprint.total(Tier.GPU) <= 1700 * KIB
 
 
 def test_other_prompts_get_another_policy_where_the_present_one_does_not_fit(tiny, tmp_path):

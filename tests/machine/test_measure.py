@@ -90,7 +90,7 @@ def test_rates_are_of_a_computer(machine):
 
 
 def test_what_is_no_rate(machine, directory):
-    assert not machine.copies and machine.gpu_bytes == machine.context_bytes == machine.dequantize_rows == 0
+    assert not machine.host_is_apart and machine.gpu_bytes == machine.context_bytes == machine.dequantize_rows == 0
     assert 0 < machine.host_bytes < 1 << 50 and 0 < machine.disk_bytes < 1 << 60
     assert 50 << 20 < machine.process_bytes < 16 << 30
     assert set(machine.overhead) == LANES

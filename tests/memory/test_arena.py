@@ -8,33 +8,33 @@ import pytest
 import torch
 
 from flexgen_triton.memory import device as device_module
-from flexgen_triton.memory.arena import PAGE, Arena, ArenaError, host_available, peak_rss, reset_peak_rss, rss
+from flexgen_triton.memory.arena import ALIGN, Arena, ArenaError, host_available, peak_rss, reset_peak_rss, rss
 
 CPU = torch.device("cpu")
 MIB = 1 << 20
 
 
-@pytest.mark.parametrize("nbytes", [0, 1, PAGE - 1, PAGE, PAGE + 1, 3 * MIB + 5])
+@pytest.mark.parametrize("nbytes", [0, 1, ALIGN - 1, ALIGN, ALIGN + 1, 3 * MIB + 5])
 def test_an_arena_has_exactly_its_bytes_aligned_and_zero(nbytes: int) -> None:
     with Arena("a", nbytes, CPU) as arena:
         assert arena.buffer.shape == (nbytes,)
         assert arena.buffer.dtype == torch.uint8
-        assert arena.buffer.data_ptr() % PAGE == 0
+        assert arena.buffer.data_ptr() % ALIGN == 0
         assert not arena.buffer.any()
 
 
 def test_views_are_disjoint_aligned_and_end_with_the_arena() -> None:
-    arena = Arena("weights", 3 * PAGE, CPU)
-    first, second = arena.take(5), arena.take(2 * PAGE)
+    arena = Arena("weights", 3 * ALIGN, CPU)
+    first, second = arena.take(5), arena.take(2 * ALIGN)
     first.fill_(1)
     second.fill_(2)
-    assert second.data_ptr() - first.data_ptr() == PAGE
+    assert second.data_ptr() - first.data_ptr() == ALIGN
     assert first.tolist() == [1] * 5
     assert arena.take(0).numel() == 0
     with pytest.raises(ArenaError, match=r"weights has 12288 bytes, 12288 in use; 1 more"):
         arena.take(1)
     arena.reset()
-    assert arena.take(3 * PAGE).data_ptr() == first.data_ptr()
+    assert arena.take(3 * ALIGN).data_ptr() == first.data_ptr()
 
 
 def test_alignment_can_be_finer_than_a_page() -> None:
@@ -57,7 +57,7 @@ def test_close_gives_the_memory_back_and_leaves_views_readable() -> None:
 def test_an_arena_is_committed_only_where_it_is_touched() -> None:
     before = rss()
     with Arena("a", 1 << 30, CPU) as arena:
-        arena.buffer[:PAGE].fill_(1)
+        arena.buffer[:ALIGN].fill_(1)
         assert rss() - before < 64 * MIB
 
 
@@ -92,9 +92,9 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch, status: int) -> FakeDriver:
 
 def test_a_pinned_arena_is_registered_once_and_unregistered(monkeypatch: pytest.MonkeyPatch) -> None:
     driver = fake_cuda(monkeypatch, 0)
-    with Arena("a", 5 * PAGE, CPU, pin=True) as arena:
+    with Arena("a", 5 * ALIGN, CPU, pin=True) as arena:
         assert arena.pinned
-        assert driver.registered == {arena.buffer.data_ptr(): 5 * PAGE}
+        assert driver.registered == {arena.buffer.data_ptr(): 5 * ALIGN}
     assert not driver.registered
     with Arena("empty", 0, CPU, pin=True) as empty:
         assert not empty.pinned
@@ -103,7 +103,7 @@ def test_a_pinned_arena_is_registered_once_and_unregistered(monkeypatch: pytest.
 def test_an_arena_that_cannot_be_pinned_warns_and_works(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_cuda(monkeypatch, 2)
     with pytest.warns(UserWarning, match="20480 bytes could not be pinned"):
-        arena = Arena("a", 5 * PAGE, CPU, pin=True)
+        arena = Arena("a", 5 * ALIGN, CPU, pin=True)
     assert not arena.pinned
     arena.take(5).fill_(1)
     arena.close()

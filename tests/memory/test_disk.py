@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexgen_triton.memory import disk as disk_module
-from flexgen_triton.memory.arena import PAGE, Arena
-from flexgen_triton.memory.disk import BOUNCE_BYTES, DiskFile, DiskQueue, Read, Scan, Write, page_down
+from flexgen_triton.memory.arena import ALIGN, Arena
+from flexgen_triton.memory.disk import BOUNCE_BYTES, DiskFile, DiskQueue, Read, Scan, Write, align_down
 
-EXTENT = 4 * PAGE
+EXTENT = 4 * ALIGN
 SIZE = 11 * EXTENT + 1234  # ends in the middle of a page
 CPU = torch.device("cpu")
 
@@ -77,10 +77,10 @@ def file(request: pytest.FixtureRequest, path: Path) -> Iterator[DiskFile]:
         yield file
 
 
-places = st.tuples(st.integers(0, SIZE - 1), st.integers(0, 3 * EXTENT), st.sampled_from([0, 1, 7, PAGE - 1, 512]))
+places = st.tuples(st.integers(0, SIZE - 1), st.integers(0, 3 * EXTENT), st.sampled_from([0, 1, 7, ALIGN - 1, 512]))
 near_pages = st.builds(
-    lambda page, d, n, e, shift: (max(0, page * PAGE + d), max(0, n * PAGE + e), (page * PAGE + d + shift) % PAGE),
-    st.integers(0, SIZE // PAGE - 1),
+    lambda page, d, n, e, shift: (max(0, page * ALIGN + d), max(0, n * ALIGN + e), (page * ALIGN + d + shift) % ALIGN),
+    st.integers(0, SIZE // ALIGN - 1),
     st.integers(-2, 2),
     st.integers(0, 9),
     st.integers(-2, 2),
@@ -105,11 +105,11 @@ def test_reads_are_those_of_a_plain_read(
 def test_nothing_outside_of_the_buffer_is_touched(
     queue: DiskQueue, file: DiskFile, content: torch.Tensor, shift: int
 ) -> None:
-    whole = aligned(8 * PAGE, shift).fill_(0xEE)
-    queue.read([Read(file, 100, whole[PAGE + 100 : 6 * PAGE + 300])])
-    assert (whole[: PAGE + 100] == 0xEE).all()
-    assert (whole[6 * PAGE + 300 :] == 0xEE).all()
-    assert torch.equal(whole[PAGE + 100 : 6 * PAGE + 300], content[100 : 5 * PAGE + 300])
+    whole = aligned(8 * ALIGN, shift).fill_(0xEE)
+    queue.read([Read(file, 100, whole[ALIGN + 100 : 6 * ALIGN + 300])])
+    assert (whole[: ALIGN + 100] == 0xEE).all()
+    assert (whole[6 * ALIGN + 300 :] == 0xEE).all()
+    assert torch.equal(whole[ALIGN + 100 : 6 * ALIGN + 300], content[100 : 5 * ALIGN + 300])
 
 
 def test_an_unaligned_read_larger_than_the_bounce_buffer(tmp_path: Path) -> None:
@@ -121,11 +121,11 @@ def test_an_unaligned_read_larger_than_the_bounce_buffer(tmp_path: Path) -> None
         assert torch.equal(buffer, data[3:])
 
 
-@pytest.mark.parametrize("row_bytes", [1, 100, PAGE, 5000])
+@pytest.mark.parametrize("row_bytes", [1, 100, ALIGN, 5000])
 def test_rows_are_gathered_in_order_and_repeated(
     queue: DiskQueue, file: DiskFile, content: torch.Tensor, row_bytes: int
 ) -> None:
-    offsets = [SIZE - row_bytes, 0, 77, PAGE - 1, 77, *range(0, 30000, 997)]
+    offsets = [SIZE - row_bytes, 0, 77, ALIGN - 1, 77, *range(0, 30000, 997)]
     rows = queue.read_rows(file, offsets, row_bytes)
     assert torch.equal(rows, torch.stack([content[o : o + row_bytes] for o in offsets]))
     out = torch.empty_like(rows)
@@ -148,15 +148,15 @@ def test_a_row_past_the_end_is_an_error(queue: DiskQueue, file: DiskFile) -> Non
 
 def test_checks_see_each_extent_once_up_to_the_end_of_the_file(queue: DiskQueue, file: DiskFile) -> None:
     seen: dict[int, bytes] = {}
-    queue.read([Read(file, 0, aligned(SIZE + PAGE), lambda o, data: seen.update({o: bytes(data)}))])
+    queue.read([Read(file, 0, aligned(SIZE + ALIGN), lambda o, data: seen.update({o: bytes(data)}))])
     assert sorted(seen) == list(range(0, SIZE, EXTENT))
     assert b"".join(seen[o] for o in sorted(seen)) == Path(file.name).read_bytes()
 
 
 def test_requests_are_cut_at_whole_pages_of_the_file(queue: DiskQueue, file: DiskFile) -> None:
     seen: list[int] = []
-    queue.read([Read(file, PAGE + 100, aligned(2 * EXTENT), lambda o, data: seen.append(o))])
-    assert sorted(seen) == [PAGE + 100, PAGE + EXTENT, PAGE + 2 * EXTENT]
+    queue.read([Read(file, ALIGN + 100, aligned(2 * EXTENT), lambda o, data: seen.append(o))])
+    assert sorted(seen) == [ALIGN + 100, ALIGN + EXTENT, ALIGN + 2 * EXTENT]
 
 
 def test_what_a_check_raises_reaches_the_caller_with_its_place(queue: DiskQueue, file: DiskFile) -> None:
@@ -174,7 +174,7 @@ def test_scans_show_what_a_plain_read_would_up_to_the_end_of_the_file(
     queue: DiskQueue, file: DiskFile, content: torch.Tensor
 ) -> None:
     seen: dict[int, bytes] = {}
-    places = [(0, EXTENT), (3 * PAGE, 100), (2 * EXTENT, 3 * PAGE + 1), (page_down(SIZE), EXTENT)]
+    places = [(0, EXTENT), (3 * ALIGN, 100), (2 * EXTENT, 3 * ALIGN + 1), (align_down(SIZE), EXTENT)]
     queue.scan([Scan(file, offset, n, lambda o, data: seen.update({o: bytes(data)})) for offset, n in places])
     assert seen == {offset: content[offset : offset + n].numpy().tobytes() for offset, n in places}
 
@@ -195,19 +195,19 @@ def test_the_first_error_drops_what_has_not_begun(path: Path) -> None:
         begun.append(offset)
         raise ValueError("no")
 
-    with DiskQueue(1, PAGE) as queue, DiskFile.open(path) as file, pytest.raises(ValueError, match="no"):
-        queue.read([Read(file, 0, aligned(8 * PAGE), check)])
+    with DiskQueue(1, ALIGN) as queue, DiskFile.open(path) as file, pytest.raises(ValueError, match="no"):
+        queue.read([Read(file, 0, aligned(8 * ALIGN), check)])
     assert begun == [0]
 
 
-@pytest.mark.parametrize("left", [5 * PAGE, 5 * PAGE + 100, 0])
+@pytest.mark.parametrize("left", [5 * ALIGN, 5 * ALIGN + 100, 0])
 @pytest.mark.parametrize("shift", [0, 1])
 def test_a_file_truncated_after_opening_is_an_error(tmp_path: Path, left: int, shift: int) -> None:
-    (tmp_path / "f").write_bytes(b"x" * 9 * PAGE)
+    (tmp_path / "f").write_bytes(b"x" * 9 * ALIGN)
     with DiskFile.open(tmp_path / "f") as file, DiskQueue(2, EXTENT) as queue:
         os.truncate(tmp_path / "f", left)
         with pytest.raises(OSError, match="truncated") as caught:
-            queue.read([Read(file, 0, aligned(9 * PAGE, shift))])
+            queue.read([Read(file, 0, aligned(9 * ALIGN, shift))])
         assert "f" in caught.value.__notes__[0]
 
 
@@ -280,7 +280,7 @@ def test_scratch_of_odd_and_of_no_bytes(tmp_path: Path, queue: DiskQueue) -> Non
 @given(
     asked=st.lists(
         st.tuples(
-            st.integers(0, 15 * EXTENT), st.integers(0, EXTENT), st.sampled_from([0, 1, PAGE - 3]), st.booleans()
+            st.integers(0, 15 * EXTENT), st.integers(0, EXTENT), st.sampled_from([0, 1, ALIGN - 3]), st.booleans()
         ),
         min_size=1,
         max_size=6,
@@ -294,7 +294,7 @@ def test_writes_change_their_bytes_and_no_others(
     with DiskFile.scratch(tmp_path_factory.getbasetemp(), 16 * EXTENT) as file:
         queue.write([Write(file, 0, expected)])
         for n, (offset, length, shift, in_phase) in enumerate(asked):
-            buffer = aligned(length, offset % PAGE if in_phase else shift).copy_(random_bytes(length, n))
+            buffer = aligned(length, offset % ALIGN if in_phase else shift).copy_(random_bytes(length, n))
             queue.write([Write(file, offset, buffer)])
             expected[offset : offset + length] = buffer
         found = aligned(16 * EXTENT)
@@ -335,8 +335,8 @@ def test_a_failed_write_names_its_place(scratch: DiskFile, queue: DiskQueue, mon
 
     monkeypatch.setattr(os, "pwritev", full)
     with pytest.raises(OSError, match="full") as caught:
-        queue.write([Write(scratch, PAGE, aligned(PAGE))])
-    assert f"while writing {PAGE} bytes at offset {PAGE} of scratch file" in caught.value.__notes__[0]
+        queue.write([Write(scratch, ALIGN, aligned(ALIGN))])
+    assert f"while writing {ALIGN} bytes at offset {ALIGN} of scratch file" in caught.value.__notes__[0]
 
 
 # The pool
@@ -361,8 +361,8 @@ def test_a_long_call_does_not_hold_up_a_short_one(path: Path) -> None:
         release.wait(30)
         order.append("long")
 
-    with DiskQueue(1, PAGE) as queue, DiskFile.open(path) as file:
-        long = threading.Thread(target=queue.read, args=([Read(file, 0, aligned(8 * PAGE), slow)],))
+    with DiskQueue(1, ALIGN) as queue, DiskFile.open(path) as file:
+        long = threading.Thread(target=queue.read, args=([Read(file, 0, aligned(8 * ALIGN), slow)],))
         long.start()
         started.wait(30)
         short = threading.Thread(
@@ -382,7 +382,7 @@ def test_callers_from_many_threads_get_their_own_bytes(queue: DiskQueue, file: D
     wrong = []
 
     def call(n: int) -> None:
-        for offset in range(n, SIZE - EXTENT, 7 * PAGE + n):
+        for offset in range(n, SIZE - EXTENT, 7 * ALIGN + n):
             buffer = aligned(EXTENT)
             queue.read([Read(file, offset, buffer)])
             if not torch.equal(buffer, content[offset : offset + EXTENT]):

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from flexgen_triton.environment import KEPT_BYTES
-from flexgen_triton.plan.workspace import HEAP_BYTES
+from flexgen_triton.plan.temporaries import HEAP_BYTES
 
 MIB = 1 << 20
 SETTINGS = ("MALLOC_ARENA_MAX", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")

@@ -24,7 +24,7 @@ from flexgen_triton.memory.store import (
     read_safetensors_header,
     write_safetensors,
 )
-from flexgen_triton.plan.placement import PAGE, Extent
+from flexgen_triton.plan.placement import ALIGN, Extent
 
 TABLE = [("a.weight", "float16", (300, 1000)), ("a.bias", "float16", (7,)), ("b", "float16", (0, 4))]
 
@@ -37,7 +37,7 @@ def make_store(directory: Path, data: bytes, piece: int = 77777) -> Store:
     file = directory / "x.safetensors"
     pieces = (memoryview(data)[n : n + piece] for n in range(0, len(data), piece))
     size, checks = write_safetensors([file], TABLE, pieces)
-    extents = {"x": (Extent("a.weight", 0, 300, 2000, 0, PAGE), Extent("a.bias", 0, 1, 14, 0, PAGE + 600000))}
+    extents = {"x": (Extent("a.weight", 0, 300, 2000, 0, ALIGN), Extent("a.bias", 0, 1, 14, 0, ALIGN + 600000))}
     return Store((file,), (size,), extents, "float16", CHUNK, (checks,))
 
 
@@ -50,7 +50,7 @@ def test_a_written_file_is_one_that_safetensors_reads(tmp_path: Path) -> None:
     assert found["a.weight"].view(torch.uint8).numpy().tobytes() == data[:600000]
     assert found["a.bias"].view(torch.uint8).numpy().tobytes() == data[600000:]
     assert read_safetensors_header(store.files[0]).entries["a.bias"] == TensorEntry(
-        "F16", (7,), PAGE + 600000, PAGE + 600014
+        "F16", (7,), ALIGN + 600000, ALIGN + 600014
     )
     assert store.weight_bytes == len(data)
 
@@ -58,10 +58,10 @@ def test_a_written_file_is_one_that_safetensors_reads(tmp_path: Path) -> None:
 @pytest.mark.parametrize("count", [0, 1, 40, 200])
 def test_headers_fill_whole_pages(count: int) -> None:
     header = pack_header([(f"tensor.{n}", "bfloat16", (n, 3)) for n in range(count)])
-    assert len(header) % PAGE == 0
+    assert len(header) % ALIGN == 0
     assert int.from_bytes(header[:8], "little") == len(header) - 8
     assert len(json.loads(header[8:])) == count + 1
-    assert (len(header) > PAGE) == (count > 40)
+    assert (len(header) > ALIGN) == (count > 40)
 
 
 def test_too_few_bytes_for_the_tensors_is_a_bug(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_parts_of_chunks_cannot_be_judged_but_whole_ones_beside_them_are(tmp_pat
 
 
 def test_a_file_without_checksums_passes(tmp_path: Path) -> None:
-    Store((tmp_path / "x",), (10,), {}, "float16", PAGE, (None,)).verify(0, 0, memoryview(b"anything"))
+    Store((tmp_path / "x",), (10,), {}, "float16", ALIGN, (None,)).verify(0, 0, memoryview(b"anything"))
 
 
 def test_a_manifest_comes_back_as_it_was(tmp_path: Path) -> None:

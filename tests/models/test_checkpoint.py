@@ -27,7 +27,7 @@ from flexgen_triton.memory.arena import peak_rss, reset_peak_rss, rss
 from flexgen_triton.memory.store import MANIFEST, Store
 from flexgen_triton.models import checkpoint, sources
 from flexgen_triton.models.checkpoint import CheckpointError, open_store
-from flexgen_triton.plan.placement import PAGE, packed_layout
+from flexgen_triton.plan.placement import ALIGN, packed_layout
 from flexgen_triton.plan.spec import ModelSpec, ModuleSpec, TensorSpec
 
 HIDDEN, FFN, VOCAB = 48, 80, 101
@@ -57,7 +57,7 @@ def block(n: int) -> list[ModuleSpec]:
 
 
 def make_spec(dtype: str = "float16", blocks: int = 2) -> ModelSpec:
-    """An embedding, decoder blocks, and an output projection cut over two modules."""
+    """An embedding, decoder layers, and an output projection cut over two modules."""
     head = [
         ModuleSpec("head", n, (matrix("tokens.weight", high - low, HIDDEN, "decoder.tokens.weight", row=low),))
         for n, (low, high) in enumerate(pairwise((0, 60, VOCAB)))
@@ -182,7 +182,7 @@ def test_safetensors_of_the_same_dtype_are_read_where_they_lie(
     assert_same(contents(spec, store), expected(spec, weights))
     assert not (tmp_path / "offload").exists()
     assert all(f.parent == source for f in store.files)
-    assert store.align == PAGE
+    assert store.align == ALIGN
     assert store.weight_bytes == spec.weight_bytes
 
 
@@ -244,8 +244,8 @@ def test_a_module_of_many_tensors_has_a_header_of_several_pages(tmp_path: Path) 
     spec = replace(make_spec(), modules=(ModuleSpec("embed", 0, tensors).stored_as("float16"),))
     source, weights = make_checkpoint(tmp_path, spec, save_bin)
     store = open_store(spec, source, tmp_path / "offload")
-    assert store.extents["embed"][0].offset > PAGE
-    assert store.extents["embed"][0].offset % PAGE == 0
+    assert store.extents["embed"][0].offset > ALIGN
+    assert store.extents["embed"][0].offset % ALIGN == 0
     assert_same(contents(spec, store), expected(spec, weights))
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from flexgen_triton.kernels import formats
+from flexgen_triton.kernels import formats, sizes
 from flexgen_triton.models.checkpoint import open_store, store_name
 from flexgen_triton.models.opt import SIZES, model_spec
 from flexgen_triton.plan.spec import to_4bit
@@ -58,7 +58,7 @@ def test_the_files_hold_the_references_codes_and_scales(tiny_models, tmp_path):
 
 def test_every_group_size_has_a_store_of_its_own(tiny):
     spec = spec_of(tiny.path)
-    names = {store_name(s, (), 0) for s in (spec, *(to_4bit(spec, g) for g in formats.WEIGHT_GROUPS))}
+    names = {store_name(s, (), 0) for s in (spec, *(to_4bit(spec, g) for g in sizes.WEIGHT_GROUPS))}
     assert len(names) == 4
 
 

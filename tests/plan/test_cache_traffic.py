@@ -28,7 +28,7 @@ def plan_of(cache: tuple[int, int], sparsity: float, *, is_4bit: bool = False, c
             overlap: bool = True) -> Plan:  # fmt: skip
     policy = Policy(5, batches, 100, 0, *cache, 100, 0, attn_sparsity=sparsity, compress_cache=is_4bit, overlap=overlap)
     spec = model_spec(CONFIG, "tiny", "float16")
-    return make_plan(spec, policy, Workload((Batch(LENS, STEPS),) * batches), copies=copies)
+    return make_plan(spec, policy, Workload((Batch(LENS, STEPS),) * batches), host_is_apart=copies)
 
 
 def loaded(plan: Plan) -> dict[int, int]:
@@ -51,9 +51,9 @@ def test_of_the_hosts_sequences_only_k_travels(is_4bit):
 @FORMATS
 def test_the_ring_holds_only_what_travels(is_4bit):
     sparse, dense = (plan_of(HOST, s, is_4bit=is_4bit) for s in (0.1, 1.0))
-    assert dense.rings["cache"] == 2 * sparse.rings["cache"] > 0
-    others = [name for name in dense.rings if name != "cache"]
-    assert [dense.rings[name] for name in others] == [sparse.rings[name] for name in others]
+    assert dense.footprint.rings["cache"] == 2 * sparse.footprint.rings["cache"] > 0
+    others = [name for name in dense.footprint.rings if name != "cache"]
+    assert [dense.footprint.rings[name] for name in others] == [sparse.footprint.rings[name] for name in others]
 
 
 @FORMATS
@@ -63,7 +63,7 @@ def test_disk_and_open_blocks_travel_whole(is_4bit):
     assert host.size == 2
     for step in range(1, STEPS):
         a, b = sparse.cache_traffic(step, 0), dense.cache_traffic(step, 0)
-        v = sum(dense.cache_layout.blocks(n) for n in host.cached(step)) * dense.cache_layout.half
+        v = sum(dense.cache_layout.pages(n) for n in host.cached(step)) * dense.cache_layout.half
         assert b.host_load - a.host_load == v
         for name in ("disk_read", "read_slot", "out", "host_store", "disk_write", "write_slot"):
             assert getattr(a, name) == getattr(b, name), name

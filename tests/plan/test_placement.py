@@ -32,7 +32,7 @@ def test_asked_and_given_differ_by_at_most_one_percent(name, sep_layer):
         plan = make_plan(spec, Policy(1, 1, gpu, cpu, sep_layer=sep_layer), Workload.uniform(8, 4, 1, 1))
         given_bytes = plan.placement["weights"]
         assert sum(given_bytes.values()) == spec.weight_bytes
-        for tier, asked in (("gpu", gpu), ("cpu", cpu), ("disk", 100 - gpu - cpu)):
+        for tier, asked in (("gpu", gpu), ("host", cpu), ("disk", 100 - gpu - cpu)):
             assert abs(given_bytes[tier] / spec.weight_bytes * 100 - asked) <= 0.1, (gpu, cpu, tier)
 
 

@@ -29,15 +29,15 @@ PERCENTS = {
 WAYS = {  # how sequences of the host and the disk are attended to
     "host attention": {"cpu_cache_compute": True},
     "hybrid": {"cpu_cache_compute": True, "cpu_attention_percent": 50},
-    "open blocks": {"keep_open_blocks": True},
-    "hybrid, open blocks": {"cpu_cache_compute": True, "cpu_attention_percent": 50, "keep_open_blocks": True},
+    "open blocks": {"keep_open_pages": True},
+    "hybrid, open blocks": {"cpu_cache_compute": True, "cpu_attention_percent": 50, "keep_open_pages": True},
 }
 
 
 def plan_of(percent: str, *, copies: bool, overlap: bool, sep_layer: bool, batches: int, way: str = "") -> Plan:
     policy = Policy(4, batches, *PERCENTS[percent], overlap=overlap, sep_layer=sep_layer, **WAYS.get(way, {}))
     lens = tuple(Batch((40 - k, 33, 20, 7), 12) for k in range(batches))
-    return make_plan(model_spec(CONFIG, "tiny", "float32"), policy, Workload(lens), copies=copies)
+    return make_plan(model_spec(CONFIG, "tiny", "float32"), policy, Workload(lens), host_is_apart=copies)
 
 
 def case_of(percent, copies, overlap, sep_layer, batches, way=""):
@@ -162,15 +162,15 @@ class Memory:
     def _check_cache(self, op: Op) -> None:
         traffic = self.plan.cache_traffic(op.i, op.k)
         content = self.slot_of(op, "cache")
-        name = "cache" if self.plan.copies else "disk cache"
+        name = "cache" if self.plan.host_is_apart else "disk cache"
         assert content == ((name, op.i, op.j, op.k) if traffic.slot else None), op
-        if not self.plan.copies and op.i:
+        if not self.plan.host_is_apart and op.i:
             assert self.homes[self._home("cache_host", op)] == op.i - 1, op
 
     # Attention on two lanes
 
     def project(self, op: Op) -> None:
-        assert not op.enters and self.passed == (op.i, op.j - 1, op.k), op
+        assert not op.loads_hidden and self.passed == (op.i, op.j - 1, op.k), op
         self._check_weights(op)
         for ring, content in (("projected", "qkv"), ("cache_out", "new")):
             if (slot := op.slot(ring)) is not None:
@@ -202,7 +202,7 @@ class Memory:
         self.put(slot, (old[0] if old else frozenset()) | {("host", op.i, op.j, op.k)})
 
     def finish(self, op: Op) -> None:
-        assert op.enters
+        assert op.loads_hidden
         groups = self.plan.groups[op.k].cache
         parts = {"host"} if groups.attended.size else set()
         parts |= {"device"} if groups.attended.size < self.plan.workload.batches[op.k].size else set()
@@ -238,7 +238,7 @@ class Memory:
         if self.plan.program.has_cache[op.j]:
             self._check_cache(op)
             self.homes[self._home("cache_open", op)] = op.i
-            if not self.plan.copies:
+            if not self.plan.host_is_apart:
                 self.homes[self._home("cache_host", op)] = op.i
         if (slot := op.slot("cache_out")) is not None:
             self.put(slot, ("new", op.i, op.j, op.k))
@@ -246,16 +246,16 @@ class Memory:
 
     def _check_hidden(self, op: Op) -> None:
         """What enters and what leaves: by way of a home, or from one computation to the next."""
-        if not op.enters:
+        if not op.loads_hidden:
             assert self.passed == (op.i, op.j - 1, op.k), op
-        away = self.plan.hidden_traffic(op.i, op.j - 1, op.k) if op.j and op.enters else None
+        away = self.plan.hidden_traffic(op.i, op.j - 1, op.k) if op.j and op.loads_hidden else None
         if away and away.host + away.disk:
             assert self.slot_of(op, "hidden") == ("hidden", op.i, op.j, op.k), op
-        elif op.j and op.enters:
+        elif op.j and op.loads_hidden:
             assert self.kept[op.k] == (op.i, op.j - 1), op
         if (slot := op.slot("hidden_out")) is not None:
             self.put(slot, ("hidden out", op.i, op.j, op.k))
-        if op.keeps:
+        if op.stores_hidden:
             self.kept[op.k] = op.i, op.j
         self.passed = op.i, op.j, op.k
 
@@ -310,7 +310,7 @@ def test_a_layer_is_cut_at_the_attention_that_the_host_takes_part_in(case):
     for op in plan.generator:
         if op.i and plan.program.has_cache[op.j] and op.work:
             found[op.i, op.j, op.k].append(op.name)
-    assert plan.is_split and len(found) == 11 * 3 * case["batches"]
+    assert plan.host_attends and len(found) == 11 * 3 * case["batches"]
     for (_, _, k), names in found.items():
         groups = plan.groups[k].cache
         middle = ["attend_host"] * bool(groups.attended.size) + ["attend"] * (groups.attended.size < 4)
@@ -353,9 +353,9 @@ def test_any_legal_interleaving_is_right(case):
 )
 def test_any_policy_and_lengths_are_right(percents, lens, steps, copies, overlap, attended, keep_open, seed):
     batches = tuple(Batch(tuple(sorted(p, reverse=True)), n) for p, n in zip(lens, steps, strict=False))
-    way = {"cpu_cache_compute": attended > 0, "cpu_attention_percent": attended, "keep_open_blocks": keep_open}
+    way = {"cpu_cache_compute": attended > 0, "cpu_attention_percent": attended, "keep_open_pages": keep_open}
     policy = Policy(4, len(batches), *itertools.chain(*percents), overlap=overlap, **way)
-    plan = make_plan(model_spec(CONFIG, "tiny", "float32"), policy, Workload(batches), copies=copies)
+    plan = make_plan(model_spec(CONFIG, "tiny", "float32"), policy, Workload(batches), host_is_apart=copies)
     interleave(plan, linked(plan), random.Random(seed))
 
 
@@ -406,7 +406,8 @@ def test_overlap_approaches_the_busiest_lane_and_sequence_is_the_sum(copies):
 
     for overlap in (True, False):
         policy = Policy(4, 3, 0, 0, 100, 0, 100, 0, overlap=overlap)
-        plan = make_plan(model_spec(CONFIG, "tiny", "float32"), policy, Workload.uniform(32, 16, 4, 3), copies=copies)
+        spec, workload = model_spec(CONFIG, "tiny", "float32"), Workload.uniform(32, 16, 4, 3)
+        plan = make_plan(spec, policy, workload, host_is_apart=copies)
         spans = list(simulate(plan.generator, seconds, serial=not overlap))
         busy = defaultdict(float)
         for s in spans:

@@ -69,7 +69,7 @@ def test_the_host_attends_to_what_it_can_read_while_the_link_brings_the_rest(rat
 def test_sharing_attention_beats_leaving_it_to_either():
     policy = Policy(64, 4, 100, 0, 0, 100, 100, 0)
     took = [
-        predict(Problem(TINY, 400, 64).plan(p, copies=True), attending_host(1e9)).total_s
+        predict(Problem(TINY, 400, 64).plan(p, host_is_apart=True), attending_host(1e9)).total_s
         for p in (policy, *(replace(policy, cpu_cache_compute=True, cpu_attention_percent=n) for n in (100, 50)))
     ]
     assert took[2] < 0.7 * min(took[:2])
@@ -80,7 +80,7 @@ def test_open_blocks_stay_on_a_gpu_that_has_room_for_them():
     problem, hardware = Problem(TINY, 400, 64, num_prompts=256), attending_host(2e7)
     found = search(problem, hardware).best
     for keeps in (True, False):
-        plan = problem.plan(replace(found.policy, keep_open_blocks=keeps), copies=True)
+        plan = problem.plan(replace(found.policy, keep_open_pages=keeps), host_is_apart=True)
         quicker = predict(plan, hardware, exact=FEW_STEPS).total_s < found.prediction.total_s
         assert not (quicker and fits(plan, available(hardware, problem)))
 
@@ -143,7 +143,7 @@ shares = st.tuples(st.integers(0, 100), st.integers(0, 100)).map(lambda p: (p[0]
 def test_what_is_feasible_is_never_called_infeasible(tried, size, count, w, cache, act, copies, prompt_len, gen_len):
     """Any policy, on a machine with not one byte more than it needs."""
     policy = Policy(size, count, *w, *cache, *act)
-    plan = make_plan(TINY, policy, Workload.uniform(prompt_len, gen_len, size, count), copies=copies)
+    plan = make_plan(TINY, policy, Workload.uniform(prompt_len, gen_len, size, count), host_is_apart=copies)
     needs = need(plan)
     hardware = (SMALL_GPU if copies else TWO_CORES).limited(
         needs.get(Tier.GPU, 0) + (SMALL_GPU.context_bytes if copies else 0),
@@ -184,7 +184,7 @@ def test_a_shorter_prompt_or_four_bits_are_named_where_they_would_do():
 @pytest.mark.parametrize("percents", [(100, 0, 100, 0, 100, 0), (20, 50, 0, 70, 0, 100), (0, 0, 0, 0, 0, 0)])
 def test_the_relaxation_agrees_with_the_plan_it_stands_for(hardware, percents):
     """Needs within 2 %, and the busiest lane's seconds: never above, since large transfers run no slower than small."""
-    if not hardware.copies:
+    if not hardware.host_is_apart:
         percents = tuple(p for pair in zip(percents[::2], percents[1::2], strict=True) for p in (sum(pair), 0))
     model = model_spec(SIZES["opt-1.3b"], "opt-1.3b", "float16")
     policy, count = Policy(20, 1), 3
@@ -205,10 +205,10 @@ def test_the_relaxation_agrees_with_the_plan_it_stands_for(hardware, percents):
         model,
         with_shares(replace(policy, num_gpu_batches=count), wanted),
         Workload.uniform(200, 24, 20, count),
-        copies=hardware.copies,
+        host_is_apart=hardware.host_is_apart,
     )
     for tier, nbytes in need(plan).items():
-        staging = plan.rings["stage_in"] + plan.rings["stage_out"] if tier is Tier.HOST else 0
+        staging = plan.footprint.rings["stage_in"] + plan.footprint.rings["stage_out"] if tier is Tier.HOST else 0
         assert total(("need", tier.value)) == pytest.approx(nbytes - staging, rel=0.02, abs=8 * MIB)
     prediction = predict(plan, hardware)
     for phase, busy in prediction.lanes.items():
@@ -260,7 +260,7 @@ def test_a_latency_limit_is_kept_or_refused():
 
 def test_as_many_prompts_as_there_are():
     found = search(Problem(TINY, 32, 8, num_prompts=5), SMALL_GPU)
-    assert found.best.policy.block_size >= 5 and found.best.policy.gpu_batch_size <= 5
+    assert found.best.policy.round_size >= 5 and found.best.policy.gpu_batch_size <= 5
     assert found.best.tokens_per_s == pytest.approx(5 * 8 / found.best.prediction.total_s)
 
 
@@ -273,7 +273,7 @@ def test_unequal_prompts_are_planned_by_the_longest():
 def test_a_modest_block_is_smaller_and_nearly_as_fast():
     searched = search(Problem(TINY, 32, 8), TWO_CORES)
     found = modest(searched)
-    assert found.policy.block_size < searched.best.policy.block_size
+    assert found.policy.round_size < searched.best.policy.round_size
     assert found.tokens_per_s >= 0.97 * searched.best.tokens_per_s
 
 

@@ -5,21 +5,22 @@ from __future__ import annotations
 import pytest
 import torch
 
+from flexgen_triton.kernels import attention_decode, sizes
 from flexgen_triton.kernels.cpu import attention as cpu_attention
 from flexgen_triton.kernels.cpu import jit as cpu_jit
 from flexgen_triton.memory.arena import Arena, rss
 from flexgen_triton.memory.store import CHUNK
 from flexgen_triton.models.opt import OPTConfig, model_spec
-from flexgen_triton.plan import workspace
 from flexgen_triton.plan.placement import STORE_ALIGN, Tier
 from flexgen_triton.plan.plan import make_plan
 from flexgen_triton.plan.policy import Policy
 from flexgen_triton.plan.spec import Workload
+from flexgen_triton.plan.temporaries import unfilled_bytes
 
 
 def test_the_plan_counts_with_the_kernels_and_stores_own_sizes():
-    assert workspace.HOST_CHUNK == cpu_attention.CHUNK
-    assert workspace.HOST_THREADS == cpu_jit.MAX_THREADS
+    assert cpu_attention.CHUNK is sizes.CHUNK and cpu_jit.MAX_THREADS is sizes.MAX_THREADS
+    assert attention_decode.num_splits(sizes.MAX_SMS, 1, 1 << 20) == sizes.MAX_SPLITS
     assert STORE_ALIGN == CHUNK
 
 
@@ -30,13 +31,13 @@ def test_attention_on_the_host_has_the_room_it_asks_for(hidden, heads, prompt_le
     monkeypatch.setattr(cpu_attention, "num_threads", lambda: cpu_jit.MAX_THREADS)
     spec = model_spec(OPTConfig(hidden, 2, heads, 64, vocab_size=99), "tiny", "float16")
     policy = Policy(size, 1, 100, 0, 0, 100, 100, 0, cpu_cache_compute=True, attn_sparsity=sparsity)
-    plan = make_plan(spec, policy, Workload.uniform(prompt_len, 5, size, 1), copies=True)
-    blocks = plan.cache_home_blocks(0) * plan.cache_layout.block_tokens
+    plan = make_plan(spec, policy, Workload.uniform(prompt_len, 5, size, 1), host_is_apart=True)
+    blocks = plan.cache_home_pages(0) * plan.cache_layout.page_tokens
     shape = (size, heads, spec.head_dim)
     asked = cpu_attention.decode_workspace_bytes(*shape)
     if sparsity < 1:
         asked = cpu_attention.sparse_workspace_bytes(*shape, blocks, plan.kept(blocks))
-    assert asked <= plan.temporaries["hosted"]
+    assert asked <= plan.footprint.temporaries["hosted"]
 
 
 @pytest.mark.parametrize(
@@ -45,13 +46,13 @@ def test_attention_on_the_host_has_the_room_it_asks_for(hidden, heads, prompt_le
 def test_cache_that_counts_as_unwritten_is_not_resident(policy, prompt_len, gen_len):
     """Written in an arena as prompts fill it: huge pages become resident whole, beyond what was written."""
     spec = model_spec(OPTConfig(512, 12, 4, 2048, vocab_size=99), "small", "float16")
-    plan = make_plan(spec, Policy(*policy), Workload.uniform(prompt_len, gen_len, *policy), copies=False)
-    layout, homes = plan.cache_layout, plan.homes[Tier.GPU]
+    plan = make_plan(spec, Policy(*policy), Workload.uniform(prompt_len, gen_len, *policy), host_is_apart=False)
+    layout, homes = plan.cache_layout, plan.footprint.homes[Tier.GPU]
     with Arena("homes", homes, torch.device("cpu")) as arena:
         before = rss()
         for k in range(policy[1]):
             for _ in range(12):
-                home = arena.take(layout.dense(plan.cache_home_blocks(k), policy[0]))
-                home[: layout.dense(layout.blocks(prompt_len), policy[0])].fill_(1)
+                home = arena.take(layout.dense(plan.cache_home_pages(k), policy[0]))
+                home[: layout.dense(layout.pages(prompt_len), policy[0])].fill_(1)
         resident = rss() - before
-    assert resident <= homes - workspace._unfilled_bytes(plan) + (1 << 20)
+    assert resident <= homes - unfilled_bytes(plan) + (1 << 20)

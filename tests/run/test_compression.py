@@ -121,6 +121,6 @@ def test_any_policy_is_invisible(
 ):
     overlap, sep_layer, copies = flags
     policy = make_policy((size, num_batches, *weights, *cache, *activations), fmt, overlap=overlap, sep_layer=sep_layer)
-    way = {"cpu_cache_compute": attended > 0, "cpu_attention_percent": attended, "keep_open_blocks": keep_open}
+    way = {"cpu_cache_compute": attended > 0, "cpu_attention_percent": attended, "keep_open_pages": keep_open}
     policy = replace(policy, **way)
     check(tiny, policy, store, copies=copies)

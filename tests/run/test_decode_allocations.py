@@ -23,7 +23,7 @@ from flexgen_triton.memory.arena import Arena
 from flexgen_triton.models import ops
 from flexgen_triton.plan.schedule import Op
 from flexgen_triton.run.actions import Block
-from flexgen_triton.sequences.sequence import Request
+from flexgen_triton.sequences.sequence import TokenSequence
 
 FORMATS = {  # dtype, 4-bit weights, 4-bit cache, share of V
     "fp32": ("float32", False, False, 1.0),
@@ -139,7 +139,7 @@ def run(
     )
     greedy = SamplingParams(max_tokens=6, ignore_eos=True, temperature=0)
     with LLM(str(tiny.path), policy=policy, dtype=dtype, offload_dir=folder, copies=copies) as llm:
-        requests = [Request(list(p), greedy) for p in tiny.prompts[: 3 * num_batches]]
+        requests = [TokenSequence(list(p), greedy) for p in tiny.prompts[: 3 * num_batches]]
         llm.engine.generate(requests, progress=on_step)
 
 
@@ -163,14 +163,14 @@ def test_under_any_strategy_and_anywhere(tiny, tmp_path, watched, strategy, plac
 @pytest.mark.parametrize("share", [50, 100])
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_nor_where_the_host_attends(tiny, tmp_path, watched, fmt, share):
-    attending = {"cpu_cache_compute": True, "cpu_attention_percent": share, "keep_open_blocks": share == 50}
+    attending = {"cpu_cache_compute": True, "cpu_attention_percent": share, "keep_open_pages": share == 50}
     run(tiny, tmp_path, fmt, "multi-batch", ATTENDED, copies=True, **attending)
     assert {"project", "attend_host", "finish"} <= set(watched.calls) and not watched.found
 
 
 @pytest.mark.parametrize("fmt", ["fp32", "4-bit cache", "sparse"])
 def test_nor_where_open_blocks_stay(tiny, tmp_path, watched, fmt):
-    run(tiny, tmp_path, fmt, "multi-batch", MIXED, copies=True, keep_open_blocks=True)
+    run(tiny, tmp_path, fmt, "multi-batch", MIXED, copies=True, keep_open_pages=True)
     assert watched.calls and not watched.found
 
 

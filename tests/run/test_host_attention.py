@@ -59,7 +59,7 @@ def test_open_blocks_may_stay_on_the_device(tiny, store, percent, fmt, attended)
     """40 tokens: every sequence fills several blocks."""
     shape = (3, 2, *PERCENTS[percent])
     policy = Policy(*shape) if fmt == "plain" else make_policy(shape, fmt)
-    policy = replace(policy, keep_open_blocks=True)
+    policy = replace(policy, keep_open_pages=True)
     check_format(tiny, attending(policy, 40) if attended else policy, store, copies=True, new_tokens=40)
 
 
@@ -100,13 +100,13 @@ def test_a_query_goes_down_and_an_answer_up_and_no_cache_moves(tiny, tmp_path):
 
 @pytest.mark.parametrize("percent", [(0, 100), (0, 0), (20, 40)], ids=["host", "disk", "each"])
 def test_decode_stores_only_whole_blocks(tiny, tmp_path, percent):
-    policy = replace(Policy(7, 1, 100, 0, *percent, 100, 0), keep_open_blocks=True)
+    policy = replace(Policy(7, 1, 100, 0, *percent, 100, 0), keep_open_pages=True)
     report = run(tiny, tmp_path, policy)
     (plan,) = report.plans
     layout, groups = plan.cache_layout, plan.groups[0].cache
     layers = sum(layer.has_cache for layer in plan.layers)
     away = [len(p) for p in sorted(tiny.prompts, key=len, reverse=True)][groups.host.first :]
-    filled = {i: sum((n + i) % layout.block_tokens == 0 for n in away) for i in range(1, 5)}  # the sixth token's is not
+    filled = {i: sum((n + i) % layout.page_tokens == 0 for n in away) for i in range(1, 5)}  # the sixth token's is not
     stored = [s.op for s in report.timeline.spans if s.op.i and s.op.lane is Lane.D2H]
     assert sum(filled.values()) > 0
     assert {op.i for op in stored} == {i for i, n in filled.items() if n}

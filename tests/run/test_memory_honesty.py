@@ -18,9 +18,9 @@ from flexgen_triton import LLM, Policy, SamplingParams
 from flexgen_triton.machine.auto import MEASURING_BYTES
 from flexgen_triton.memory.arena import rss
 from flexgen_triton.plan.fit import need
+from flexgen_triton.plan.footprint import LIBRARY_BYTES
 from flexgen_triton.plan.hardware import GIB
 from flexgen_triton.plan.placement import Tier
-from flexgen_triton.plan.plan import LIBRARY_BYTES
 from flexgen_triton.plan.policy import PolicyError
 
 MIB = 1 << 20
@@ -150,6 +150,6 @@ def test_a_search_plans_the_weights_as_they_will_lie(tiny, tmp_path, dtype):
         problem = llm.problem([8], 4, 2)
         for policy in (*policies, Policy(2, 1, 50, 0, compress_weight=True)):
             llm.use(policy)
-            planned = problem.plan(policy, copies=False)
+            planned = problem.plan(policy, host_is_apart=False)
             real = llm.engine.plan(planned.workload)
             assert need(real)[Tier.HOST] <= need(planned)[Tier.HOST] + problem.alignment

@@ -92,14 +92,14 @@ def test_tokens_are_transformers_tokens(mixed, tmp_path, num_gpu_batches, overla
 def test_a_stream_gives_the_same(mixed, tmp_path, num_gpu_batches, monkeypatch):
     """Few are read ahead, so that the pool is refilled between blocks."""
     monkeypatch.setattr("flexgen_triton.run.engine.MIN_WAITING", 60)
-    monkeypatch.setattr("flexgen_triton.run.engine.WAITING_BLOCKS", 2)
+    monkeypatch.setattr("flexgen_triton.run.engine.WAITING_ROUNDS", 2)
     policy = Policy(9, num_gpu_batches, *SPREAD)
     pairs = iter(zip(mixed.prompts, mixed.params, strict=True))
     with LLM(str(mixed.path), policy=policy, dtype="float32", offload_dir=tmp_path, copies=True) as llm:
         outputs = list(llm.stream(pairs))
         assert llm.totals.sequences == COUNT
         assert llm.totals.output_tokens == sum(map(len, mixed.tokens))
-        assert llm.totals.blocks > COUNT / policy.block_size
+        assert llm.totals.rounds > COUNT / policy.round_size
     assert sorted(o.request_id for o in outputs) == list(range(COUNT)), "each once"
     assert [o.request_id for o in outputs] != list(range(COUNT)), "they come as they end"
     check(mixed, sorted(outputs, key=lambda o: o.request_id))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tiny_models import MODELS, NEW_TOKENS, Tiny
 
 from flexgen_triton import LLM, Policy, SamplingParams
-from flexgen_triton.sequences.sequence import Request
+from flexgen_triton.sequences.sequence import TokenSequence
 
 PERCENTS = {
     "all on the GPU": (100, 0, 100, 0, 100, 0),
@@ -34,7 +34,7 @@ def generated(
     """Greedy tokens of every prompt and their logits [new_tokens, V], in fp32."""
     greedy = SamplingParams(max_tokens=new_tokens, ignore_eos=True, temperature=0)
     with LLM(str(tiny.path), policy=policy, dtype="float32", offload_dir=offload_dir, copies=copies) as llm:
-        requests = [Request(list(p), greedy) for p in tiny.prompts]
+        requests = [TokenSequence(list(p), greedy) for p in tiny.prompts]
         numbers = {id(r): n for n, r in enumerate(requests)}
         seen: dict[int, list[torch.Tensor]] = {n: [] for n in range(len(requests))}
 
@@ -95,7 +95,7 @@ def test_any_policy_is_invisible(
     policy = Policy(
         size, num_batches, *weights, *cache, *activations, overlap=overlap, sep_layer=sep_layer, pin_weight=pin_weight
     )
-    way = {"cpu_cache_compute": attended > 0, "cpu_attention_percent": attended, "keep_open_blocks": keep_open}
+    way = {"cpu_cache_compute": attended > 0, "cpu_attention_percent": attended, "keep_open_pages": keep_open}
     policy = replace(policy, **way)
     check(tiny, policy, tmp_path, copies=copies)
 

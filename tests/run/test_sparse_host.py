@@ -30,7 +30,7 @@ HOMES = pytest.mark.parametrize("percent", [(0, 100), (20, 40), (0, 0)], ids=["h
 
 def plan_of(percent: tuple[int, int], sparsity: float, *, is_4bit: bool) -> Plan:
     policy = Policy(5, 1, 100, 0, *percent, 100, 0, attn_sparsity=sparsity, compress_cache=is_4bit)
-    return make_plan(model_spec(CONFIG, "tiny", "float16"), policy, Workload((Batch(LENS, 4),)), copies=True)
+    return make_plan(model_spec(CONFIG, "tiny", "float16"), policy, Workload((Batch(LENS, 4),)), host_is_apart=True)
 
 
 @contextmanager
@@ -41,7 +41,7 @@ def filled(plan: Plan, folder: Path) -> Iterator[tuple[Cache, Buffers]]:
     cache = Cache(plan, buffers, disk, lambda k: [False] * plan.workload.batches[k].size)
     for home, buffer in cache._host.items():
         row = plan.groups[home[1]].cache.host.size * plan.cache_layout.half
-        halves = buffer.view(plan.cache_home_blocks(home[1]), 2, row)
+        halves = buffer.view(plan.cache_home_pages(home[1]), 2, row)
         halves[:, 0], halves[:, 1] = K, V
         cache._open[home].fill_(OPEN)
     try:
@@ -73,7 +73,7 @@ def test_as_many_bytes_are_copied_as_planned(tmp_path, percent, is_4bit, sparsit
     with filled(plan, tmp_path) as (cache, buffers):
         counts = torch.bincount(load(plan, cache, buffers), minlength=5).tolist()
     _, _, host, disk = plan.groups[0].cache
-    blocks = sum(layout.blocks(n) for n in host.cached(STEP))
+    blocks = sum(layout.pages(n) for n in host.cached(STEP))
     assert counts[K] == blocks * layout.half
     assert counts[V] == (0 if sparsity < 1 else blocks * layout.half)
     assert counts[OPEN] == disk.size * 2 * layout.half

@@ -32,7 +32,7 @@ def test_they_and_the_hosts_own_kernels_give_them_together(tiny, tmp_path, fmt):
     """Sequences on the GPU, attended on the host, sent from there and from disk; open blocks on the GPU."""
     long = [[n % 90 + 5 for n in range(22)], *SHORT]
     policy = make_policy((4, 1, 50, 50, 25, 50, 100, 0), fmt)
-    policy = replace(policy, cpu_cache_compute=True, cpu_attention_percent=50, keep_open_blocks=True)
+    policy = replace(policy, cpu_cache_compute=True, cpu_attention_percent=50, keep_open_pages=True)
     check(replace(tiny, prompts=long), policy, tmp_path, copies=True, new_tokens=4)
 
 

@@ -12,7 +12,7 @@ from flexgen_triton.plan.plan import Plan, make_plan
 from flexgen_triton.plan.policy import Policy
 from flexgen_triton.sequences.batching import divide, workload
 from flexgen_triton.sequences.params import SamplingParams
-from flexgen_triton.sequences.sequence import Request
+from flexgen_triton.sequences.sequence import TokenSequence
 
 CONFIG = config_by_name("opt-125m")
 assert CONFIG is not None
@@ -21,19 +21,19 @@ TIERS = {"host": (0, 100), "disk": (0, 0), "all three": (30, 40)}
 CACHE_OPS = ("read_cache", "load_cache", "store_cache", "write_cache")
 
 
-def requests(shortest: int, *, seed: int, most_tokens: tuple[int, int] = (8, 64)) -> list[Request]:
+def requests(shortest: int, *, seed: int, most_tokens: tuple[int, int] = (8, 64)) -> list[TokenSequence]:
     """240 prompts whose lengths differ eightfold, asking for numbers of tokens that do."""
     draw = random.Random(seed)
     return [
-        Request([0] * draw.randint(shortest, 8 * shortest), SamplingParams(max_tokens=draw.randint(*most_tokens)))
+        TokenSequence([0] * draw.randint(shortest, 8 * shortest), SamplingParams(max_tokens=draw.randint(*most_tokens)))
         for _ in range(240)
     ]
 
 
-def plans(found: list[Request], cache: tuple[int, int]) -> list[Plan]:
+def plans(found: list[TokenSequence], cache: tuple[int, int]) -> list[Plan]:
     policy = Policy(16, 3, 0, 100, *cache, 100, 0)
     blocks = divide(found, policy.gpu_batch_size, policy.num_gpu_batches)
-    return [make_plan(SPEC, policy, workload(batches), copies=True) for batches in blocks]
+    return [make_plan(SPEC, policy, workload(batches), host_is_apart=True) for batches in blocks]
 
 
 def moved(plan: Plan) -> dict[str, int]:

@@ -1,0 +1,208 @@
+"""Temporaries: what computations need beside weights, cache and hidden states, in bytes.
+
+Decoding takes them from memory that is allocated before the run; prompts' are allocated as they are made, beside it.
+"""
+
+from __future__ import annotations
+
+from ..kernels.sizes import (
+    BLOCK_ROWS,
+    CODES_PER_WORD,
+    SEGMENTS,
+    WIDEN_BYTES,
+    cpu_decode_bytes,
+    cpu_sparse_bytes,
+    gpu_decode_bytes,
+    gpu_sparse_bytes,
+    panel_blocks,
+    widened_rows,
+)
+from .layout import pad
+from .spec import LayerSpec, TensorSpec
+from .traffic import Traffic
+
+SCORED_ROWS = 256  # prompt positions whose logits are made at a time
+ALIGNMENT = 16 << 10  # what the temporaries of a computation lose by starting at multiples of 256: 64 of them
+HEAP_BYTES = 64 << 20  # that the process's heap keeps of what was freed
+HUGE_PAGE = 2 << 20  # that large buffers are made of, where the system has them
+
+
+def prompt_bytes(traffic: Traffic) -> int:
+    """Return the bytes of the prompts' largest computation.
+
+    In place, memory counts when it is first written: what the cache does not yet hold after the prompts is taken off,
+    but for what the heap keeps of that.
+    """
+    prompts = _rows_bytes(traffic, max(b.prompt_tokens for b in traffic.workload.batches))
+    return max(prompts - (0 if traffic.host_is_apart else unfilled_bytes(traffic)), min(prompts, HEAP_BYTES))
+
+
+def temporaries(traffic: Traffic) -> dict[str, int]:
+    """What is allocated before the run for the computations of token steps, and for what lasts longer than one.
+
+    `decode`: the largest computation of one token of each sequence. `widened`: what it takes on top on a CPU,
+    and `panel` the rows of a matrix in fp32 there, for prompts too. `dense`: a 4-bit layer dequantised, which a GPU
+    keeps for all GPU batches that use this load of it. `hosted`: attention on the host. `uploads`: what the host hands
+    the device in a token step. `token_staging`: new tokens of the host's and the disk's sequences, on their way home.
+    """
+    rows = max(b.size for b in traffic.workload.batches)
+    hosted = max(g.cache.attended.size for g in traffic.groups)
+    matrices = [t for layer in traffic.layers for t in layer.tensors if _is_matrix(t)]
+    sizes = {
+        "decode": (rows + 1) * _row_bytes(traffic)
+        + max(_attention_bytes(traffic, rows), _product_bytes(traffic, rows, matrices))
+        + ALIGNMENT,
+        "widened": max(_host_attention_bytes(traffic, rows), *(_widened_bytes(traffic, rows, t) for t in matrices))
+        + ALIGNMENT,
+        "panel": max(_panel_bytes(traffic, t) for t in matrices),
+        "dense": _dense_bytes(traffic),
+        "hosted": _host_attention_bytes(traffic, hosted) if hosted else 0,
+        "uploads": _upload_bytes(traffic),
+        "token_staging": _token_staging_bytes(traffic),
+    }
+    return {name: pad(nbytes) for name, nbytes in sizes.items()}
+
+
+def _is_matrix(tensor: TensorSpec) -> bool:
+    """Whether it is multiplied with: a matrix, or the codes of one."""
+    if tensor.packing:
+        return tensor.packing.half == "codes"
+    return len(tensor.shape) == 2 and not tensor.gathered
+
+
+def _row_bytes(traffic: Traffic) -> int:
+    """The results, for one row, of all computations that hand them on to each other."""
+    layers = [_layer_bytes(traffic, layer) for layer in traffic.layers]
+    return max(sum(layers[j : j + traffic.layers_in_use]) for j in range(len(layers)))
+
+
+def _layer_bytes(traffic: Traffic, layer: LayerSpec) -> int:
+    """The results of a layer's operations for one row, all kept to its end, and its entry; or its vectors' bytes."""
+    model = traffic.model
+    width = sum(t.source_shape[0] for t in layer.tensors if _is_matrix(t) and not t.exact)
+    looked_up = 2 * sum(t.shape[1] for t in layer.tensors if t.gathered)  # and of a table that the head multiplies with
+    heads = model.num_heads * model.head_dim
+    return model.itemsize * (width + looked_up + model.hidden * (3 + 2 * len(layer.modules)) + heads)
+
+
+def _product_bytes(traffic: Traffic, rows: int, matrices: list[TensorSpec]) -> int:
+    """Beside the result of a product: a part of the logits in 16 bits, and sums of x over groups of columns."""
+    itemsize = traffic.model.itemsize
+    parts = (t.source_shape[0] * itemsize if t.exact and itemsize == 2 else t.source_shape[1] // 4 for t in matrices)
+    return rows * max(parts)
+
+
+def _attention_bytes(traffic: Traffic, rows: int) -> int:
+    """Partial results of attention, and sparse attention's scores and choices."""
+    model = traffic.model
+    longest = max(b.max_len for b in traffic.workload.batches)
+    split = longest if traffic.host_is_apart else 0  # a CPU does not divide a sequence
+    nbytes: int = gpu_decode_bytes(rows, model.num_heads, model.num_kv_heads, model.head_dim, split)
+    if traffic.policy.attn_sparsity < 1:
+        nbytes += gpu_sparse_bytes(rows, model.num_heads, _places(traffic), traffic.kept(longest))
+    return nbytes
+
+
+def _host_attention_bytes(traffic: Traffic, rows: int) -> int:
+    """Workspace of attention on a CPU, on as many threads as it may have."""
+    model = traffic.model
+    nbytes: int = cpu_decode_bytes(rows, model.num_heads, model.head_dim)
+    if traffic.policy.attn_sparsity < 1:
+        places = _places(traffic)
+        nbytes = cpu_sparse_bytes(rows, model.num_heads, model.head_dim, places, traffic.kept(places))
+    return nbytes
+
+
+def _places(traffic: Traffic) -> int:
+    """Tokens that a sequence's segments have room for, the pages that are not full included."""
+    longest = max(b.max_len for b in traffic.workload.batches)
+    return longest + int(SEGMENTS) * traffic.cache_layout.page_tokens
+
+
+def _widened_bytes(traffic: Traffic, rows: int, t: TensorSpec) -> int:
+    """What a product takes on a CPU: x in fp32 and, of a 4-bit one, the result and what is added; else a panel's."""
+    outputs, inputs = t.source_shape
+    if t.packing:
+        return 4 * rows * (inputs + 2 * outputs) + 4 * outputs
+    if traffic.model.itemsize == 4:
+        return 0
+    return 4 * rows * (inputs + min(int(widened_rows(inputs)), outputs)) + 4 * outputs
+
+
+def _panel_bytes(traffic: Traffic, t: TensorSpec) -> int:
+    """Rows of a matrix in fp32, as many as a CPU's product takes at a time."""
+    outputs, inputs = t.source_shape
+    if t.packing:
+        columns = int(CODES_PER_WORD) * t.shape[1]
+        return 4 * columns * int(BLOCK_ROWS) * min(int(panel_blocks(columns)), t.shape[0])
+    return 0 if traffic.model.itemsize == 4 else 4 * inputs * min(widened_rows(inputs), outputs)
+
+
+def _upload_bytes(traffic: Traffic) -> int:
+    """A token step's embeddings looked up on the host, their places, and five counts of each sequence's tokens."""
+    model = traffic.model
+    gathered = sum(t.shape[1] for layer in traffic.layers for t in layer.tensors if t.gathered)
+    row = (gathered + model.hidden) * model.itemsize + 4 * 8 + 5 * 4
+    return sum(b.size * row + ALIGNMENT for b in traffic.workload.batches)
+
+
+def _token_staging_bytes(traffic: Traffic) -> int:
+    if not traffic.host_is_apart or traffic.keeps_open:
+        return 0
+    return max(g.cache.host.size + g.cache.disk.size for g in traffic.groups) * traffic.cache_layout.token_bytes
+
+
+def _rows_bytes(traffic: Traffic, rows: int) -> int:
+    """Temporaries of an MLP or an attention over `rows` packed rows, whichever needs more.
+
+    On a CPU products of 16-bit matrices are fp32, [rows, ffn] widened beside the 16-bit one; an activation
+    function's result is a second tensor of that size.
+    """
+    model, itemsize = traffic.model, traffic.model.itemsize
+    widens = not traffic.host_is_apart and itemsize == 2 and not model.is_4bit
+    inner = model.ffn * (6 if widens else 2 * itemsize if traffic.host_is_apart else 8)
+    mlp = inner + model.hidden * (4 * itemsize + 4)
+    quantised = 20 if traffic.policy.is_cache_4bit and not traffic.host_is_apart else 0  # K or V on its way to 4 bits
+    attention = model.hidden * (5 * itemsize + 16 + quantised)
+    panels = WIDEN_BYTES if not traffic.host_is_apart and (itemsize == 2 or model.is_4bit) else 0
+    return rows * max(mlp, attention) + panels
+
+
+def head_bytes(traffic: Traffic) -> int:
+    """The largest part of the output projection's product, where it is not made in place."""
+    parts = (t.shape[0] for layer in traffic.layers if layer.is_head for t in layer.tensors if t.exact)
+    in_place = not traffic.host_is_apart and traffic.model.itemsize == 2
+    largest, batches = max(parts), traffic.workload.batches
+    sampled = 0 if in_place else largest * max(b.size for b in batches) * traffic.model.itemsize
+    scored = max(b.scored for b in batches)
+    chunk = 2 * largest * min(scored, SCORED_ROWS) * 4  # logits of some positions, and their exponentials
+    return sampled + chunk + sum(b.scored for b in batches) * traffic.model.hidden * traffic.model.itemsize
+
+
+def unfilled_bytes(traffic: Traffic) -> int:
+    """Bytes of the cache's homes in memory that are certainly first written after the prompts.
+
+    Of a layer's home the pages behind its longest prompt, without the huge pages that also hold what is written
+    earlier: they become resident as a whole.
+    """
+    layout, layers, total = traffic.cache_layout, sum(layer.has_cache for layer in traffic.layers), 0
+    for batch, groups in zip(traffic.workload.batches, traffic.groups, strict=True):
+        pages = layout.pages(batch.max_len)
+        for group in groups.cache[:2]:
+            filled = max(map(layout.pages, group.prompt_lens), default=pages)
+            huge = layout.dense(pages - filled, group.size) // HUGE_PAGE
+            total += max(huge - 1, 0) * HUGE_PAGE
+    return layers * total
+
+
+def _dense_bytes(traffic: Traffic) -> int:
+    """4-bit layers dequantised, which a GPU keeps for all GPU batches that use this load of them."""
+    if not traffic.host_is_apart or not traffic.model.is_4bit:
+        return 0
+    parameters = (sum(t.num_parameters for t in layer.tensors if t.packing) for layer in traffic.layers)
+    return traffic.layers_in_use * pad(max(parameters) * traffic.model.itemsize + ALIGNMENT)
+
+
+def logits_bytes(traffic: Traffic) -> int:
+    """fp32 logits of all GPU batches, kept while the parts of the head go by, and what their samplers keep."""
+    return sum(4 * b.size + b.sampler_bytes for b in traffic.workload.batches) * traffic.model.vocab
