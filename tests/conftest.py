@@ -21,8 +21,11 @@ from transformers import OPTForCausalLM
 
 from flexgen_triton.demo import DEMO_DIR
 
-HANDLERS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
-for number, handler in HANDLERS.items():
+for number, handler in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGTERM, signal.SIG_DFL),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
     if signal.getsignal(number) is signal.SIG_IGN:  # as in the background: tests send them, and commands leave it so
         signal.signal(number, handler)
 

@@ -241,7 +241,7 @@ def _policies(searched: Searched, told: list[Choice]) -> Table:
 
 
 def _shares(policy: Policy, kind: str, *, host_is_apart: bool) -> str:
-    gpu, cpu, disk = (getattr(policy, f"{kind}_{tier}_percent") for tier in TIERS)
+    gpu, cpu, disk = (getattr(policy, f"{kind}_{tier}_percent") for tier in ("gpu", "cpu", "disk"))
     return f"{gpu:g}/{cpu:g}/{disk:g}" if host_is_apart else f"{gpu + cpu:g}/{disk:g}"
 
 

@@ -18,7 +18,7 @@ HALFWAY = Totals(
     sequences=30,
     prompt_tokens=300,
     output_tokens=600,
-    blocks=3,
+    rounds=3,
     seconds_ended=12.0,
     bound_s=10.0,
     busy={"compute": 6.0, "disk_in": 9.0},
@@ -54,7 +54,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return stopped
 
 
-def test_figures_are_of_the_seconds_that_blocks_ran():
+def test_figures_are_of_the_seconds_that_rounds_ran():
     found = figures(30, HALFWAY, 90)
     assert found["output_tok_s"] == 50 and found["eta_s"] == 60 * 12 / 30
     assert found["busiest"] == "disk_in" and found["memory"]["host"] == 3 * GIB

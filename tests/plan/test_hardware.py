@@ -117,7 +117,7 @@ def broken(**fields: object) -> str:
     [
         ("{", "not valid JSON"),
         ("[]", "holds no profile"),
-        ('{"name": "x"}', "lacks source, copies"),
+        ('{"name": "x"}', "lacks source, host_is_apart"),
         (broken(h2d=[[1, -1]]), "h2d: a curve needs"),
         (broken(h2d=[1, 2]), "h2d: "),
         (broken(matmul=[[1, 1]]), "matmul: "),
