@@ -11,15 +11,17 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the other cores run other tests
 import signal
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
 from grids import mark_slow
 from hypothesis import settings
-from tiny_models import Tiny, TinyModels
-from transformers import OPTForCausalLM
 
 from flexgen_triton.demo import DEMO_DIR
+
+if TYPE_CHECKING:  # fixtures import torch and transformers themselves: the process that hands tests out needs neither
+    from tiny_models import Tiny
+    from transformers import OPTForCausalLM
 
 for number, handler in (
     (signal.SIGINT, signal.default_int_handler),
@@ -59,6 +61,8 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_models(shared_folder: Path) -> Mapping[str, Tiny]:
+    from tiny_models import TinyModels
+
     return TinyModels(shared_folder)
 
 
@@ -70,6 +74,8 @@ def tiny(tiny_models: Mapping[str, Tiny]) -> Tiny:
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """On a busy machine, threads that wait for each other cost a model this small more than they bring."""
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -79,4 +85,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def model() -> OPTForCausalLM:
     """The demo model, in fp32."""
+    import torch
+    from transformers import OPTForCausalLM
+
     return OPTForCausalLM.from_pretrained(DEMO_DIR, dtype=torch.float32, local_files_only=True).eval()
