@@ -316,6 +316,7 @@ next(left)
 """
 
 
+@pytest.mark.slow
 def test_forks_are_refused_and_harmless(tiny, tmp_path):
     """Where a model was at work before; one made before, but used in the fork alone, works. The exit closes what is."""
     code = FORKS.format(

@@ -239,20 +239,22 @@ def test_where_everything_fits_nothing_is_offloaded():
     assert policy.w_gpu_percent == policy.cache_gpu_percent == policy.act_gpu_percent == 100
 
 
-def test_lossy_formats_are_used_only_where_allowed():
+@TRIED
+def test_lossy_formats_are_used_only_where_allowed(tried):
     model = model_spec(SIZES["opt-6.7b"], "opt-6.7b", "float16")
     t4 = load_profile("t4")
-    exact = search(Problem(model, 512, 32), t4).best
+    exact = search(Problem(model, 512, 32, **tried), t4).best
     assert not exact.policy.compress_weight and not exact.policy.compress_cache and exact.policy.attn_sparsity == 1
-    lossy = search(Problem(model, 512, 32, allow=frozenset({"4bit"})), t4).best
+    lossy = search(Problem(model, 512, 32, allow=frozenset({"4bit"}), **tried), t4).best
     assert lossy.policy.compress_weight and not lossy.policy.compress_cache
     assert lossy.tokens_per_s > exact.tokens_per_s
     with pytest.raises(PolicyError, match="8bit cannot be allowed; what can is 4bit, 4bit-cache, sparse"):
         Problem(model, 512, 32, allow=frozenset({"8bit"}))
 
 
-def test_a_latency_limit_is_kept_or_refused():
-    problem = Problem(TINY, 64, 16)
+@TRIED
+def test_a_latency_limit_is_kept_or_refused(tried):
+    problem = Problem(TINY, 64, 16, **tried)
     best = search(problem, SMALL_GPU).best
     limited = search(replace(problem, max_latency=best.latency_s / 4), SMALL_GPU).best
     assert limited.latency_s <= best.latency_s / 4

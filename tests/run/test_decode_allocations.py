@@ -22,7 +22,7 @@ from flexgen_triton import LLM, Policy, SamplingParams
 from flexgen_triton.memory.arena import Arena
 from flexgen_triton.models import ops
 from flexgen_triton.plan.schedule import Op
-from flexgen_triton.run.actions import Block
+from flexgen_triton.run.actions import Round
 from flexgen_triton.sequences.sequence import TokenSequence
 
 FORMATS = {  # dtype, 4-bit weights, 4-bit cache, share of V
@@ -94,7 +94,7 @@ def python_bytes() -> int:
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> Seen:
     """Watches all that any lane does in token steps from 1 on."""
-    seen, make, actions = Seen(), Arena.__init__, Block.actions.fget
+    seen, make, actions = Seen(), Arena.__init__, Round.actions.fget
 
     def make_and_note(self: Arena, *args, **kwargs) -> None:
         make(self, *args, **kwargs)
@@ -109,7 +109,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Seen:
 
     monkeypatch.setattr(Arena, "__init__", make_and_note)
     watched_actions = property(lambda self: {name: partial(watch, act) for name, act in actions(self).items()})
-    monkeypatch.setattr(Block, "actions", watched_actions)
+    monkeypatch.setattr(Round, "actions", watched_actions)
     return seen
 
 

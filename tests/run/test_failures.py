@@ -12,7 +12,7 @@ import pytest
 from flexgen_triton import LLM, Policy, SamplingParams
 from flexgen_triton.memory.arena import Arena
 from flexgen_triton.plan.policy import PolicyError
-from flexgen_triton.run.actions import Block
+from flexgen_triton.run.actions import Round
 
 GREEDY = SamplingParams(max_tokens=6, ignore_eos=True, temperature=0)
 HOSTED = Policy(3, 2, 0, 0, 0, 60, 0, 0, cpu_cache_compute=True, cpu_attention_percent=50)
@@ -43,13 +43,13 @@ HOSTED_OPS = {  # of a policy that has the host attend
 def test_an_error_in_any_lane_ends_the_run_and_names_its_op(tiny, tmp_path, monkeypatch, name):
     copies, lane = OPS.get(name) or (True, HOSTED_OPS[name])
     failed_at: list[float] = []
-    actions = Block.actions.fget
+    actions = Round.actions.fget
 
     def failing(op):
         failed_at.append(time.perf_counter())
         raise OSError(5, "the device is gone")
 
-    monkeypatch.setattr(Block, "actions", property(lambda block: {**actions(block), name: failing}))
+    monkeypatch.setattr(Round, "actions", property(lambda block: {**actions(block), name: failing}))
     threads = threading.active_count()
     policy = HOSTED if name in HOSTED_OPS else Policy(3, 2, 0, 0, 0, 0, 0, 0)
     with LLM(str(tiny.path), policy=policy, dtype="float32", offload_dir=tmp_path, copies=copies) as llm:
@@ -69,7 +69,7 @@ def test_an_interrupt_ends_the_run_and_leaves_no_thread(tiny, tmp_path, monkeypa
     def interrupted(self, i, k):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Block, "alive", interrupted)
+    monkeypatch.setattr(Round, "alive", interrupted)
     threads = threading.active_count()
     llm = LLM(str(tiny.path), policy=policy, dtype="float32", offload_dir=tmp_path, copies=policy is HOSTED)
     with llm, pytest.raises(KeyboardInterrupt):
