@@ -203,8 +203,8 @@ def _side(measured: Measured | None) -> tuple[str, str]:
 
 def make_problem(args: argparse.Namespace) -> Problem:
     """What the search is asked, for the model that is measured."""
+    from flexgen_triton.models.family import model_spec
     from flexgen_triton.models.locate import choose_dtype, find_model
-    from flexgen_triton.models.opt import model_spec
 
     source = find_model(args.model, args.path)
     spec = model_spec(source.config, source.name, choose_dtype(args.dtype, source))

@@ -25,7 +25,7 @@ from rows import ROOT, commit
 
 sys.path.insert(0, str(ROOT))
 
-from flexgen_triton.models.opt import SIZES, model_spec
+from flexgen_triton.models.family import SIZES, model_spec
 from flexgen_triton.plan.cost import seconds
 from flexgen_triton.plan.hardware import Hardware, load_profile
 from flexgen_triton.plan.placement import Tier

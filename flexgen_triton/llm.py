@@ -23,8 +23,9 @@ from .defaults import DEFAULT_OFFLOAD_DIR as DEFAULT_OFFLOAD_DIR
 from .machine.auto import choose, machine, settled, typical_length
 from .memory.arena import Resident
 from .models.checkpoint import open_store
+from .models.config import ModelError
+from .models.family import make_model, model_spec
 from .models.locate import check_device, choose_dtype, find_model
-from .models.opt import OPT, ModelError, model_spec
 from .plan.hardware import Hardware
 from .plan.placement import ALIGN, STORE_ALIGN
 from .plan.policy import Policy, PolicyError
@@ -145,6 +146,7 @@ class LLM:
         self.source = find_model(as_model(model), path)
         self.spec: ModelSpec = model_spec(self.source.config, self.source.name, choose_dtype(dtype, self.source))
         check_device(self.spec.dtype, self._device)
+        self.eos_ids = frozenset(self.source.config.eos_ids)  # any of which ends a text
         self._base, self._profile, self._copies = base, hardware, copies
         self._seed, self._verify = seed, verify
         self._progress, self._check = progress, check
@@ -205,7 +207,7 @@ class LLM:
             streamed=policy.w_gpu_percent + policy.w_cpu_percent < 100,
         )
         self._engine = Engine(
-            OPT(self.source.config),
+            make_model(self.source.config),
             spec,
             store,
             policy,
@@ -420,7 +422,8 @@ class LLM:
             watched = params.stop or (partial and self.has_tokenizer)
             text = TextStream(self._decoder(params), params.stop, params.min_tokens) if watched else None
             once = params if n == 0 else replace(params, prompt_logprobs=None)  # the prompt is the same
-            requests.append(TokenSequence(prepared.token_ids, once, seed + n, watch=text.add if text else None))
+            watch = text.add if text else None
+            requests.append(TokenSequence(prepared.token_ids, once, seed + n, self.eos_ids, watch))
             texts.append(text)
         return _Answer(number, prepared, requests, texts, time.time())
 

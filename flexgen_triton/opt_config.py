@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from .models.config import ModelConfig, ModelError
+from .models.family import config_by_name
 from .models.locate import DEMO, find_model
-from .models.opt import ModelError, OPTConfig, config_by_name
 
 NUMPY_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": np.float16}  # of bfloat16, the size
 
@@ -35,20 +36,20 @@ class OptConfig:
     dtype: type = np.float16
 
     @classmethod
-    def of(cls, name: str, config: OPTConfig, dtype: str = "float16") -> OptConfig:
+    def of(cls, name: str, config: ModelConfig, dtype: str = "float16") -> OptConfig:
         """The same sizes under FlexGen's names."""
         return cls(
             name=name,
-            num_hidden_layers=config.num_hidden_layers,
-            max_seq_len=config.max_position_embeddings,
-            hidden_size=config.hidden_size,
-            n_head=config.num_attention_heads,
-            input_dim=config.embed_dim,
-            ffn_embed_dim=config.ffn_dim,
-            pad=config.pad_token_id,
-            activation_fn=config.activation_function,
-            vocab_size=config.vocab_size,
-            pad_token_id=config.pad_token_id,
+            num_hidden_layers=config.layers,
+            max_seq_len=config.positions,
+            hidden_size=config.hidden,
+            n_head=config.heads,
+            input_dim=config.embed_width,
+            ffn_embed_dim=config.ffn,
+            pad=config.pad_id or 0,
+            activation_fn=config.activation,
+            vocab_size=config.vocab,
+            pad_token_id=config.pad_id or 0,
             dtype=NUMPY_DTYPES.get(dtype, np.float16),
         )
 

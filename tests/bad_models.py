@@ -48,7 +48,7 @@ FIELDS: dict[str, tuple[dict[str, Any], str]] = {  # what is changed, words of t
     "end -1": ({"eos_token_id": -1}, "eos_token_id is -1; it must be in the vocabulary"),
     "end 1e9": ({"eos_token_id": 10**9}, "eos_token_id is 1000000000"),
     "end a text": ({"eos_token_id": "</s>"}, 'eos_token_id is "</s>"; it must be one token id'),
-    "two ends": ({"eos_token_id": [2, 3]}, "eos_token_id is a list of 2"),
+    "two ends, one outside": ({"eos_token_id": [2, 4096]}, "eos_token_id is 4096; it must be in the vocabulary"),
     "no end in a list": ({"eos_token_id": []}, "eos_token_id is a list of 0"),
     "padding true": ({"pad_token_id": True}, "pad_token_id is true"),
     "padding outside": ({"pad_token_id": 4096}, "from 0 to 4095"),
@@ -58,7 +58,7 @@ FIELDS: dict[str, tuple[dict[str, Any], str]] = {  # what is changed, words of t
     "dtype a number": ({"dtype": 16}, "dtype is 16"),
     "dtype an object": ({"dtype": {"a": 1}}, "dtype is an object"),
     "dtype unknown": ({"dtype": "float7"}, "dtype 'float7' is not supported"),
-    "another family": ({"model_type": "llama"}, "OPT models only"),
+    "another family": ({"model_type": "gpt2"}, 'model_type is "gpt2"; this version runs opt'),
     "family a list": ({"model_type": []}, "model_type is a list of 0"),
     "all sizes large": (
         {"hidden_size": 1 << 20, "ffn_dim": 1 << 22, "num_hidden_layers": 9999, "num_attention_heads": 64},

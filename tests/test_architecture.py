@@ -84,6 +84,12 @@ def test_only_ops_imports_the_kernels():
     assert importers == {"models/ops.py"}
 
 
+def test_only_the_table_of_families_imports_a_family():
+    families = {"opt", "llama"}
+    found = {p: {n.split(".")[-1] for n in imports(p) if n.startswith("flexgen_triton.models.")} for p in sources("")}
+    assert {str(p.relative_to(PACKAGE)) for p, names in found.items() if names & families} == {"models/family.py"}
+
+
 def test_plan_never_imports_torch():
     for path in sources("plan"):
         assert not {n for n in imports(path) if n.split(".")[0] in ("torch", "triton", "numpy", "transformers")}, path

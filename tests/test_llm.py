@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flexgen_triton import LLM, Policy, SamplingParams
+from flexgen_triton.models.config import ModelError
 from flexgen_triton.models.locate import check_device, choose_dtype, find_model
-from flexgen_triton.models.opt import ModelError
 
 ROOT = Path(__file__).parents[1]
 GREEDY = SamplingParams(max_tokens=5, ignore_eos=True, temperature=0)

@@ -1,4 +1,4 @@
-"""Tiny random OPT checkpoints, and what transformers generates from them one prompt at a time."""
+"""Tiny random checkpoints, and what transformers generates from them one prompt at a time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from made_once import made_once
 from safetensors.torch import load_file, save_file
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel
 
 PROMPT_LENS = (33, 1, 17, 70, 5, 12, 9)
 NEW_TOKENS = 10
@@ -75,6 +75,11 @@ def make_tiny(path: Path, fields: dict[str, object]) -> Tiny:
                 parameter.normal_(0, 0.1)
     model.save_pretrained(path)
     prompts = make_prompts(config.vocab_size)
+    return Tiny(path, prompts, *answers(model, prompts))
+
+
+def answers(model: PreTrainedModel, prompts: list[list[int]]) -> tuple[list[list[int]], list[torch.Tensor]]:
+    """The greedy tokens of each prompt, and their logits [NEW_TOKENS, V]."""
     tokens, logits = [], []
     for prompt in prompts:
         ids = torch.tensor([prompt])
@@ -89,7 +94,7 @@ def make_tiny(path: Path, fields: dict[str, object]) -> Tiny:
         )
         tokens.append(out.sequences[0, len(prompt) :].tolist())
         logits.append(torch.cat(out.logits).float())
-    return Tiny(path, prompts, tokens, logits)
+    return tokens, logits
 
 
 class TinyModels(Mapping[str, Tiny]):

@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from flexgen_triton.models.opt import SIZES, model_spec
+from flexgen_triton.models.family import SIZES, model_spec
 from flexgen_triton.plan.generator import Generator
 from flexgen_triton.plan.link import Linker
 from flexgen_triton.plan.plan import make_plan

@@ -24,8 +24,8 @@ from ..machine.measure import cached_profile
 from ..memory.arena import peak_rss, reset_peak_rss, rss
 from ..memory.device import peak_allocated_bytes, reset_peak_allocated
 from ..memory.stripes import Folders
+from ..models.family import model_spec
 from ..models.locate import DEMO, choose_dtype, find_sizes
-from ..models.opt import model_spec
 from ..plan.hardware import Hardware, load_profile
 from ..plan.placement import Tier
 from ..plan.plan import Plan, make_plan

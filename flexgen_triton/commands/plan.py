@@ -20,8 +20,9 @@ from ..defaults import DEFAULT_OFFLOAD_DIR
 from ..machine.auto import machine
 from ..memory.device import default_device
 from ..memory.stripes import Folders
+from ..models.config import ModelError
+from ..models.family import config_by_name, model_spec
 from ..models.locate import DUMMY, ModelSource, choose_dtype, find_local, find_sizes, hub_name, read_config
-from ..models.opt import ModelError, config_by_name, model_spec
 from ..plan.fit import fits, need
 from ..plan.footprint import ACTIVATIONS, CACHE, WEIGHTS
 from ..plan.hardware import GIB, Hardware, profile_names
@@ -134,9 +135,7 @@ def _remote_config(model: str) -> ModelSource:
     try:
         path = Path(hf_hub_download(model, "config.json"))
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise ModelError(
-            f"{model} is no directory here, no known OPT size, nor to be had from the hub: {error}"
-        ) from error
+        raise ModelError(f"{model} is no directory here, no known size, nor to be had from the hub: {error}") from error
     return read_config(path, model.rsplit("/", 1)[-1], None)
 
 
@@ -375,7 +374,7 @@ def find_policies(model: Model, hardware: Hardware, options: Mapping[str, Any]) 
 
 
 @click.command("plan", cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--model", required=True, help="A checkpoint's directory, a hub id, an OPT size by name, or 'demo'.")
+@click.option("--model", required=True, help="A checkpoint's directory, a hub id, a published size by name, or 'demo'.")
 @click.option("--path", help="The checkpoint's directory; for a known OPT size none is needed.")
 @click.option("--hardware", help=f"A profile's file, or one of {', '.join(profile_names())}; default: this machine.")
 @click.option("--prompt-len", type=click.IntRange(1), default=512, show_default=True)

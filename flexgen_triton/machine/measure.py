@@ -26,7 +26,8 @@ from ..memory.device import gpu_memory, gpu_name, reserved_bytes
 from ..memory.stripes import Folders
 from ..models import ops
 from ..models.checkpoint import open_store
-from ..models.opt import OPT, OPTConfig, model_spec
+from ..models.config import ModelConfig
+from ..models.family import make_model, model_spec, probe_config
 from ..plan.cost import seconds
 from ..plan.hardware import Hardware, HardwareError
 from ..plan.json_file import JsonError, read_object
@@ -47,8 +48,8 @@ Progress = Callable[[str, int, int], None]  # the phase, steps done, of how many
 MEASURING_BYTES = 640 << 20  # that measuring takes on top of what the process has
 STEPS = 9  # that progress is told of
 LINKS = ("h2d", "d2h", "h2d_pageable", "d2h_pageable")
-TINY = OPTConfig(64, 4, 2, 256, vocab_size=512, max_position_embeddings=128)
-SAMPLE = OPTConfig(2048, 2, 32, 8192, vocab_size=4096, max_position_embeddings=128)
+TINY = probe_config(64, 4, 2, 256, vocab=512, positions=128)
+SAMPLE = probe_config(2048, 2, 32, 8192, vocab=4096, positions=128)
 SAMPLE_STEPS = 16
 LEAST_SHARE = 0.01  # of a run's makespan, for a lane to correct the profile
 
@@ -220,15 +221,15 @@ def _inside(folders: Folders) -> Iterator[Folders]:
 
 
 def _run(
-    config: OPTConfig, policy: Policy, device: torch.device, folders: Folders, *, host_is_apart: bool, steps: int
+    config: ModelConfig, policy: Policy, device: torch.device, folders: Folders, *, host_is_apart: bool, steps: int
 ) -> RunReport:
     """Generate with random weights, a round of prompts of 16 tokens."""
-    spec = model_spec(config, f"measure-{config.hidden_size}", "float16")
+    spec = model_spec(config, f"measure-{config.hidden}", "float16")
     store = open_store(spec, None, folders.paths)
     params = SamplingParams(max_tokens=steps, ignore_eos=True, temperature=0)
     requests = [TokenSequence([5] * 16, params) for _ in range(policy.round_size)]
     with Engine(
-        OPT(config), spec, store, policy, device=device, folders=folders, host_is_apart=host_is_apart
+        make_model(config), spec, store, policy, device=device, folders=folders, host_is_apart=host_is_apart
     ) as engine:
         return engine.generate(requests)
 

@@ -26,8 +26,8 @@ from ..memory.disk import DiskQueue, Read, Readable, Write
 from ..memory.stripes import Folders
 from ..memory.weights import BOUNCE_BYTES
 from ..models import ops
+from ..models.family import model_spec, probe_config
 from ..models.ops import Matrix, Matrix4
-from ..models.opt import OPTConfig, model_spec
 from ..plan.hardware import Curve
 from ..plan.layout import CacheLayout, cache_fields, page_tokens_for
 from ..plan.plan import Plan, make_plan
@@ -150,7 +150,7 @@ class Workbench:
 
     def spec(self, dtype: str) -> ModelSpec:
         """A model of one decoder layer."""
-        config = OPTConfig(self.hidden, 1, self.heads, self.ffn, vocab_size=256, max_position_embeddings=1 << 20)
+        config = probe_config(self.hidden, 1, self.heads, self.ffn, vocab=256, positions=1 << 20)
         return model_spec(config, "measured", dtype)
 
     def stretches(self, nbytes: int) -> Iterator[Tensor]:
@@ -294,7 +294,7 @@ def passes(bench: Workbench, clock: Clock, budget_s: float) -> Curve:
 
 
 def _passes_task(bench: Workbench, rows: int) -> Task:
-    """What OPT's attention and MLP do apart from their products, which add the biases."""
+    """What the probe's attention and MLP do apart from their products, which add the biases."""
     x, inner = bench.view(bench.half, rows, bench.hidden), bench.view(bench.half, rows, bench.ffn)
     norm = bench.view(bench.half, bench.hidden)
     plan = _one_batch(bench, bench.half, rows, 1)

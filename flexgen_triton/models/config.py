@@ -1,11 +1,12 @@
-"""A model's config.json, checked field by field: a table of names and checks, which each family has one of.
+"""A model's config.json, checked field by field, and what is made of it: one `ModelConfig` for every decoder.
 
-Knows what a value may be. Does not know what a family computes with it.
+Each family has a table of names and checks. Knows what a value may be. Does not know what a family computes with it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ..plan.json_file import kind_of
@@ -25,6 +26,46 @@ Check = Callable[[Any], Any]  # returns the value to use, or raises ModelError w
 
 class ModelError(ValueError):
     """A model that this engine cannot run; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """The sizes of a decoder-only model and the choices that decide its arithmetic; `family` is a key of FAMILIES."""
+
+    family: str
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    positions: int
+    activation: str
+    eos_ids: tuple[int, ...]
+    bos_id: int | None = None
+    pad_id: int | None = None
+    embed_dim: int = 0  # of the token table where it is projected to `hidden`; else 0
+    eps: float = 1e-5
+    norm_first: bool = True
+    final_norm: bool = True
+    norm_affine: bool = True
+    biases: bool = True
+    gated: bool = False  # the MLP multiplies two projections
+    rope_theta: float | None = None  # rotary positions, without a table
+    tied: bool = True  # the output projection is the token table
+
+    @property
+    def embed_width(self) -> int:
+        return self.embed_dim or self.hidden
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements of its matrices and tables; vectors are left out."""
+        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        mlp = (3 if self.gated else 2) * self.hidden * self.ffn
+        tables = self.vocab * self.embed_width + (self.positions * self.hidden if self.rope_theta is None else 0)
+        return self.layers * (attention + mlp) + tables
 
 
 def whole(low: int, high: int) -> Check:
@@ -56,6 +97,25 @@ def word(known: Collection[str]) -> Check:
     return check
 
 
+def number(low: float, high: float) -> Check:
+    """A number between two others."""
+
+    def check(value: Any) -> float:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
+            raise ModelError(f"it must be a number from {low:g} to {high:g}")
+        return float(value)
+
+    return check
+
+
+def tokens(value: Any) -> tuple[int, ...]:
+    """One token's id, or a list of some."""
+    ids = value if isinstance(value, list) else [value]
+    if not ids or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        raise ModelError("it must be one token id, or a list of some")
+    return tuple(ids)
+
+
 def token(value: Any) -> int:
     """A token's id, by itself or as the only one of a list."""
     ids = value if isinstance(value, list) else [value]
@@ -81,9 +141,9 @@ def read_fields(config: Mapping[str, Any], checks: Mapping[str, Check], required
     return found
 
 
-def check_tokens(tokens: Mapping[str, int], vocab: int) -> None:
+def check_tokens(found: Mapping[str, int | tuple[int, ...]], vocab: int) -> None:
     """Raise ModelError where a token id is outside the vocabulary."""
-    for name, value in tokens.items():
+    for name, value in ((name, i) for name, ids in found.items() for i in (ids if isinstance(ids, tuple) else (ids,))):
         if not 0 <= value < vocab:
             raise ModelError(f"{name} is {value}; it must be in the vocabulary, from 0 to {vocab - 1}: {WAY_OUT}")
 

@@ -14,8 +14,9 @@ from ..demo import DEMO_DIR
 from ..memory.device import gpu_capability, gpu_name
 from ..plan.json_file import JsonError, read_object
 from ..plan.spec import DTYPE_BYTES
-from .config import ModelError, checkpoint_dtype
-from .opt import OPTConfig, config_by_name
+from .config import ModelConfig, ModelError, checkpoint_dtype
+from .family import config_by_name
+from .family import read_config as read_fields
 
 NUMPY_TABLE = "decoder.embed_tokens.weight"  # a file of this name is in every directory of FlexGen's numpy weights
 WEIGHTS = ("*.safetensors", "*.bin")
@@ -27,7 +28,7 @@ class ModelSource:
     """A model found: its configuration, its name, and its directory (None: random weights)."""
 
     name: str
-    config: OPTConfig
+    config: ModelConfig
     directory: Path | None
     dtype: str  # of the checkpoint, by its own config
 
@@ -49,7 +50,7 @@ def find_model(model: str, path: str | None = None) -> ModelSource:
         if config is None and (Path(model) / "config.json").is_file():
             return replace(_from_directory(Path(model)), directory=None)
         if config is None:
-            raise ModelError(f"{model!r} is no known OPT size, so no random weights can be made for it")
+            raise ModelError(f"{model!r} is no known size, so no random weights can be made for it")
         return ModelSource(model.rsplit("/", 1)[-1], config, None, "float16")
     directory = find_local(model, path)
     if directory is not None:
@@ -141,7 +142,7 @@ def read_config(path: Path, name: str, directory: Path | None) -> ModelSource:
     except JsonError as error:
         raise ModelError(f"{error}; download it again") from error
     try:
-        return ModelSource(name, OPTConfig.from_json(config), directory, checkpoint_dtype(config))
+        return ModelSource(name, read_fields(config), directory, checkpoint_dtype(config))
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from error
 

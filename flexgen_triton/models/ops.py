@@ -12,10 +12,12 @@ one they are torch's own. What an operation needs beside its result is back befo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from itertools import groupby, pairwise
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -39,7 +41,21 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # in place
 FUSED_ACTIVATIONS = {name: "gelu_tanh" if name in ("gelu_new", "gelu_pytorch_tanh") else name for name in ACTIVATIONS}
 LAYER_NORM_EPS = 1e-5
 
-Rows = list[tuple[int, Tensor]]  # (first row, rows) of the segments of a tensor
+Ids = npt.NDArray[np.int64]
+Rows = Callable[[str, Ids], Tensor]  # table name, ids [T] -> [T, width], the caller's to overwrite
+RowSegments = list[tuple[int, Tensor]]  # (first row, rows) of the segments of a tensor
+
+
+class Positions:
+    """The positions [T] of a computation's tokens: `ids` on the host, and on the device once they are asked for."""
+
+    def __init__(self, ids: Ids, upload: Callable[[Ids], Tensor]) -> None:
+        self.ids, self._upload = ids, upload
+
+    @cached_property
+    def on_device(self) -> Tensor:
+        """[T] int32"""
+        return self._upload(self.ids)
 
 
 def uses_triton(x: Tensor) -> bool:
@@ -55,7 +71,7 @@ class Matrix:
 
     __slots__ = ("row", "rows", "segments")
 
-    def __init__(self, segments: Rows) -> None:
+    def __init__(self, segments: RowSegments) -> None:
         self.segments = sorted(segments, key=lambda s: s[0])
         self.row = self.segments[0][0]
         self.rows = sum(len(t) for _, t in self.segments)
@@ -79,7 +95,12 @@ class Matrix4:
     __slots__ = ("_dense", "_room", "columns", "rows", "segments")
 
     def __init__(
-        self, shape: tuple[int, int], group_size: int, codes: Rows, scales: Rows, room: Scratch | None = None
+        self,
+        shape: tuple[int, int],
+        group_size: int,
+        codes: RowSegments,
+        scales: RowSegments,
+        room: Scratch | None = None,
     ) -> None:
         self.rows, self.columns = shape
         groups = scales[0][1].shape[1] // (2 * BLOCK_ROWS)
@@ -115,7 +136,7 @@ def quantize_weight(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     return quantize(weight, group_size, SEARCHED)  # type: ignore[no-any-return]
 
 
-def _rows_between(segments: Rows, low: int, high: int) -> Tensor:
+def _rows_between(segments: RowSegments, low: int, high: int) -> Tensor:
     return next(t[low - at : high - at] for at, t in segments if at <= low and high <= at + len(t))
 
 
@@ -318,6 +339,53 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, scratch: S
         from ..kernels.cpu.norm import layer_norm as normalise
     normalise(x, weight, bias, eps=LAYER_NORM_EPS, out=out)
     return out
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, scratch: Scratch | None = None) -> Tensor:
+    """Root mean square normalisation of x [M, K] over K, in x's dtype, computed in fp32."""
+    scratch = scratch or Scratch(device=x.device)
+    out = scratch.take(*x.shape, dtype=x.dtype)
+    if uses_triton(x):
+        from ..kernels.norm import rms_norm as normalise
+
+        normalise(x, weight, eps=eps, out=out)
+        return out
+    with scratch.frame():
+        wide, squares = _widened(x, scratch), scratch.take(*x.shape, dtype=torch.float32)
+        scale = scratch.take(len(x), 1, dtype=torch.float32)
+        torch.mean(torch.mul(wide, wide, out=squares), 1, keepdim=True, out=scale)
+        out.copy_(torch.mul(wide, scale.add_(eps).rsqrt_(), out=squares))
+    return out.mul_(weight)
+
+
+def rotate(x: Tensor, positions: Tensor, theta: float, scratch: Scratch) -> None:
+    """Turn each head's pairs (i, i + D/2) by its position times theta ** (-2 i / D), in place: [T, H, D].
+
+    `positions` are [T] int32 (Su et al., RoFormer, 2021, section 3.2, with a head's halves as the pairs).
+    """
+    half = x.shape[2] // 2
+    with scratch.frame():
+        angles = scratch.take(len(x), 1, half, dtype=torch.float32)
+        torch.mul(positions[:, None, None], _frequencies(half, theta, x.device), out=angles)
+        cos, sin = (scratch.take(*angles.shape, dtype=x.dtype).copy_(f(angles)) for f in (torch.cos, torch.sin))
+        left, right, turned = x[..., :half], x[..., half:], scratch.take(*x.shape[:2], half, dtype=x.dtype)
+        torch.mul(left, cos, out=turned).addcmul_(right, sin, value=-1)
+        right.mul_(cos).addcmul_(left, sin)
+        left.copy_(turned)
+
+
+@lru_cache(maxsize=8)
+def _frequencies(half: int, theta: float, device: torch.device) -> Tensor:
+    """[D/2] fp32"""
+    return 1.0 / theta ** (torch.arange(half, dtype=torch.float32, device=device) / half)
+
+
+def gated(x: Tensor, activation: str, scratch: Scratch) -> Tensor:
+    """`activation(gate) * up` of x [M, 2 F], gate beside up -> [M, F]."""
+    width = x.shape[1] // 2
+    out = scratch.take(len(x), width, dtype=x.dtype).copy_(x[:, :width])
+    ACTIVATIONS[activation](out)
+    return out.mul_(x[:, width:])
 
 
 def prefill_attention(q: Tensor, k: Tensor, v: Tensor, lens: Sequence[int]) -> Tensor:

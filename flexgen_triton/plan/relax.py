@@ -47,7 +47,7 @@ class Optimum(NamedTuple):
 
 def shortened(model: ModelSpec, layers: int) -> ModelSpec:
     """The model with its first `layers` decoder layers only."""
-    modules = tuple(m for m in model.modules if m.kind not in ("attention", "mlp") or m.index < layers)
+    modules = tuple(m for m in model.modules if not m.is_decoder or m.index < layers)
     return replace(model, modules=modules, num_decoder_layers=layers)
 
 
@@ -89,7 +89,7 @@ class Relaxation:
         """Seconds by phase and lane; the last decoder layer's layers count `times`."""
         steps = sorted(sample_steps(plan.workload.steps, SHORT_STEPS).items())
         last = plan.model.num_decoder_layers - 1
-        repeated = [any(m.kind in ("attention", "mlp") and m.index == last for m in la.modules) for la in plan.layers]
+        repeated = [any(m.is_decoder and m.index == last for m in layer.modules) for layer in plan.layers]
         found: Amounts = {}
         for op in Generator(sampled(plan.program, dict(steps))):
             key = (DECODE if op.i else PREFILL, op.lane.value)

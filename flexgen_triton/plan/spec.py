@@ -65,15 +65,36 @@ class TensorSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class ModuleSpec:
-    """A function of the model with its own weights: "embed", "attention", "mlp" or "head".
+class State:
+    """K and V of every earlier token, kept for later ones."""
 
-    A head too large to stream at once is several modules of kind "head", each with some rows of the projection.
+    kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleSpec:
+    """A function of the model with its own weights, and what it costs: "embed", "attention", "mlp" or "head".
+
+    A head too large to stream at once is several modules of kind "head", each with some rows of the projection. Costs
+    are for one row, a token.
     """
 
     kind: str
     index: int  # which decoder layer, or which part of the head
     tensors: tuple[TensorSpec, ...]
+    passes: int = 0  # bytes read and written apart from products: norms, biases, activations, residuals
+    passes_before: int = 0  # those of them before attention
+    results: int = 0  # numbers of its operations' results, which are kept to the computation's end
+    widest: int = 0  # numbers of the widest intermediate, where that is wider than a hidden state
+    lookups: tuple[str, ...] = ()  # "tokens", "positions": the tables that it looks up
+    positions: bool = False  # it needs the tokens' positions on the device
+    state: State | None = None  # what it keeps of every token
+
+    @property
+    def is_decoder(self) -> bool:
+        """True for the modules of decoder layers, of which `index` is the number."""
+        return self.kind in ("attention", "mlp")
 
     @property
     def name(self) -> str:
@@ -100,7 +121,7 @@ class LayerSpec:
 
     @property
     def has_cache(self) -> bool:
-        return any(m.kind == "attention" for m in self.modules)
+        return any(m.state for m in self.modules)
 
     @property
     def is_head(self) -> bool:
@@ -110,7 +131,11 @@ class LayerSpec:
         """What is computed before attention and what after it, as modules of kinds of their own."""
         attention, *others = self.modules
         before, after = (tuple(t for t in attention.tensors if t.projects is first) for first in (True, False))
-        first, second = (replace(attention, kind=k, tensors=t) for k, t in (("project", before), ("output", after)))
+        passes = attention.passes_before, attention.passes - attention.passes_before
+        first, second = (
+            replace(attention, kind=kind, tensors=tensors, passes=nbytes)
+            for kind, tensors, nbytes in zip(("project", "output"), (before, after), passes, strict=True)
+        )
         return (first,), (second, *others)
 
 
@@ -124,9 +149,6 @@ class ModelSpec:
     hidden: int
     num_decoder_layers: int
     num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    ffn: int
     vocab: int
     max_positions: int
     modules: tuple[ModuleSpec, ...]
@@ -134,6 +156,20 @@ class ModelSpec:
     @property
     def itemsize(self) -> int:
         return DTYPE_BYTES[self.dtype]
+
+    @property
+    def state(self) -> State:
+        """The state of its layers, which is the same in all that have one."""
+        (found,) = {m.state for m in self.modules if m.state}
+        return found
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.state.kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.state.head_dim
 
     @property
     def num_parameters(self) -> int:

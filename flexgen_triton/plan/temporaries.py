@@ -77,12 +77,10 @@ def _row_bytes(traffic: Traffic) -> int:
 
 
 def _layer_bytes(traffic: Traffic, layer: LayerSpec) -> int:
-    """The results of a layer's operations for one row, all kept to its end, and its entry; or its vectors' bytes."""
+    """The results of a layer's operations for one row, all kept to its end, with its entry and attention's result."""
     model = traffic.model
-    width = sum(t.source_shape[0] for t in layer.tensors if _is_matrix(t) and not t.exact)
-    looked_up = 2 * sum(t.shape[1] for t in layer.tensors if t.gathered)  # and of a table that the head multiplies with
-    heads = model.num_heads * model.head_dim
-    return model.itemsize * (width + looked_up + model.hidden * (3 + 2 * len(layer.modules)) + heads)
+    own = sum(m.results for m in layer.modules)
+    return model.itemsize * (own + 3 * model.hidden + model.num_heads * model.head_dim)
 
 
 def _product_bytes(traffic: Traffic, rows: int, matrices: list[TensorSpec]) -> int:
@@ -139,10 +137,11 @@ def _panel_bytes(traffic: Traffic, t: TensorSpec) -> int:
 
 
 def _upload_bytes(traffic: Traffic) -> int:
-    """A token step's embeddings looked up on the host, their places, and five counts of each sequence's tokens."""
+    """A token step's embeddings looked up on the host, their places, positions, and five counts of each sequence."""
     model = traffic.model
     gathered = sum(t.shape[1] for layer in traffic.layers for t in layer.tensors if t.gathered)
-    row = (gathered + model.hidden) * model.itemsize + 4 * 8 + 5 * 4
+    positions = any(m.positions for m in model.modules)
+    row = (gathered + model.hidden) * model.itemsize + 4 * 8 + (5 + positions) * 4
     return sum(b.size * row + ALIGNMENT for b in traffic.workload.batches)
 
 
@@ -160,10 +159,10 @@ def _rows_bytes(traffic: Traffic, rows: int) -> int:
     """
     model, itemsize = traffic.model, traffic.model.itemsize
     widens = not traffic.host_is_apart and itemsize == 2 and not model.is_4bit
-    inner = model.ffn * (6 if widens else 2 * itemsize if traffic.host_is_apart else 8)
+    inner = max(m.widest for m in model.modules) * (6 if widens else 2 * itemsize if traffic.host_is_apart else 8)
     mlp = inner + model.hidden * (4 * itemsize + 4)
     quantised = 20 if traffic.policy.is_cache_4bit and not traffic.host_is_apart else 0  # K or V on its way to 4 bits
-    attention = model.hidden * (5 * itemsize + 16 + quantised)
+    attention = max(model.hidden, model.num_heads * model.head_dim) * (5 * itemsize + 16 + quantised)
     panels = WIDEN_BYTES if not traffic.host_is_apart and (itemsize == 2 or model.is_4bit) else 0
     return rows * max(mlp, attention) + panels
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from .placement import Tier
@@ -34,16 +34,8 @@ class Arithmetic:
             if t.packing or len(t.shape) > 1:
                 kind = "4-bit" if t.packing else t.dtype
                 flops[kind] = flops.get(kind, 0.0) + 2.0 * t.num_parameters
-        hidden = sum(self._passed_over(m) for m in modules)
+        hidden = sum(m.passes for m in modules)
         return tuple(flops.items()), sum(t.nbytes for t in tensors), hidden
-
-    def _passed_over(self, module: ModuleSpec) -> int:
-        """Bytes per row that a module reads and writes apart from its products: norm, biases, activation, residual."""
-        width, itemsize = self.model.hidden, self.model.itemsize
-        if module.kind == "head":  # fp32 logits are written once and read twice, to be sampled
-            return 12 * sum(t.shape[0] for t in module.tensors if t.exact)
-        factors = {"embed": 6, "attention": 12, "project": 8, "output": 4, "mlp": 6 + 4 * self.model.ffn / width}
-        return round(factors[module.kind] * width) * itemsize
 
     def work(self, i: int, j: int, k: int, name: str = COMPUTE) -> Work:
         """What one computation of a visit does: a layer's, or one of those that its attention cuts it into."""
@@ -64,8 +56,9 @@ class Arithmetic:
             first_of_load=k == 0,
             streamed_bytes=streamed,
         )
-        if j == 0:
-            return replace(work, lookups=round(self._rows_on_disk * self._distinct_rows(i, batch)))
+        tables = {name for m in layer.modules for name in m.lookups}
+        if tables:
+            return replace(work, lookups=round(self._rows_on_disk * self._distinct_rows(i, batch, tables)))
         if not layer.has_cache or name in (PROJECT, FINISH):
             return work
         if i == 0:
@@ -87,8 +80,9 @@ class Arithmetic:
             gathered_bytes=0 if on_host else self._traffic.cache_traffic(i, k).gathered,
         )
 
-    def _distinct_rows(self, i: int, batch: Batch) -> float:
-        """Rows of the embedding tables that a step looks up: positions, and so many of random tokens that differ."""
+    def _distinct_rows(self, i: int, batch: Batch, tables: Collection[str]) -> float:
+        """Rows of the tables that a step looks up: positions, and so many of random tokens that differ."""
         vocab, tokens = self.model.vocab, batch.tokens(i)
         positions = batch.prompt_lens[0] if i == 0 else len(set(batch.prompt_lens))
-        return positions + vocab * (1 - (1 - 1 / vocab) ** tokens)
+        rows = {"positions": positions, "tokens": vocab * (1 - (1 - 1 / vocab) ** tokens)}
+        return sum(rows[name] for name in sorted(tables))

@@ -17,8 +17,8 @@ from ..memory.disk import DiskQueue
 from ..memory.scratch import Scratch
 from ..memory.weights import Segments, Weights
 from ..models import ops
-from ..models.ops import Matrix, Matrix4, Weight
-from ..models.opt import OPT
+from ..models.family import Model
+from ..models.ops import Matrix, Matrix4, Positions, Weight
 from ..plan.layout import Group
 from ..plan.plan import Plan
 from ..plan.schedule import Op, Slot
@@ -39,7 +39,7 @@ class Round:
         self,
         plan: Plan,
         batches: Sequence[Sequence[TokenSequence]],
-        model: OPT,
+        model: Model,
         weights: Weights,
         buffers: Buffers,
         disk: DiskQueue,
@@ -61,6 +61,7 @@ class Round:
         self._views: dict[int, Mapping[str, Weight]] = {}  # by layer, counted on from token step to token step
         self._dense = [Scratch(room) for room in buffers.dense.chunk(plan.layers_in_use)]
         self._keep: dict[tuple[int, int], tuple[Tensor, int]] = {}
+        self._places: dict[int, Positions] = {}
         self._step = -1
         self._nothing = self._passed = torch.empty(0)
 
@@ -70,7 +71,7 @@ class Round:
             [s.seed for s in batch],
             [s.prompt for s in batch],
             vocab=self._plan.model.vocab,
-            eos=self._model.config.eos_token_id,
+            eos=[s.eos for s in batch],
             device=self._device,
         )
 
@@ -151,7 +152,7 @@ class Round:
             if module.kind == "embed":
                 x = self._embed(op, w)
             elif module.kind == "attention":
-                attended = self._attend(op, *self._qkv(self._model.project(w, x, self._work)))
+                attended = self._attend(op, *self._qkv(self._model.project(w, x, self._positions(op), self._work)))
                 x = self._model.output(w, x, attended, self._work)
             elif module.kind == "mlp":
                 x = self._model.mlp(w, x, self._work)
@@ -168,6 +169,7 @@ class Round:
             self._buffers.uploads.begin(planned=op.i > 0)
             self._cache.start_step()
             self._keep.clear()
+            self._places.clear()
 
     def _tensors(self, op: Op) -> Mapping[str, Weight]:
         """Layer j's weights, made once for all GPU batches that use this load of them."""
@@ -204,13 +206,17 @@ class Round:
             self._activations.put(op, x, self._slot(op, "hidden_out"))
 
     def _embed(self, op: Op, w: Mapping[str, Weight]) -> Tensor:
-        batch = self._plan.workload.batches[op.k]
-        if op.i == 0:
-            positions = np.concatenate([np.arange(n) for n in batch.prompt_lens])
-        else:
-            positions = np.array(batch.cached(op.i))
         rows = partial(self._weights.rows, scratch=self._work, uploads=self._buffers.uploads)
-        return self._model.embed(w, rows, np.array(self._next[op.k]), positions, self._work)
+        return self._model.embed(w, rows, np.array(self._next[op.k]), self._positions(op), self._work)
+
+    def _positions(self, op: Op) -> Positions:
+        """Positions of the tokens that a token step computes, the same in all layers."""
+        if op.k not in self._places:
+            batch = self._plan.workload.batches[op.k]
+            prompts = (np.arange(n) for n in batch.prompt_lens)
+            ids = np.concatenate(list(prompts)) if op.i == 0 else np.array(batch.cached(op.i))
+            self._places[op.k] = Positions(ids, partial(self._buffers.uploads.numbers, dtype=torch.int32))
+        return self._places[op.k]
 
     def _qkv(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Q [T, H, D], K and V [T, Hkv, D] of what a model projects, [T, H + 2 Hkv, D]."""
@@ -254,7 +260,9 @@ class Round:
     def _project(self, op: Op) -> None:
         """Q, K and V of all new tokens, those of the device's sequences to their cache."""
         self._start(op)
-        self._rows(op, "projected").copy_(self._model.project(self._tensors(op), self._enter(op), self._work))
+        self._rows(op, "projected").copy_(
+            self._model.project(self._tensors(op), self._enter(op), self._positions(op), self._work)
+        )
         _, k, v = self._qkv(self._rows(op, "projected"))
         self._write_tokens(op, k, v)
 
@@ -332,7 +340,7 @@ class Round:
         for row in drawn.wrong:
             self._fail(op, row, logits)
         for sequence, token, logprobs in zip(self._batches[op.k], drawn.tokens, drawn.logprobs, strict=True):
-            sequence.append(token, logprobs, self._model.config.eos_token_id)
+            sequence.append(token, logprobs)
         self._on_step(op.i, op.k)
 
     def _fail(self, op: Op, row: int, logits: Tensor) -> None:

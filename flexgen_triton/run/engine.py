@@ -25,7 +25,7 @@ from ..memory.stripes import Folders
 from ..memory.weights import Weights
 from ..models import ops
 from ..models.diagnosis import diagnose
-from ..models.opt import OPT
+from ..models.family import Model
 from ..plan import fit
 from ..plan.footprint import LIBRARY_BYTES, WORKSPACE
 from ..plan.link import Span
@@ -111,7 +111,7 @@ class Engine:
 
     def __init__(
         self,
-        model: OPT,
+        model: Model,
         spec: ModelSpec,
         store: Store,
         policy: Policy,

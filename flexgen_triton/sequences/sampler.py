@@ -13,7 +13,7 @@ on when any token before it does.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -56,8 +56,8 @@ class Sampler:
 
     The three sequences run over the batch; seeds are those that `SamplingParams` takes. A row with a repetition penalty
     costs V bytes on the device, one with a presence or frequency penalty 4 V, one with `logprobs` 4 V for the time of a
-    call. Before `min_tokens` neither `eos` nor a `stop_token_id` is drawn; `eos` not even under `ignore_eos`, as in
-    vLLM.
+    call. Before `min_tokens` neither one of a row's `eos` nor a `stop_token_id` is drawn; `eos` not even under
+    `ignore_eos`, as in vLLM.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Sampler:
         prompts: Sequence[Sequence[int]],
         *,
         vocab: int,
-        eos: int,
+        eos: Sequence[Collection[int]],
         device: torch.device,
     ) -> None:
         batch = list(enumerate(params))
@@ -88,7 +88,7 @@ class Sampler:
             *_steps(_occurrence, counting, device, counts),
         ]
         forbidden = sorted(
-            (-p.min_tokens, b, t) for b, p in batch if p.min_tokens for t in {eos, *p.stop_token_ids} if t < vocab
+            (-p.min_tokens, b, t) for b, p in batch if p.min_tokens for t in {*eos[b], *p.stop_token_ids} if t < vocab
         )
         self._forbidden_until = [until for until, _, _ in forbidden]  # negated: the longest first
         self._forbidden = _pairs([(b, t) for _, b, t in forbidden], device)

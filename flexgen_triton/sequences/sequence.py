@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from .params import SamplingParams
@@ -23,6 +23,7 @@ class TokenSequence:
     prompt: Sequence[int]
     params: SamplingParams
     seed: int = 0
+    eos: Collection[int] = ()  # token ids that end the text
     watch: Callable[[int], str | None] | None = None
     tokens: list[int] = field(default_factory=list)
     logprobs: list[Logprobs] = field(default_factory=list)
@@ -39,7 +40,7 @@ class TokenSequence:
     def finished(self) -> bool:
         return self.finish_reason is not None
 
-    def append(self, token: int, logprobs: Logprobs | None, eos: int) -> None:
+    def append(self, token: int, logprobs: Logprobs | None) -> None:
         """Take one more token, unless the sequence has ended."""
         if self.finished:
             return
@@ -51,7 +52,7 @@ class TokenSequence:
         found = self.watch(token) if self.watch else None
         params = self.params
         if len(self.tokens) >= params.min_tokens:
-            if token == eos and not params.ignore_eos:
+            if token in self.eos and not params.ignore_eos:
                 self._finish("stop")
             elif token in params.stop_token_ids:
                 self._finish("stop", token)

@@ -16,7 +16,7 @@ from flexgen_triton.commands import bench, console, figures
 from flexgen_triton.commands import measure as measure_command
 from flexgen_triton.commands import plan as plan_command
 from flexgen_triton.commands.progress import COLUMNS, PHASES
-from flexgen_triton.models.opt import SIZES, model_spec
+from flexgen_triton.models.family import SIZES, model_spec
 from flexgen_triton.plan.plan import Plan, make_plan
 from flexgen_triton.plan.policy import Policy
 from flexgen_triton.plan.predict import predict
@@ -43,7 +43,7 @@ class Cells:
 
 @pytest.fixture(scope="module")
 def plan() -> Plan:
-    spec = replace(model_spec(replace(SIZES["opt-175b"], num_hidden_layers=2), "opt", "float16"), name=NAME)
+    spec = replace(model_spec(replace(SIZES["opt-175b"], layers=2), "opt", "float16"), name=NAME)
     policy = Policy(
         48, 2, 13, 37, 11, 29, 17, 31, cpu_cache_compute=True, cpu_attention_percent=73, compress_weight=True
     )
@@ -53,7 +53,7 @@ def plan() -> Plan:
 @pytest.fixture(scope="module")
 def found() -> tuple[Searched, list[plan_command.Choice], Mapping[str, float]]:
     """A search, the policies to tell about, and what more of the machine would bring."""
-    spec = replace(model_spec(replace(SIZES["opt-6.7b"], num_hidden_layers=4), "opt", "float16"), name=NAME)
+    spec = replace(model_spec(replace(SIZES["opt-6.7b"], layers=4), "opt", "float16"), name=NAME)
     searched = search(Problem(spec, 512, 4, 24), MACHINE)
     return searched, list(plan_command.choices(searched)), worth(searched)
 

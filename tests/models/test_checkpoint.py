@@ -28,7 +28,7 @@ from flexgen_triton.memory.store import MANIFEST, Store
 from flexgen_triton.models import checkpoint, sources
 from flexgen_triton.models.checkpoint import CheckpointError, open_store
 from flexgen_triton.plan.placement import ALIGN, packed_layout
-from flexgen_triton.plan.spec import ModelSpec, ModuleSpec, TensorSpec
+from flexgen_triton.plan.spec import ModelSpec, ModuleSpec, State, TensorSpec
 
 HIDDEN, FFN, VOCAB = 48, 80, 101
 
@@ -53,7 +53,7 @@ def block(n: int) -> list[ModuleSpec]:
         matrix("fc1.weight", FFN, HIDDEN, f"{at}.fc1.weight"),
         matrix("fc2.weight", HIDDEN, FFN, f"{at}.fc2.weight"),
     )
-    return [ModuleSpec("attention", n, attention), ModuleSpec("mlp", n, mlp)]
+    return [ModuleSpec("attention", n, attention, state=State(3, 16)), ModuleSpec("mlp", n, mlp)]
 
 
 def make_spec(dtype: str = "float16", blocks: int = 2) -> ModelSpec:
@@ -64,7 +64,7 @@ def make_spec(dtype: str = "float16", blocks: int = 2) -> ModelSpec:
     ]
     embed = ModuleSpec("embed", 0, (matrix("positions.weight", 30, HIDDEN, "decoder.positions.weight"),))
     modules = [m.stored_as(dtype) for m in (embed, *(m for n in range(blocks) for m in block(n)), *head)]
-    return ModelSpec("someone/Tiny model", "opt", dtype, HIDDEN, blocks, 3, 3, 16, FFN, VOCAB, 28, tuple(modules))
+    return ModelSpec("someone/Tiny model", "opt", dtype, HIDDEN, blocks, 3, VOCAB, 28, tuple(modules))
 
 
 def make_weights(spec: ModelSpec, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from flexgen_triton.kernels import formats, sizes
 from flexgen_triton.models.checkpoint import open_store, store_name
-from flexgen_triton.models.opt import SIZES, model_spec
+from flexgen_triton.models.family import SIZES, model_spec
 from flexgen_triton.plan.spec import to_4bit
 
 ROOT = Path(__file__).parents[2]
@@ -67,7 +67,7 @@ import json, sys
 from pathlib import Path
 from flexgen_triton.memory.arena import peak_rss, rss
 from flexgen_triton.models.checkpoint import open_store
-from flexgen_triton.models.opt import SIZES, model_spec
+from flexgen_triton.models.family import SIZES, model_spec
 from flexgen_triton.plan.spec import to_4bit
 import torch
 torch.set_num_threads(1)

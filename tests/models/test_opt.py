@@ -7,7 +7,9 @@ import torch
 from transformers import OPTConfig as HFConfig
 from transformers import OPTForCausalLM
 
-from flexgen_triton.models.opt import SIZES, ModelError, OPTConfig, config_by_name, model_spec
+from flexgen_triton.models.config import ModelConfig, ModelError
+from flexgen_triton.models.family import SIZES, config_by_name, model_spec, read_config
+from flexgen_triton.models.opt import NAMES
 
 PUBLISHED = {  # parameters of the published checkpoints, in millions
     "opt-125m": 125.2,
@@ -21,12 +23,12 @@ PUBLISHED = {  # parameters of the published checkpoints, in millions
 }
 
 
-def transformers_shapes(config: OPTConfig) -> dict[str, tuple[int, ...]]:
-    fields = {name: getattr(config, name) for name in OPTConfig.__slots__ if name != "final_layer_norm"}
+def transformers_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    fields = {name: getattr(config, own) for name, own in NAMES.items()} | {"eos_token_id": config.eos_ids[0]}
     with torch.device("meta"):
-        model = OPTForCausalLM(HFConfig(**{**fields, "word_embed_proj_dim": config.embed_dim}))
+        model = OPTForCausalLM(HFConfig(**{**fields, "word_embed_proj_dim": config.embed_width}))
     shapes = {n.removeprefix("model."): tuple(p.shape) for n, p in model.named_parameters()}
-    if config.tie_word_embeddings:
+    if config.tied:
         shapes.pop("lm_head.weight", None)
     return shapes
 
@@ -65,7 +67,7 @@ def test_names_are_found_with_and_without_an_owner():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"model_type": "llama"}, "OPT models only"),
+        ({"model_type": "gpt2"}, "runs opt.* models only"),
         ({"hidden_size": 100}, "not a multiple"),
         ({"activation_function": "mish"}, "unknown"),
         ({"ffn_dim": None}, "lacks"),
@@ -76,4 +78,4 @@ def test_a_config_that_cannot_be_run(change, words):
     fields = {**good, **change}
     fields = {k: v for k, v in fields.items() if v is not None}
     with pytest.raises(ModelError, match=words):
-        OPTConfig.from_json(fields)
+        read_config(fields)

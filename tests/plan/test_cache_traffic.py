@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_schedule import CONFIG, Memory, interleave, linked
 
-from flexgen_triton.models.opt import model_spec
+from flexgen_triton.models.family import model_spec
 from flexgen_triton.plan.layout import CacheLayout, Field
 from flexgen_triton.plan.plan import Plan, make_plan
 from flexgen_triton.plan.policy import Policy

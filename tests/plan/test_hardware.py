@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexgen_triton.models.opt import SIZES, model_spec
+from flexgen_triton.models.family import SIZES, model_spec
 from flexgen_triton.plan.cost import seconds
 from flexgen_triton.plan.hardware import PROFILE_DIR, Curve, Hardware, HardwareError, load_profile, profile_names
 from flexgen_triton.plan.link import simulate

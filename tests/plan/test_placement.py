@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from flexgen_triton.models.opt import SIZES, model_spec
+from flexgen_triton.models.family import SIZES, model_spec
 from flexgen_triton.plan.layout import split_counts
 from flexgen_triton.plan.placement import Extent, Tier, place_layer
 from flexgen_triton.plan.plan import make_plan
@@ -25,7 +25,7 @@ FIVES = range(0, 101, 5)
 )
 def test_asked_and_given_differ_by_at_most_one_percent(name, sep_layer):
     """Two decoder layers stand for all: the next test looks at each of a whole model."""
-    spec = model_spec(replace(SIZES[name], num_hidden_layers=2), name, "float16")
+    spec = model_spec(replace(SIZES[name], layers=2), name, "float16")
     for gpu, cpu in itertools.product(FIVES, FIVES):
         if gpu + cpu > 100:
             continue

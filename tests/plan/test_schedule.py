@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexgen_triton.models.opt import OPTConfig, model_spec
+from flexgen_triton.models.family import model_spec
+from flexgen_triton.models.opt import opt_config
 from flexgen_triton.plan.generator import Generator, Ring
 from flexgen_triton.plan.link import Linker, simulate
 from flexgen_triton.plan.plan import Plan, make_plan
@@ -19,7 +20,7 @@ from flexgen_triton.plan.policy import Policy
 from flexgen_triton.plan.schedule import Lane, Op, Slot
 from flexgen_triton.plan.spec import Batch, Workload
 
-CONFIG = OPTConfig(hidden_size=128, num_hidden_layers=3, num_attention_heads=2, ffn_dim=512, vocab_size=1000)
+CONFIG = opt_config(hidden=128, layers=3, heads=2, ffn=512, vocab=1000)
 PERCENTS = {
     "all-gpu": (100, 0, 100, 0, 100, 0),
     "all-host": (0, 100, 0, 100, 0, 100),

@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from machines import SMALL_GPU, TWO_CORES
 
-from flexgen_triton.models.opt import SIZES, OPTConfig, model_spec
+from flexgen_triton.models.family import SIZES, model_spec
+from flexgen_triton.models.opt import opt_config
 from flexgen_triton.plan.fit import fits, need
 from flexgen_triton.plan.hardware import GIB, Curve, Hardware, load_profile
 from flexgen_triton.plan.placement import Tier
@@ -23,7 +24,7 @@ from flexgen_triton.plan.search import FEW_STEPS, Problem, available, frontier, 
 from flexgen_triton.plan.spec import Workload
 
 MIB = 1 << 20
-TINY = model_spec(OPTConfig(256, 6, 4, 1024, vocab_size=2000, max_position_embeddings=512), "tiny", "float16")
+TINY = model_spec(opt_config(256, 6, 4, 1024, vocab=2000, positions=512), "tiny", "float16")
 SLOW = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 FEW_SIZES = {"gpu_batch_sizes": (1, 4, 32, 256), "gpu_batches": (1, 3, 12)}

@@ -10,7 +10,8 @@ from flexgen_triton.kernels.cpu import attention as cpu_attention
 from flexgen_triton.kernels.cpu import jit as cpu_jit
 from flexgen_triton.memory.arena import Arena, rss
 from flexgen_triton.memory.store import CHUNK
-from flexgen_triton.models.opt import OPTConfig, model_spec
+from flexgen_triton.models.family import model_spec
+from flexgen_triton.models.opt import opt_config
 from flexgen_triton.plan.placement import STORE_ALIGN, Tier
 from flexgen_triton.plan.plan import make_plan
 from flexgen_triton.plan.policy import Policy
@@ -29,7 +30,7 @@ def test_the_plan_counts_with_the_kernels_and_stores_own_sizes():
 @pytest.mark.parametrize(("prompt_len", "size"), [(1, 1), (200, 7)])
 def test_attention_on_the_host_has_the_room_it_asks_for(hidden, heads, prompt_len, size, sparsity, monkeypatch):
     monkeypatch.setattr(cpu_attention, "num_threads", lambda: cpu_jit.MAX_THREADS)
-    spec = model_spec(OPTConfig(hidden, 2, heads, 64, vocab_size=99), "tiny", "float16")
+    spec = model_spec(opt_config(hidden, 2, heads, 64, vocab=99), "tiny", "float16")
     policy = Policy(size, 1, 100, 0, 0, 100, 100, 0, cpu_cache_compute=True, attn_sparsity=sparsity)
     plan = make_plan(spec, policy, Workload.uniform(prompt_len, 5, size, 1), host_is_apart=True)
     blocks = plan.cache_home_pages(0) * plan.cache_layout.page_tokens
@@ -45,7 +46,7 @@ def test_attention_on_the_host_has_the_room_it_asks_for(hidden, heads, prompt_le
 )
 def test_cache_that_counts_as_unwritten_is_not_resident(policy, prompt_len, gen_len):
     """Written in an arena as prompts fill it: huge pages become resident whole, beyond what was written."""
-    spec = model_spec(OPTConfig(512, 12, 4, 2048, vocab_size=99), "small", "float16")
+    spec = model_spec(opt_config(512, 12, 4, 2048, vocab=99), "small", "float16")
     plan = make_plan(spec, Policy(*policy), Workload.uniform(prompt_len, gen_len, *policy), host_is_apart=False)
     layout, homes = plan.cache_layout, plan.footprint.homes[Tier.GPU]
     with Arena("homes", homes, torch.device("cpu")) as arena:

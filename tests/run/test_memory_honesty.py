@@ -111,7 +111,17 @@ def test_an_automatic_policy_stays_below_a_limit_that_a_bloated_profile_would_re
 def test_streams_of_all_shapes_leave_nothing_behind(tiny, tmp_path):
     """Plans, buffers, tensors and threads of a stream go with it, whatever its shape, and half way too."""
     policies = (Policy(2, 2), Policy(3, 1, 0, 0, 0, 0, 0, 0), Policy(2, 1, 50, 0, 50, 0, compress_cache=True))
-    kinds = ("Plan", "Buffers", "Block", "Request", "Tensor", "Thread", "Lanes", "lru_cache", "_lru_cache_wrapper")
+    kinds = (
+        "Plan",
+        "Buffers",
+        "Round",
+        "TokenSequence",
+        "Tensor",
+        "Thread",
+        "Lanes",
+        "lru_cache",
+        "_lru_cache_wrapper",
+    )
 
     def held() -> dict[str, int]:
         gc.collect()

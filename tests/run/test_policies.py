@@ -107,7 +107,7 @@ def test_a_sequence_ends_at_its_end_of_text_and_the_others_go_on(tiny, tmp_path)
         with LLM(
             str(tiny.path), policy=Policy(3, num_batches, 0, 50, 0, 50), dtype="float32", offload_dir=tmp_path
         ) as llm:
-            object.__setattr__(llm.engine.model.config, "eos_token_id", eos)
+            llm.eos_ids = frozenset({eos})
             outputs = llm.generate(tiny.prompts, SamplingParams(max_tokens=NEW_TOKENS, temperature=0))
         for output, want in zip(outputs, tiny.tokens, strict=True):
             end = want.index(eos) + 1 if eos in want else NEW_TOKENS

@@ -6,7 +6,7 @@ import pytest
 
 from flexgen_triton import LLM, Policy, SamplingParams
 from flexgen_triton.commands.figures import step_seconds
-from flexgen_triton.models.opt import SIZES, model_spec
+from flexgen_triton.models.family import SIZES, model_spec
 from flexgen_triton.plan.cost import seconds
 from flexgen_triton.plan.hardware import load_profile
 from flexgen_triton.plan.link import Span, simulate

@@ -14,13 +14,14 @@ from flexgen_triton.memory.buffers import Buffers, Sizes
 from flexgen_triton.memory.cache import Cache
 from flexgen_triton.memory.disk import DiskQueue
 from flexgen_triton.memory.stripes import Folders
-from flexgen_triton.models.opt import OPTConfig, model_spec
+from flexgen_triton.models.family import model_spec
+from flexgen_triton.models.opt import opt_config
 from flexgen_triton.plan.plan import Plan, make_plan
 from flexgen_triton.plan.policy import Policy
 from flexgen_triton.plan.schedule import Op
 from flexgen_triton.plan.spec import Batch, Workload
 
-CONFIG = OPTConfig(hidden_size=128, num_hidden_layers=2, num_attention_heads=2, ffn_dim=128, vocab_size=99)
+CONFIG = opt_config(hidden=128, layers=2, heads=2, ffn=128, vocab=99)
 LENS = (140, 130, 64, 63, 7)
 STEP = 2
 K, V, OPEN, FULL = 1, 2, 3, 4  # what a test fills the cache's homes with

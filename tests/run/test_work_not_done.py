@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from flexgen_triton.models.opt import config_by_name, model_spec
+from flexgen_triton.models.family import config_by_name, model_spec
 from flexgen_triton.plan.generator import Generator
 from flexgen_triton.plan.plan import Plan, make_plan
 from flexgen_triton.plan.policy import Policy

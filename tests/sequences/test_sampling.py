@@ -45,7 +45,7 @@ EVERYTHING: dict[str, Any] = {
 def sampler(params: list[SamplingParams], prompts: list[list[int]] | None = None, **over: Any) -> Sampler:
     prompts = prompts or [[b % VOCAB] for b in range(len(params))]
     seeds = over.pop("seeds", range(len(params)))
-    return Sampler(params, seeds, prompts, **{"vocab": VOCAB, "eos": EOS, "device": CPU, **over})
+    return Sampler(params, seeds, prompts, **{"vocab": VOCAB, "eos": [{EOS}] * len(params), "device": CPU, **over})
 
 
 def random_logits(*shape: int, seed: int = 0) -> Tensor:
