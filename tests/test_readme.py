@@ -30,16 +30,10 @@ def test_the_two_commands_are_what_ci_runs():
     assert all(command in lines for command in commands)
 
 
-<<<<<<< HEAD
 def test_ci_runs_the_tests_that_they_leave_out():
     assert "python -m pytest -m slow" in (ROOT / ".ci" / "run").read_text().splitlines()
 
 
-def test_files_that_it_links_to_exist():
-    links = re.findall(r"\]\(((?!http)[^)]+)\)", README)
-    assert links
-    assert all((ROOT / link).exists() for link in links)
-=======
 @pytest.mark.parametrize("page", PAGES)
 def test_files_that_a_page_links_to_exist(page):
     links = re.findall(r"\]\(((?!http)[^)]+)\)", (ROOT / page).read_text())
@@ -67,7 +61,6 @@ def test_its_table_is_of_a_committed_result():
     lines = re.findall(r"^\|[^|]+\| (\d+) \| \**([\d.]+)\** \|", README, re.MULTILINE)
     assert len(lines) == 3
     assert lines == [(str(row["details"]["sequences"]), f"{row['value']:.1f}") for row in rows]
->>>>>>> main
 
 
 def test_there_are_four_ways_in():
