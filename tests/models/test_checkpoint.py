@@ -378,6 +378,7 @@ def convert_in_child(ready: Any, source: Path, offload: Path, locks: bool, answe
     answers.put((len(calls), [str(f) for f in store.files]))
 
 
+@pytest.mark.grid(cover=[])
 @pytest.mark.parametrize("locks", [True, False], ids=["locks", "no locks"])
 def test_processes_that_convert_at_once_agree(tmp_path: Path, locks: bool) -> None:
     """With locks one converts and the other waits; without, both do and the first to be done wins."""

@@ -33,6 +33,7 @@ def store(tmp_path_factory):
     return tmp_path_factory.mktemp("offload")
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("percent", PERCENTS)
@@ -42,6 +43,7 @@ def test_tokens_are_transformers_tokens(tiny, tmp_path, percent, strategy, share
     check(tiny, attending(policy, share), tmp_path, copies=True)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("percent", PERCENTS)
@@ -49,6 +51,7 @@ def test_every_format(tiny, store, percent, fmt, share):
     check_format(tiny, attending(make_policy((2, 2, *PERCENTS[percent]), fmt), share), store, copies=True)
 
 
+@pytest.mark.grid(cover=["attended"])
 @pytest.mark.parametrize("attended", [False, True], ids=["sent", "a share attended"])
 @pytest.mark.parametrize("fmt", ["plain", "cache", "sparse", "all"])
 @pytest.mark.parametrize("percent", PERCENTS)
@@ -60,6 +63,7 @@ def test_open_blocks_may_stay_on_the_device(tiny, store, percent, fmt, attended)
     check_format(tiny, attending(policy, 40) if attended else policy, store, copies=True, new_tokens=40)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("sep_layer", [True, False])
 def test_every_architecture(tiny_models, tmp_path, name, sep_layer):

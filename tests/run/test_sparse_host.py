@@ -121,6 +121,7 @@ def content(field: torch.Tensor, lens: torch.Tensor) -> set[int]:
     return found
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("overlap", [True, False], ids=["overlap", "serial"])
 @pytest.mark.parametrize("fmt", ["sparse", "all"])
 @pytest.mark.parametrize("percent", [(0, 100), (30, 40), (0, 60)], ids=["host", "each", "host and disk"])

@@ -62,6 +62,7 @@ def useful(plan: Plan) -> dict[str, int]:
     return total
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("shortest", [25, 50, 120])
 @pytest.mark.parametrize("cache", TIERS.values(), ids=TIERS)
 def test_of_the_cache_little_moves_in_vain(cache, shortest):
