@@ -35,7 +35,8 @@ def machines() -> Iterator[Run]:
     """Every instruction set that torch may be told to use, with one thread and with more than there are cores."""
     for threads, capability in product(THREADS, CAPABILITIES):
         env = {"ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": str(threads)}
-        yield f"{capability}, {threads} threads", (*COMPUTING, "--ignore-glob=*ahead_of_time*"), env
+        arguments = (*COMPUTING, "-m", "slow or not slow", "--ignore-glob=*ahead_of_time*")
+        yield f"{capability}, {threads} threads", arguments, env
 
 
 def draws() -> Iterator[Run]:
@@ -45,7 +46,7 @@ def draws() -> Iterator[Run]:
 
 
 def run(arguments: Sequence[str], env: Mapping[str, str]) -> tuple[bool, str, float]:
-    """Whether all passed, the last line that pytest printed, and seconds."""
+    """Run pytest and return (True if all passed, its last line and failures, seconds)."""
     began = time.perf_counter()
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--timeout=3000", *arguments]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True, check=False)

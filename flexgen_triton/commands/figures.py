@@ -75,7 +75,7 @@ def percent_text(plan: Plan) -> str:
 
 
 def formats_text(plan: Plan) -> str:
-    """What is not as the model has it, ", 4-bit weights (groups of 64), 10 % of V", and who attends to the cache."""
+    """Formats and options that differ from the model's defaults, as ", 4-bit weights (groups of 64), 10 % of V"."""
     policy = plan.policy
     texts = [
         f", 4-bit weights (groups of {policy.weight_format.group_size})" if policy.weight_format else "",
@@ -91,7 +91,7 @@ def print_plan(console: Console, plan: Plan) -> None:
     """Print what goes where, before anything is touched: the memory to set aside, which adds up to its peak."""
     policy, workload = plan.policy, plan.workload
     console.print(
-        f"[bold]{escape(plan.model.name)}[/] {plan.model.dtype}, {len(plan.layers)} layers, "
+        f"[bold]{escape(plan.model.name)}[/] {plan.model.dtype}, {plan.model.num_decoder_layers} decoder layers, "
         f"{policy.gpu_batch_size} x {policy.num_gpu_batches} sequences ({policy.strategy}), "
         f"percent {percent_text(plan)}, {workload.steps} token steps{formats_text(plan)}"
     )
@@ -166,7 +166,7 @@ def print_found(console: Console, best: Found, searched: Searched) -> None:
 
 
 def print_lanes(console: Console, timeline: Timeline, predicted: Mapping[str, Any] | None = None) -> None:
-    """Where the time went: one row per phase and lane, and beside it what was predicted."""
+    """Print how long each lane was busy, a row per phase and lane, beside the prediction where there is one."""
     table = Table(title="lanes")
     names = ("phase", "lane", "busy s", *("predicted s",) * bool(predicted), "GiB", "GB/s", "ops", "exposed s")
     for name in names:

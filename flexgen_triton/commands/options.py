@@ -188,7 +188,7 @@ def _with(options: tuple[Option, ...], function: Function) -> Function:
 
 
 def is_by_hand(context: click.Context, policy: str | None) -> bool:
-    """Whether the policy is given by flags. Raises ValueError where they contradict `--policy`."""
+    """Return True if the policy is given by flags. Raises ValueError where they contradict `--policy`."""
     given = _given(context, BY_HAND)
     if policy == "auto" and given:
         raise ValueError(f"--policy auto finds what {', '.join(given)} would say; leave out one or the other")
@@ -196,7 +196,7 @@ def is_by_hand(context: click.Context, policy: str | None) -> bool:
 
 
 def _given(context: click.Context, names: tuple[str, ...]) -> list[str]:
-    """Those of the options that stand on the command line, as they are written there."""
+    """List the options of these that stand on the command line, as they are written there."""
     there = (n for n in names if context.get_parameter_source(n) is ParameterSource.COMMANDLINE)
     return [f"--{n.replace('_', '-')}" for n in there]
 
@@ -227,7 +227,7 @@ def flags_policy(options: Mapping[str, Any]) -> Policy:
 
 
 def base_policy(options: Mapping[str, Any]) -> Policy:
-    """What the flags say of an automatic policy: all but round size and percentages."""
+    """The part of an automatic policy that flags decide: all but sizes of batches, their number and percentages."""
     return replace(flags_policy({**options, "percent": BASE_PERCENT}), gpu_batch_size=1, num_gpu_batches=1)
 
 
@@ -279,7 +279,7 @@ def load_model(
 
 
 def sampling_params(options: Mapping[str, Any]) -> SamplingParams:
-    """How the options say that text is sampled; raises ValueError for values out of range."""
+    """Build the sampling parameters that the options ask for; raises ValueError for values out of range."""
     return SamplingParams(
         n=options["n"],
         max_tokens=options["max_tokens"],

@@ -127,7 +127,7 @@ class _Steps:
 
 
 def _device_figures(bench: Workbench, host: Workbench, steps: _Steps, share: float) -> dict[str, Any]:
-    """All fields that are rates of the device, of the host's processor and of what is between them."""
+    """Measure the rates of the device, of the host's processor and of the link between them."""
     clock = Clock(bench.device, quick=bench.quick)
     figures: dict[str, Any] = {"matmul": sweeps.products(bench, clock, 12 * share)}
     steps.done()
@@ -206,8 +206,8 @@ def _overheads(hardware: Hardware, device: torch.device, folders: Folders, *, qu
     lanes = [lane for lane in Lane if lane is not Lane.COMPUTE]
     found = {lane.value: _excess((s for s in moved.timeline.spans if s.op.lane is lane), hardware) for lane in lanes}
     decoded = [s for s in alone.timeline.spans if s.op.i > 0]
-    layers = alone.plans[0].layers
-    kinds = [[s for s in decoded if layers[s.op.j].modules[0].kind == kind] for kind in ("attention", "mlp")]
+    stages = alone.plans[0].stages
+    kinds = [[s for s in decoded if stages[s.op.j].module.kind == kind] for kind in ("attention", "mlp")]
     found[Lane.COMPUTE.value] = mean(_excess(spans, hardware) for spans in kinds)
     return {lane: sweeps.rounded(excess) for lane, excess in found.items()}
 
@@ -241,7 +241,7 @@ def _excess(spans: Iterable[Span], hardware: Hardware) -> float:
 
 
 def _corrected(hardware: Hardware, device: torch.device, folders: Folders) -> Hardware:
-    """With measured over predicted seconds of lanes, from short runs of the engine on layers of a real model's size.
+    """Correct a profile by measured over predicted seconds of lanes, in short runs on layers of a real model's size.
 
     What is timed by itself is some 15 % quicker than the same between all that an engine does, and where the cores that
     compute also read the disk, computing takes longer while they do.
@@ -296,7 +296,7 @@ def _processor() -> str:
 
 
 def profile_path(folders: Folders, device: torch.device) -> Path:
-    """Where this machine's profile is kept."""
+    """The file in which this machine's profile is kept."""
     name = machine_name(device, folders)
     words = re.sub(r"\((r|tm)\)|\b(cpu|processor)\b", "", name.lower())
     readable = re.sub(r"[^a-z0-9.]+", "-", words).strip("-.")[:64]

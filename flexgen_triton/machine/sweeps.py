@@ -1,4 +1,4 @@
-"""How fast a machine does what plans count, by size: the engine's own operations on memory that no cache holds.
+"""Speed of a machine at the operations that plans count, by size: the engine's own, on memory that no cache holds.
 
 Knows what to run and how much work it is. Does not know what the figures are for; machine/measure.py makes a profile of
 them. Every operand is a view of an arena filled once with numbers of ordinary size, so that no operation meets a zero
@@ -37,6 +37,7 @@ from ..plan.spec import ModelSpec, Workload
 CPU = torch.device("cpu")
 MIB = 1 << 20
 PACKED = FourBit(64)
+ATTENTION_STAGES = 3  # projection, attention and its end; the probe's stage 0 is the embedding, its fifth the MLP
 TIMED_S = 1e-3  # shorter runs are timed several at once
 SLOWEST_S = 1.0  # larger sizes than the first that takes so long are left out
 
@@ -224,7 +225,7 @@ def prompt_attention(bench: Workbench, clock: Clock, budget_s: float) -> Curve:
 def _prompt_task(bench: Workbench, length: int, sequences: int) -> Task:
     qkv = bench.view(bench.half, length * sequences, 3, bench.heads, bench.hidden // bench.heads)
     q, k, v = qkv.unbind(1)
-    work = _one_batch(bench, bench.half, length, sequences).work(0, 1, 0)
+    work = _one_batch(bench, bench.half, length, sequences).work(0, 1, 0, ATTENTION_STAGES)
     return Task(length, work.prompt_flops, lambda: ops.prefill_attention(q, k, v, [length] * sequences))
 
 
@@ -273,11 +274,11 @@ def passes(bench: Workbench, clock: Clock, budget_s: float) -> Curve:
 
 
 def _passes_task(bench: Workbench, rows: int) -> Task:
-    """What the probe's attention and MLP do apart from their products, which add the biases."""
+    """Norms, residuals and activation of the probe's attention and MLP: all but the products, which add the biases."""
     x, inner = bench.view(bench.half, rows, bench.hidden), bench.view(bench.half, rows, bench.ffn)
     norm = bench.view(bench.half, bench.hidden)
     plan = _one_batch(bench, bench.half, rows, 1)
-    nbytes = sum(plan.work(0, j, 0).hidden_bytes for j in (1, 2))
+    nbytes = plan.work(0, 1, 0, ATTENTION_STAGES).hidden_bytes + plan.work(0, 1 + ATTENTION_STAGES, 0).hidden_bytes
 
     def run() -> None:
         for _ in ("attention", "mlp"):
@@ -355,7 +356,7 @@ def _bounced_task(source: Tensor, bounce: Tensor, target: Tensor, nbytes: int) -
 
 @dataclass(frozen=True, slots=True)
 class DiskRates:
-    """What the disk of a directory does: bytes per second by those of an operation, rows per second, and a table."""
+    """Speeds of a directory's disk: bytes per second by the bytes of an operation, rows per second, and a table."""
 
     read: Curve
     write: Curve

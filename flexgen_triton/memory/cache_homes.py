@@ -8,6 +8,7 @@ neither what moves between homes nor what reads them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -35,13 +36,12 @@ class CacheHomes:
 
     def __init__(self, plan: Plan, buffers: Buffers) -> None:
         self._plan, self._layout = plan, plan.cache_layout
-        self._homes: dict[tuple[int, int, int], Home] = {}  # by layer, GPU batch and first sequence
+        self._homes: dict[tuple[int, int, int], Home] = {}  # by stage of attention, GPU batch and first sequence
         self._device_open: dict[tuple[int, int], Tensor] = {}
-        for j in (j for j, layer in enumerate(plan.layers) if layer.has_cache):
-            for k, groups in enumerate(plan.groups):
-                self._device_open[j, k] = buffers.gpu.take(plan.device_open_bytes(k))
-                for group in groups.cache:
-                    self._homes[j, k, group.first] = self._take(k, group, buffers)
+        for j, (k, groups) in product(plan.cached_stages, enumerate(plan.groups)):
+            self._device_open[j, k] = buffers.gpu.take(plan.device_open_bytes(k))
+            for group in groups.cache:
+                self._homes[j, k, group.first] = self._take(k, group, buffers)
 
     def _take(self, k: int, group: Group, buffers: Buffers) -> Home:
         nbytes = self._plan.home_bytes(k, group)
@@ -54,7 +54,7 @@ class CacheHomes:
     def __getitem__(self, place: tuple[Op, Group]) -> Home:
         """The home of a group in the layer and the GPU batch that an op is about."""
         op, group = place
-        return self._homes[op.j, op.k, group.first]
+        return self._homes[self._plan.attention_of(op.j), op.k, group.first]
 
     def places(self, group: Group, step: int) -> list[int]:
         """Positions, in the memory of its home, of the new tokens of a group's sequences."""
@@ -63,7 +63,7 @@ class CacheHomes:
 
     def device_open(self, op: Op) -> Tensor:
         """Open pages on the device of all sequences that are sent to it, in their order."""
-        return self._device_open[op.j, op.k]
+        return self._device_open[self._plan.attention_of(op.j), op.k]
 
 
 def page_fields(layout: CacheLayout, buffer: Tensor, size: int) -> Fields:

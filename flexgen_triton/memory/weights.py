@@ -49,7 +49,7 @@ class Weights:
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self._dtype, self._device = dtype, device
-        self._dtypes = {t.name: getattr(torch, t.dtype) for layer in plan.layers for t in layer.tensors}
+        self._dtypes = {t.name: getattr(torch, t.dtype) for bundle in plan.bundles for t in bundle.tensors}
         self._placements, self._tables, self._copies = plan.placements, plan.tables, plan.host_is_apart
         pin = device.type == "cuda" and plan.policy.pin_weight
         cpu, on_gpu = torch.device("cpu"), device.type == "cuda"
@@ -154,7 +154,7 @@ class Weights:
     # Looking rows up
 
     def _build_lookup(self) -> Lookup:
-        """Of every tensor: (first row, rows, resident view or place on disk), for `rows`."""
+        """List (first row, rows, resident view or place on disk) of every tensor's pieces, for `rows`."""
         lookup: Lookup = {}
         for placement, (gpu, host) in zip(self._all(), self._resident, strict=True):
             for share, buffer in ((placement.gpu, gpu), (placement.host, host)):

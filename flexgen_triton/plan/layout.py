@@ -1,4 +1,4 @@
-"""How the KV cache and the hidden states of a GPU batch are divided over the tiers and laid out in memory.
+"""The division of a GPU batch's KV cache and hidden states over the tiers, and their layout in memory.
 
 Sequences of a batch stand longest first: the first ones on the GPU, the next on the host (first those that it attends
 to itself), the last on disk. Those that share a home are a group. A group of n sequences keeps its cache as
@@ -93,7 +93,7 @@ class Group:
 
     @property
     def rows(self) -> slice:
-        """Where its sequences stand in their GPU batch."""
+        """The places of its sequences in their GPU batch."""
         return slice(self.first, self.stop)
 
     @property

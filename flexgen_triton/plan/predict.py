@@ -1,4 +1,4 @@
-"""How long a plan takes on a machine: its real schedule on a virtual clock, for a sample of token steps."""
+"""The predicted time of a plan on a machine: its real schedule on a virtual clock, for a sample of token steps."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Prediction:
 
     @classmethod
     def sum(cls, rounds: Sequence[Prediction]) -> Prediction:
-        """Of several rounds, one after another."""
+        """Add up the predictions of several rounds that run one after another."""
         lanes: dict[str, dict[str, float]] = {PREFILL: {}, DECODE: {}}
         for round, phase in product(rounds, PHASES):
             for lane, busy in round.lanes[phase].items():
@@ -77,13 +77,11 @@ def sampled(program: Program, steps: Iterable[int]) -> Program:
     chosen = sorted(steps)
     counts = tuple(sum(i < n for i in chosen) for n in program.batch_steps)
     chosen.append(chosen[-1] + 1)  # loads look one step ahead
-    split = program.split
     return program._replace(
         batch_steps=counts,
         cache=lambda i, k: program.cache(chosen[i], k),
         hidden=lambda i, j, k: program.hidden(chosen[i], j, k),
-        work=lambda i, j, k, name: program.work(chosen[i], j, k, name),
-        split=split and (lambda i, k: split(chosen[i], k)),
+        work=lambda i, *others: program.work(chosen[i], *others),
     )
 
 

@@ -38,7 +38,7 @@ SHRINK = (0.0, 0.01, 0.03, 0.08, 0.2, 0.4, 0.7)  # of memory, until the rounded 
 
 @dataclass(frozen=True)
 class Problem:
-    """What is to be generated, and what may be done for speed.
+    """The generation that a policy is sought for, and the liberties it may take for speed.
 
     `num_prompts` None means as many as there are. `allow` names what changes the output, of LOSSY. All prompts have
     `prompt_len` tokens, unless `prompt_lens` says otherwise.
@@ -55,6 +55,8 @@ class Problem:
     base: Policy = field(default_factory=Policy)  # what the search does not choose
     alignment: int = 0  # bytes more than planned that a store of another layout may take of a tier
     in_place: bool = True  # weights of the model's own dtype are read where they lie; others from a store of our own
+    gpu_batch_sizes: tuple[int, ...] = GPU_BATCH_SIZES  # to try
+    gpu_batches: tuple[int, ...] = GPU_BATCHES  # numbers of them to try
 
     def __post_init__(self) -> None:
         unknown = sorted(self.allow - set(LOSSY))
@@ -226,13 +228,13 @@ def modest(searched: Searched, share: float = MODEST) -> Found:
 
 def _sizes(problem: Problem) -> Iterator[tuple[int, list[int]]]:
     """GPU batch sizes, and with each the numbers of GPU batches to try."""
-    prompts = problem.num_prompts
+    prompts, counts = problem.num_prompts, problem.gpu_batches
     if prompts is None:
-        yield from ((size, list(GPU_BATCHES)) for size in GPU_BATCH_SIZES)
+        yield from ((size, list(counts)) for size in problem.gpu_batch_sizes)
         return
-    exact = {-(-prompts // count) for count in GPU_BATCHES}  # sizes that divide the prompts evenly
-    for size in sorted(exact.union(s for s in GPU_BATCH_SIZES if s <= prompts)):
-        yield size, sorted({min(count, -(-prompts // size)) for count in GPU_BATCHES})
+    exact = {-(-prompts // count) for count in counts}  # sizes that divide the prompts evenly
+    for size in sorted(exact.union(s for s in problem.gpu_batch_sizes if s <= prompts)):
+        yield size, sorted({min(count, -(-prompts // size)) for count in counts})
 
 
 def _candidates(problem: Problem, hardware: Hardware, free: Mapping[Tier, float]) -> Iterator[Candidate]:
@@ -275,7 +277,7 @@ def _simulate(
 def _estimates(
     problem: Problem, hardware: Hardware, free: Mapping[Tier, float], candidates: Sequence[Candidate]
 ) -> list[Estimate]:
-    """Of candidates in this order, as far as one may beat what was found: those that keep the latency limit."""
+    """Estimate candidates until none of those left can win; drop the ones over the latency limit."""
     limit = problem.max_latency or math.inf
     estimates: dict[Policy, Estimate] = {}
     best = 0.0
@@ -291,7 +293,7 @@ def _estimates(
 
 
 class Estimate(NamedTuple):
-    """What the schedules of two shortened models tell of a plan."""
+    """An estimate of a plan from the schedules of two shortened models."""
 
     plan: Plan
     seconds: float  # of a round
@@ -354,7 +356,7 @@ def _rounded(policy: Policy, shares: Shares) -> Policy:
 
 
 def _smallest(problem: Problem, hardware: Hardware, free: Mapping[Tier, float]) -> list[Found]:
-    """Where no relaxation fits: single sequences with everything on whole tiers, one of which needs least of any."""
+    """Search where no relaxation fits: single sequences, everything on whole tiers, one of which needs least of any."""
     plans = list(_smallest_plans(problem, hardware))
     fitting = [p for p in plans if fits(p, free)]
     if not fitting:

@@ -14,7 +14,7 @@ from ..kernels.sizes import (
 )
 from .layout import COUNT_BYTES, Count, pad
 from .placement import Tier
-from .spec import LayerSpec, TensorSpec
+from .spec import Bundle, TensorSpec
 from .traffic import Traffic
 
 SCORED_ROWS = 256  # prompt positions whose logits are made at a time
@@ -34,7 +34,7 @@ def prompt_bytes(traffic: Traffic) -> int:
 
 
 def temporaries(traffic: Traffic) -> dict[str, int]:
-    """What is allocated before the run for the computations of token steps, and for what lasts longer than one.
+    """Bytes allocated before the run for the computations of token steps, and for tensors that outlive one of them.
 
     `decode`: the largest computation of one token of each sequence. `widened`: what it takes on top on a CPU,
     and `panel` the rows of a matrix in fp32 there, for prompts too. `dense`: a 4-bit layer dequantised, which a GPU
@@ -43,7 +43,7 @@ def temporaries(traffic: Traffic) -> dict[str, int]:
     """
     rows = max(b.size for b in traffic.workload.batches)
     hosted = max(g.cache.attended_by_host.size for g in traffic.groups)
-    matrices = [t for layer in traffic.layers for t in layer.tensors if t.is_matrix]
+    matrices = [t for bundle in traffic.bundles for t in bundle.tensors if t.is_matrix]
     sizes = {
         "decode": (rows + 1) * _row_bytes(traffic)
         + max(_attention_bytes(traffic, rows), _product_bytes(traffic, rows, matrices))
@@ -68,14 +68,14 @@ def _shape(matrix: TensorSpec) -> tuple[int, int]:
 
 def _row_bytes(traffic: Traffic) -> int:
     """The results, for one row, of all computations that hand them on to each other."""
-    layers = [_layer_bytes(traffic, layer) for layer in traffic.layers]
-    return max(sum(layers[j : j + traffic.layers_in_use]) for j in range(len(layers)))
+    bundles = [_bundle_bytes(traffic, bundle) for bundle in traffic.bundles]
+    return max(sum(bundles[n : n + traffic.bundles_in_use]) for n in range(len(bundles)))
 
 
-def _layer_bytes(traffic: Traffic, layer: LayerSpec) -> int:
-    """The results of a layer's operations for one row, all kept to its end, with its entry and attention's result."""
+def _bundle_bytes(traffic: Traffic, bundle: Bundle) -> int:
+    """The results of a bundle's operations for one row, all kept to its end, with its entry and attention's result."""
     model = traffic.model
-    own = sum(m.results for m in layer.modules)
+    own = sum(s.results for s in bundle.stages)
     return model.itemsize * (own + 3 * model.hidden + model.num_heads * model.head_dim)
 
 
@@ -116,8 +116,8 @@ def _places(traffic: Traffic) -> int:
 def _upload_bytes(traffic: Traffic) -> int:
     """A token step's embeddings looked up on the host, their places, positions, and the counts of each sequence."""
     model = traffic.model
-    gathered = sum(t.shape[1] for layer in traffic.layers for t in layer.tensors if t.gathered)
-    positions = any(m.positions for m in model.modules)
+    gathered = sum(t.shape[1] for bundle in traffic.bundles for t in bundle.tensors if t.gathered)
+    positions = any(s.spec.positions for s in traffic.stages)
     row = (gathered + model.hidden) * model.itemsize + 4 * 8 + (len(Count) + positions) * COUNT_BYTES
     return sum(b.size * row + ALIGNMENT for b in traffic.workload.batches)
 
@@ -136,7 +136,7 @@ def _rows_bytes(traffic: Traffic, rows: int) -> int:
     """
     model, itemsize = traffic.model, traffic.model.itemsize
     on_gpu, form = traffic.host_is_apart, traffic.model.format
-    inner = max(m.widest for m in model.modules) * (2 * itemsize if on_gpu else form.inner_bytes)
+    inner = max(s.spec.widest for s in traffic.stages) * (2 * itemsize if on_gpu else form.inner_bytes)
     mlp = inner + model.hidden * (4 * itemsize + 4)
     quantising = 0 if on_gpu else traffic.policy.cache_format.quantising_bytes
     attention = max(model.hidden, model.num_heads * model.head_dim) * (5 * itemsize + 16 + quantising)
@@ -145,7 +145,7 @@ def _rows_bytes(traffic: Traffic, rows: int) -> int:
 
 def head_bytes(traffic: Traffic) -> int:
     """The largest part of the output projection's product, where it is not made in place."""
-    parts = (t.shape[0] for layer in traffic.layers if layer.is_head for t in layer.tensors if t.exact)
+    parts = (t.shape[0] for bundle in traffic.bundles if bundle.is_head for t in bundle.tensors if t.exact)
     in_place = not traffic.host_is_apart and traffic.model.itemsize == 2
     largest, batches = max(parts), traffic.workload.batches
     sampled = 0 if in_place else largest * max(b.size for b in batches) * traffic.model.itemsize
@@ -160,7 +160,7 @@ def unfilled_bytes(traffic: Traffic) -> int:
     Of a layer's home the pages behind its longest prompt, without the huge pages that also hold what is written
     earlier: they become resident as a whole.
     """
-    layout, layers, total = traffic.cache_layout, sum(layer.has_cache for layer in traffic.layers), 0
+    layout, layers, total = traffic.cache_layout, len(traffic.cached_stages), 0
     for batch, groups in zip(traffic.workload.batches, traffic.groups, strict=True):
         pages = layout.pages(batch.max_len)
         for group in (g for g in groups.cache if g.tier is Tier.GPU):
@@ -171,11 +171,11 @@ def unfilled_bytes(traffic: Traffic) -> int:
 
 
 def _dense_bytes(traffic: Traffic) -> int:
-    """Packed layers dequantised, which a GPU keeps for all GPU batches that use this load of them."""
+    """Packed bundles dequantised, which a GPU keeps for all GPU batches that use this load of them."""
     if not traffic.host_is_apart or not traffic.model.is_packed:
         return 0
-    parameters = (sum(t.num_parameters for t in layer.tensors if t.packed) for layer in traffic.layers)
-    return traffic.layers_in_use * pad(max(parameters) * traffic.model.itemsize + ALIGNMENT)
+    parameters = (sum(t.num_parameters for t in bundle.tensors if t.packed) for bundle in traffic.bundles)
+    return traffic.bundles_in_use * pad(max(parameters) * traffic.model.itemsize + ALIGNMENT)
 
 
 def logits_bytes(traffic: Traffic) -> int:

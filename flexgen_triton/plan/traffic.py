@@ -1,6 +1,6 @@
-"""Where all bytes of a round lie, and what each visit of its schedule moves.
+"""The place of every byte of a round, and the bytes that each visit of its schedule moves.
 
-Decided from the model, the workload, the policy and where the weights lie on disk. Knows neither how much memory that
+Decided from the model, the workload, the policy and the weights' places on disk. Knows neither how much memory that
 takes nor what is computed.
 """
 
@@ -24,8 +24,8 @@ from .layout import (
 )
 from .placement import Extent, LayerPlacement, Run, Tier, packed_layout, place_layer
 from .policy import Policy
-from .schedule import CacheTraffic, HiddenTraffic, SplitTraffic, WeightTraffic
-from .spec import Batch, LayerSpec, ModelSpec, Workload
+from .schedule import CacheTraffic, Handoff, HiddenTraffic, WeightTraffic
+from .spec import ATTEND, HEAD, Batch, Bundle, ModelSpec, Stage, Workload
 
 PART_BYTES = 64 << 20  # a streamed layer is cut at least this fine, so that disk and link overlap within it
 Extents = Mapping[str, Sequence[Extent]]  # by module
@@ -46,7 +46,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class BatchGroups:
-    """How one GPU batch's sequences are divided: by where their cache is, and by where their hidden state is."""
+    """One GPU batch's sequences divided twice: by the tier of their cache, and by that of their hidden state."""
 
     cache: Groups
     hidden: tuple[Group, ...]  # on the GPU, the host and the disk
@@ -55,12 +55,12 @@ class BatchGroups:
 def _place(
     extents: Extents, model: ModelSpec, sep_layer: bool, cuts: tuple[float, float], align: int
 ) -> tuple[tuple[LayerPlacement, ...], LayerPlacement]:
-    """Of every layer, and of the embedding tables, each tier's share."""
-    layers = model.layers(sep_layer)
-    gathered = {t.name for layer in layers for t in layer.tensors if t.gathered}
+    """Cut every bundle, and the embedding tables, into each tier's share."""
+    bundles = model.bundles(sep_layer)
+    gathered = {t.name for bundle in bundles for t in bundle.tensors if t.gathered}
     placements = tuple(
-        place_layer([e for m in layer.modules for e in extents[m.name] if e.tensor not in gathered], *cuts, align)
-        for layer in layers
+        place_layer([e for m in bundle.modules for e in extents[m.name] if e.tensor not in gathered], *cuts, align)
+        for bundle in bundles
     )
     return placements, place_layer([e for es in extents.values() for e in es if e.tensor in gathered], *cuts, align)
 
@@ -89,7 +89,13 @@ class Traffic:
     ) -> None:
         self.model, self.policy, self.workload = model, policy, workload
         self.host_is_apart, self.align = host_is_apart, align
-        self.layers: tuple[LayerSpec, ...] = model.layers(policy.sep_layer)
+        self.bundles: tuple[Bundle, ...] = model.bundles(policy.sep_layer)
+        self.stages = tuple(
+            Stage(stage, module, n)
+            for n, bundle in enumerate(self.bundles)
+            for module in bundle.modules
+            for stage in module.stages
+        )
         cuts = (policy.w_gpu_percent, policy.w_cpu_percent)
         place = _place_packed if extents is None else partial(_place, extents)
         self.placements: tuple[LayerPlacement, ...]
@@ -131,8 +137,8 @@ class Traffic:
             for disk, (low, high) in zip(placement.disk.parts(count, self.align), pairwise(bounds), strict=True)
         )
 
-    def weight_traffic(self, j: int) -> WeightTraffic:
-        parts, placement = self.parts[j], self.placements[j]
+    def weight_traffic(self, bundle: int) -> WeightTraffic:
+        parts, placement = self.parts[bundle], self.placements[bundle]
         host = placement.host.nbytes if self.host_is_apart else 0
         return WeightTraffic(
             tuple(p.disk_bytes for p in parts), tuple(p.host_bytes for p in parts), placement.disk.nbytes + host
@@ -141,7 +147,7 @@ class Traffic:
     # Cache
 
     def _cache_traffic(self, i: int, k: int) -> CacheTraffic:
-        """What attention of GPU batch k moves in token step i, in any one layer."""
+        """Bytes that attention of GPU batch k moves in token step i, in any one layer."""
         last = i == self.workload.batches[k].new_tokens - 1
         if i == 0:
             return self._prefill_cache_traffic(k, last=last)
@@ -205,7 +211,7 @@ class Traffic:
         return self.host_is_apart and not self.keeps_open
 
     def host_pages(self, cached: Sequence[int]) -> list[int]:
-        """Of so many cached tokens, the pages that the host holds: all, or those that are full."""
+        """Count the pages that the host holds of sequences with these numbers of cached tokens: all or full ones."""
         return [self.cache_layout.full(n) if self.keeps_open else self.cache_layout.pages(n) for n in cached]
 
     def _gathered(self, host: Groups, i: int) -> int:
@@ -216,16 +222,33 @@ class Traffic:
         return sum(self.kept(n) for n in host.cached(i)) * self.model.num_heads * row
 
     def kept(self, cached: int) -> int:
-        """Of so many cached tokens, those whose V sparse attention reads, per head."""
+        """Number of earlier tokens whose V sparse attention reads, per head, of this many cached ones."""
         return int(self.policy.attn_sparsity * cached)
 
-    def split_traffic(self, i: int, k: int) -> SplitTraffic:
-        """What moves for attention of GPU batch k in a token step after the first, in any one layer."""
-        model, size = self.model, self.workload.batches[k].size
-        result = model.num_heads * model.head_dim * model.itemsize  # of one sequence
-        projected = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim * model.itemsize
-        asked = self.groups[k].cache.attended_by_host.size
-        return SplitTraffic(size * projected, asked * projected, asked * result, size * result, attends=asked < size)
+    @cached_property
+    def cached_stages(self) -> tuple[int, ...]:
+        """The stages that keep K and V."""
+        return tuple(j for j, stage in enumerate(self.stages) if stage.spec.state)
+
+    @cached_property
+    def _attentions(self) -> dict[int, int]:
+        stages = {id(self.stages[n].module): n for n in self.cached_stages}
+        return {j: stages[id(s.module)] for j, s in enumerate(self.stages) if id(s.module) in stages}
+
+    def attention_of(self, j: int) -> int:
+        """The stage of attention in the module of stage j."""
+        return self._attentions[j]
+
+    def handoff(self, j: int, k: int) -> Handoff:
+        """Bytes that projection or attention hands on for GPU batch k in decode, where they are computed apart."""
+        model = self.model
+        keys = 0 if self.stages[j].spec.kind == ATTEND else 2 * model.num_kv_heads
+        row = (model.num_heads + keys) * model.head_dim * model.itemsize
+        return Handoff(self.workload.batches[k].size * row, self.groups[k].cache.attended_by_host.size * row)
+
+    def device_attends(self, k: int) -> bool:
+        """True where the device attends to sequences of GPU batch k itself."""
+        return self.groups[k].cache.attended_by_host.size < self.workload.batches[k].size
 
     def cache_home_pages(self, k: int) -> int:
         return self.cache_layout.pages(self.workload.batches[k].max_len)
@@ -247,17 +270,17 @@ class Traffic:
     # Hidden states
 
     def _hidden_traffic(self, i: int, j: int, k: int) -> HiddenTraffic:
-        """What layer j's result of GPU batch k moves to reach layer j+1; the head's parts hand theirs on in place."""
-        if self.layers[j].is_head:
+        """Bytes that stage j's result of GPU batch k moves to reach stage j + 1; the head's parts keep theirs."""
+        if self.stages[j].spec.kind == HEAD:
             return HiddenTraffic()
         row = self.model.hidden * self.model.itemsize
         nbytes = {g.tier: g.tokens(i) * row for g in self.groups[k].hidden}
         return HiddenTraffic(nbytes[Tier.HOST] if self.host_is_apart else 0, pad(nbytes[Tier.DISK]))
 
     @property
-    def layers_in_use(self) -> int:
-        """Layers whose weights a row of the schedule uses: one, or those from one attention to the next."""
-        attentions = [j for j, layer in enumerate(self.layers) if layer.has_cache]
+    def bundles_in_use(self) -> int:
+        """Bundles whose weights a row of the schedule uses: one, or those from one attention to the next."""
+        attentions = [self.stages[j].bundle for j in self.cached_stages]
         return 1 + max((b - a for a, b in pairwise(attentions)), default=1) if self.host_attends else 1
 
     @cached_property
@@ -266,7 +289,7 @@ class Traffic:
         weights, cache, hidden = dict.fromkeys(Tier, 0), dict.fromkeys(Tier, 0), dict.fromkeys(Tier, 0)
         for tier in Tier:
             weights[tier] = sum(p.share(tier).useful for p in (*self.placements, self.tables))
-        attention_layers = sum(layer.has_cache for layer in self.layers)
+        attention_layers = len(self.cached_stages)
         for groups in self.groups:
             for g in groups.cache:
                 tokens = sum(p + n - 1 for p, n in zip(g.prompt_lens, g.asked, strict=True))

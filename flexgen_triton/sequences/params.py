@@ -1,4 +1,4 @@
-"""How one request is to be generated, under vLLM's names and with its defaults."""
+"""Sampling parameters of one request, under vLLM's names and with its defaults."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MIN_TEMPERATURE = 1e-5  # below it there is no chance left to speak of, and logi
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How one request is generated. Immutable; numpy's numbers become Python's. Raises ValueError, in one
+    """Settings for generating one request. Immutable; numpy's numbers become Python's. Raises ValueError, in one
     sentence, for values of another type or out of range.
 
     `n` completions of at most `max_tokens` tokens each. temperature 0 (any below 1e-5) is greedy. `top_k` 0 (or -1),

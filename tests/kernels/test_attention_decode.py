@@ -64,7 +64,7 @@ def made(case: tuple, dtype: torch.dtype, spare: int = 1) -> tuple[Tensor, list[
 
 
 def plain(q: Tensor, segments: list[KVSegment]) -> Tensor:
-    """What a few lines of torch give in this precision: K and V dequantised, products and softmax rounded to it.
+    """Attend by a few lines of torch in this precision: K and V dequantised, products and softmax rounded to it.
 
     In fp32 a product with codes and one with minima, as in the kernel: they cancel, which rounds more than all else.
     """
@@ -98,6 +98,7 @@ def poison(monkeypatch):
     monkeypatch.setattr(attention_decode.torch, "empty", lambda *a, **k: empty(*a, **k).fill_(NAN))
 
 
+@pytest.mark.grid
 @RUNS
 @pytest.mark.parametrize("case", CASES)
 def test_no_further_from_the_truth_than_twice_plain_torch(monkeypatch, case, splits, dtype):

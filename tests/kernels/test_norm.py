@@ -45,6 +45,7 @@ def poison(monkeypatch):
         monkeypatch.setattr(norm.torch, name, lambda *a, made=made, **k: made(*a, **k).fill_(float("nan")))
 
 
+@pytest.mark.grid
 @DTYPES
 @pytest.mark.parametrize("extras", EXTRAS)
 @pytest.mark.parametrize("kind", NORMS)

@@ -1,4 +1,4 @@
-"""What attention moves: of the host's sequences K alone where sparse attention fetches V itself; all else whole."""
+"""Attention's transfers: K alone of the host's sequences where sparse attention fetches V itself; all else whole."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import test_schedule
 from hypothesis import given
 from hypothesis import strategies as st
-from test_schedule import CONFIG, Memory, interleave, linked
+from test_schedule import CONFIG, Memory, interleave, linked, stage_kinds
 
 from flexgen_triton.models.family import model_spec
 from flexgen_triton.plan.layout import CacheLayout, Field
@@ -32,8 +32,9 @@ def plan_of(cache: tuple[int, int], sparsity: float, *, is_4bit: bool = False, c
 
 
 def loaded(plan: Plan) -> dict[int, int]:
-    """Bytes that layer 1's attention of batch 0 is sent, by token step."""
-    return {op.i: op.bytes for op in plan.generator if op.name == "load_cache" and (op.j, op.k) == (1, 0)}
+    """Bytes that the first layer's attention of batch 0 is sent, by token step."""
+    first = (plan.cached_stages[0], 0)
+    return {op.i: op.bytes for op in plan.generator if op.name == "load_cache" and (op.j, op.k) == first}
 
 
 @FORMATS
@@ -89,9 +90,9 @@ class GatheringMemory(Memory):
 
     def compute(self, op: Op) -> None:
         super().compute(op)
-        if self.plan.program.has_cache[op.j] and self.plan.cache_traffic(op.i, op.k).gathered:
+        if "attend" in stage_kinds(self.plan, op) and self.plan.cache_traffic(op.i, op.k).gathered:
             home = op.slot("cache_host")
-            assert home == Slot("cache_host", op.j * len(self.plan.groups) + op.k), op
+            assert home == Slot("cache_host", self.plan.attention_of(op.j) * len(self.plan.groups) + op.k), op
             assert self.homes[home] == op.i - 1, op
 
 
@@ -105,24 +106,25 @@ def test_v_at_home_is_the_last_steps_under_any_legal_interleaving(monkeypatch, c
 
 
 def test_attention_waits_for_the_store_before_it_and_the_store_for_attention():
-    """Of its own accord, not only because the load of K does."""
+    """They wait for each other directly, not only by way of the load of K."""
     plan = plan_of(HOST, 0.1, batches=3)
     stored: dict[tuple[int, int, int], int] = {}
     computed: dict[tuple[int, int, int], int] = {}
     counts = dict.fromkeys(Lane, 0)
     checked = 0
     for op, waits in linked(plan):
-        block = (op.i, op.j, op.k)
         if op.name == "store_cache":
-            stored[block] = counts[op.lane]
-            assert dict(waits)[Lane.COMPUTE] >= computed[block], op
-        if op.name == "compute":
-            computed[block] = counts[op.lane]
-            if op.i and plan.program.has_cache[op.j]:
-                assert dict(waits)[Lane.D2H] >= stored[op.i - 1, op.j, op.k], op
+            visit = (op.i, op.j, op.k)
+            stored[visit] = counts[op.lane]
+            assert dict(waits)[Lane.COMPUTE] >= computed[visit], op
+        if op.name == "compute" and "attend" in stage_kinds(plan, op):
+            attention = plan.attention_of(op.j)
+            computed[op.i, attention, op.k] = counts[op.lane]
+            if op.i:
+                assert dict(waits)[Lane.D2H] >= stored[op.i - 1, attention, op.k], op
                 checked += 1
         counts[op.lane] += 1
-    assert checked == (STEPS - 1) * 3 * sum(plan.program.has_cache)
+    assert checked == (STEPS - 1) * 3 * len(plan.cached_stages)
 
 
 def test_attention_that_does_not_wait_for_the_store_is_noticed(monkeypatch):
@@ -144,7 +146,7 @@ def test_attention_that_does_not_wait_for_the_store_is_noticed(monkeypatch):
     noticed = 0
     for n in positions:
         op = [op for op, _ in ops if op.lane is Lane.D2H][n]
-        until = next(m for m, c in enumerate(computes) if (c.i, c.j, c.k) == (2, op.j, op.k))
+        until = next(m for m, c in enumerate(computes) if c.j <= op.j <= c.last and (c.i, c.k) == (2, op.k))
         try:
             interleave(plan, loose, random.Random(n), (Lane.D2H, n), (Lane.COMPUTE, until))
         except AssertionError:

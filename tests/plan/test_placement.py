@@ -40,10 +40,10 @@ def test_asked_and_given_differ_by_at_most_one_percent(name, sep_layer):
 def test_every_layer_is_within_one_row_of_its_share(gpu):
     spec = model_spec(SIZES["opt-30b"], "opt-30b", "float16")
     plan = make_plan(spec, Policy(1, 1, gpu, (100 - gpu) // 2), Workload.uniform(8, 4, 1, 1))
-    for layer, placement in zip(plan.layers, plan.placements, strict=True):
+    for bundle, placement in zip(plan.bundles, plan.placements, strict=True):
         extents = [e for tier in Tier for e in placement.share(tier).extents]
         total, row = sum(e.nbytes for e in extents), max((e.row_bytes for e in extents), default=0)
-        assert abs(placement.gpu.useful - total * gpu / 100) <= row, layer.name
+        assert abs(placement.gpu.useful - total * gpu / 100) <= row, bundle.name
 
 
 @settings(max_examples=100, deadline=None)

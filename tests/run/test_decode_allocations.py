@@ -46,7 +46,7 @@ GROWTH = 16 << 10  # bytes of Python's objects from step to step: none stay, som
 
 
 def excused() -> bool:
-    """Whether this call comes from what allocates still."""
+    """Return True if the call comes from code that may still allocate."""
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_filename.endswith(INTERPRETER) or frame.f_code.co_name in FUNCTIONS:
@@ -61,7 +61,7 @@ def storages(tree: object) -> Iterator[int]:
 
 @dataclass
 class Seen:
-    """What the watched ops called, by op, and of that what allocates."""
+    """Calls of the watched ops, by op, and those among them that allocate."""
 
     arenas: set[int] = field(default_factory=set)
     calls: Counter[str] = field(default_factory=Counter)
@@ -86,7 +86,7 @@ class Watch(TorchDispatchMode):
 
 
 def python_bytes() -> int:
-    """Of objects made in the engine's own files, but for its records of what ran when."""
+    """Bytes of objects made in the engine's own files, but for its records of what ran when."""
     package = str(Path(ops.__file__).parents[1])
     wanted = [tracemalloc.Filter(True, f"{package}/{name}") for name in ("models/*", "memory/*", "run/actions.py")]
     return sum(t.size for t in tracemalloc.take_snapshot().filter_traces(wanted).traces)
@@ -144,6 +144,7 @@ def run(
         llm.engine.generate(requests, progress=on_step)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("copies", [False, True], ids=["in place", "copied"])
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_a_token_step_allocates_no_tensor(tiny, tmp_path, watched, fmt, copies):
@@ -151,6 +152,7 @@ def test_a_token_step_allocates_no_tensor(tiny, tmp_path, watched, fmt, copies):
     assert watched.calls and not watched.found
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("strategy", ["sequential", "single batch"])
 @pytest.mark.parametrize("place", PLACES)
 def test_under_any_strategy_and_anywhere(tiny, tmp_path, watched, strategy, place):
@@ -158,6 +160,7 @@ def test_under_any_strategy_and_anywhere(tiny, tmp_path, watched, strategy, plac
     assert watched.calls and not watched.found
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("share", [50, 100])
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_nor_where_the_host_attends(tiny, tmp_path, watched, fmt, share):
@@ -178,6 +181,7 @@ def test_nor_does_any_architecture(tiny_models, tmp_path, watched, name):
     assert watched.calls and not watched.found
 
 
+@pytest.mark.grid(cover=[])
 @pytest.mark.parametrize("fmt", ["fp32", "4-bit weights", "4-bit cache", "sparse"])
 def test_nor_do_the_triton_kernels(tiny, tmp_path, watched, monkeypatch, fmt):
     monkeypatch.setattr(implementation, "uses_triton", lambda x: True)
@@ -186,6 +190,7 @@ def test_nor_do_the_triton_kernels(tiny, tmp_path, watched, monkeypatch, fmt):
     assert watched.calls and not watched.found
 
 
+@pytest.mark.grid(cover=[])
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_nor_do_pythons_objects_grow_in_number(tiny, tmp_path, fmt):
     sizes: list[int] = []

@@ -33,6 +33,7 @@ def store(tmp_path_factory):
     return tmp_path_factory.mktemp("offload")
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("percent", PERCENTS)
@@ -42,6 +43,7 @@ def test_tokens_are_transformers_tokens(tiny, tmp_path, percent, strategy, share
     check(tiny, attending(policy, share), tmp_path, copies=True)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("percent", PERCENTS)
@@ -49,6 +51,7 @@ def test_every_format(tiny, store, percent, fmt, share):
     check_format(tiny, attending(make_policy((2, 2, *PERCENTS[percent]), fmt), share), store, copies=True)
 
 
+@pytest.mark.grid(cover=["attended"])
 @pytest.mark.parametrize("attended", [False, True], ids=["sent", "a share attended"])
 @pytest.mark.parametrize("fmt", ["plain", "cache", "sparse", "all"])
 @pytest.mark.parametrize("percent", PERCENTS)
@@ -60,6 +63,7 @@ def test_open_blocks_may_stay_on_the_device(tiny, store, percent, fmt, attended)
     check_format(tiny, attending(policy, 40) if attended else policy, store, copies=True, new_tokens=40)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("sep_layer", [True, False])
 def test_every_architecture(tiny_models, tmp_path, name, sep_layer):
@@ -84,7 +88,7 @@ def test_a_query_goes_down_and_an_answer_up_and_no_cache_moves(tiny, tmp_path):
     (plan,) = report.plans
     model = plan.model
     row = model.hidden * model.itemsize
-    steps, layers = 5, sum(layer.has_cache for layer in plan.layers)
+    steps, layers = 5, len(plan.cached_stages)
     decode = [s.op for s in report.timeline.spans if s.op.i]
     down, up = (sum(op.bytes for op in decode if op.lane is lane) for lane in (Lane.D2H, Lane.H2D))
     assert (down, up) == tuple(steps * layers * len(tiny.prompts) * n * row for n in (3, 1))
@@ -100,7 +104,7 @@ def test_decode_stores_only_whole_blocks(tiny, tmp_path, percent):
     report = run(tiny, tmp_path, policy)
     (plan,) = report.plans
     layout, groups = plan.cache_layout, plan.groups[0].cache
-    layers = sum(layer.has_cache for layer in plan.layers)
+    layers = len(plan.cached_stages)
     away = [len(p) for p in sorted(tiny.prompts, key=len, reverse=True)][groups.sent.first :]
     filled = {i: sum((n + i) % layout.page_tokens == 0 for n in away) for i in range(1, 5)}  # the sixth token's is not
     stored = [s.op for s in report.timeline.spans if s.op.i and s.op.lane is Lane.D2H]
@@ -112,8 +116,10 @@ def test_decode_stores_only_whole_blocks(tiny, tmp_path, percent):
 def test_of_the_hosts_sequences_the_share_is_attended_there(tiny, tmp_path):
     report = run(tiny, tmp_path, attending(Policy(7, 1, 100, 0, 0, 100, 100, 0), 43))
     assert report.plans[0].groups[0].cache.attended_by_host.size == 3
-    names = {s.op.name for s in report.timeline.spans if s.op.i}
-    assert {"attend", "attend_host", "load_cache", "load_attended"} <= names
+    decode = [s.op for s in report.timeline.spans if s.op.i]
+    assert {"attend_host", "load_cache", "load_attended"} <= {op.name for op in decode}
+    attends = {op.j for op in decode if op.name == "compute" and op.stages == 1} & set(report.plans[0].cached_stages)
+    assert attends == set(report.plans[0].cached_stages), "the device attends to the others, apart"
 
 
 def test_the_home_is_what_the_host_attends_to(tiny, tmp_path, monkeypatch):
