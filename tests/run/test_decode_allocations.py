@@ -105,7 +105,8 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Seen:
     def watch(act: Action, op: Op) -> int | None:
         if op.i == 0:
             return act(op)
-        with Watch(seen, op.name):
+        stage = act.args[0]._plan.stages[op.j].spec.kind  # of a computation, the first
+        with Watch(seen, stage if op.name == "compute" else op.name):
             return act(op)
 
     monkeypatch.setattr(Arena, "__init__", make_and_note)
