@@ -75,11 +75,11 @@ def percent_text(plan: Plan) -> str:
 
 
 def formats_text(plan: Plan) -> str:
-    """Formats and options that differ from the model's defaults, as ", 4-bit weights (groups of 64), 10 % of V"."""
+    """Formats and options that differ from the model's defaults, as ", weights in 4 bits, groups of 64, 10 % of V"."""
     policy = plan.policy
     texts = [
-        f", 4-bit weights (groups of {policy.weight_format.group_size})" if policy.weight_format else "",
-        ", 4-bit cache" if policy.cache_format != PlainCache() else "",
+        f", weights {policy.weight_format.description}" if policy.weight_format else "",
+        f", cache {policy.cache_format.description}" if policy.cache_format != PlainCache() else "",
         f", {policy.attn_sparsity:.0%} of V" if policy.attn_sparsity < 1 else "",
         f", {policy.attended_percent:g} % attended by the host" if plan.host_attends else "",
         ", open pages kept" if plan.keeps_open else "",

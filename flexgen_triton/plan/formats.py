@@ -144,7 +144,8 @@ class FourBit:
         return int(4 * columns * BLOCK_ROWS * min(panel_blocks(columns), codes[0]))
 
 
-WeightFormat = Plain | FourBit
+PackedFormat = FourBit  # those of which a matrix is several tensors
+WeightFormat = Plain | PackedFormat
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ..kernels.sizes import KV_GROUP, WEIGHT_GROUPS
-from .formats import CacheFormat, FourBit, FourBitCache, PlainCache
+from .formats import CacheFormat, FourBit, FourBitCache, PackedFormat, PlainCache
 
 LOSSY = ("4bit", "4bit-cache", "sparse")  # what changes the output, by the names that allow it
 
@@ -87,7 +87,7 @@ class Policy:
             _check_format("comp_cache_config", self.comp_cache_config, (KV_GROUP,), (2,))
 
     @property
-    def weight_format(self) -> FourBit | None:
+    def weight_format(self) -> PackedFormat | None:
         """The format that weights are stored in; None where they keep their dtype."""
         config = self.comp_weight_config
         return FourBit(config.group_size) if self.compress_weight and config.enabled else None

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import NamedTuple
 
-from .formats import DTYPE_BYTES, STORED_BYTES, FourBit, Plain, WeightFormat
+from .formats import DTYPE_BYTES, STORED_BYTES, PackedFormat, Plain, WeightFormat
 from .policy import Policy
 
 STAGES = EMBED, PROJECT, ATTEND, FINISH, MLP, HEAD = "embed", "project", "attend", "finish", "mlp", "head"
@@ -22,7 +22,7 @@ class Packed:
 
     matrix: str  # its name in the model
     shape: tuple[int, int]
-    format: FourBit
+    format: PackedFormat
     part: int  # of format.parts
 
 
@@ -232,7 +232,7 @@ class ModelSpec:
         return tuple(bundles)
 
 
-def pack(spec: ModelSpec, form: FourBit) -> ModelSpec:
+def pack(spec: ModelSpec, form: PackedFormat) -> ModelSpec:
     """The model with every matrix of its decoder layers and projections in a format.
 
     Embeddings and the output projection, which often are one table, keep their 16 bits.
@@ -249,7 +249,7 @@ def stored_as(spec: ModelSpec, policy: Policy) -> ModelSpec:
     return spec if policy.weight_format is None else pack(spec, policy.weight_format)
 
 
-def _parts(tensor: TensorSpec, form: FourBit) -> Iterator[TensorSpec]:
+def _parts(tensor: TensorSpec, form: PackedFormat) -> Iterator[TensorSpec]:
     rows, columns = tensor.shape
     for n, part in enumerate(form.parts((rows, columns))):
         packed = Packed(tensor.name, (rows, columns), form, n)
