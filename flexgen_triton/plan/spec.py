@@ -6,7 +6,7 @@ Knows shapes, bytes and floating-point operations. Does not know where anything 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 
 from ..kernels.sizes import BLOCK_ROWS, CODES_PER_WORD
@@ -22,7 +22,7 @@ STORED_BYTES = DTYPE_BYTES | {"int16": 2}  # four 4-bit codes to an int16
 class Packing:
     """The 4-bit matrix [N, K] that a tensor holds one half of: its "codes", or the "scales" of their groups."""
 
-    matrix: str  # its name in the model
+    matrix: str = field(compare=False)  # its name in the model
     shape: tuple[int, int]
     group_size: int
     half: str

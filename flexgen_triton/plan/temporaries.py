@@ -18,7 +18,7 @@ from ..kernels.sizes import (
     widened_rows,
 )
 from .layout import pad
-from .spec import LayerSpec, TensorSpec
+from .spec import TensorSpec
 from .traffic import Traffic
 
 SCORED_ROWS = 256  # prompt positions whose logits are made at a time
@@ -47,7 +47,7 @@ def temporaries(traffic: Traffic) -> dict[str, int]:
     """
     rows = max(b.size for b in traffic.workload.batches)
     hosted = max(g.cache.attended.size for g in traffic.groups)
-    matrices = [t for layer in traffic.layers for t in layer.tensors if _is_matrix(t)]
+    matrices = [t for layer in traffic.distinct_layers for t in layer.tensors if _is_matrix(t)]
     sizes = {
         "decode": (rows + 1) * _row_bytes(traffic)
         + max(_attention_bytes(traffic, rows), _product_bytes(traffic, rows, matrices))
@@ -72,15 +72,15 @@ def _is_matrix(tensor: TensorSpec) -> bool:
 
 def _row_bytes(traffic: Traffic) -> int:
     """The results, for one row, of all computations that hand them on to each other."""
-    layers = [_layer_bytes(traffic, layer) for layer in traffic.layers]
+    layers = _layer_bytes(traffic)
     return max(sum(layers[j : j + traffic.layers_in_use]) for j in range(len(layers)))
 
 
-def _layer_bytes(traffic: Traffic, layer: LayerSpec) -> int:
-    """The results of a layer's operations for one row, all kept to its end, with its entry and attention's result."""
+def _layer_bytes(traffic: Traffic) -> list[int]:
+    """The results of each layer's operations for one row, all kept to its end, with its entry and attention's result."""
     model = traffic.model
-    own = sum(m.results for m in layer.modules)
-    return model.itemsize * (own + 3 * model.hidden + model.num_heads * model.head_dim)
+    others = 3 * model.hidden + model.num_heads * model.head_dim
+    return [model.itemsize * (sum(m.results for m in layer.modules) + others) for layer in traffic.layers]
 
 
 def _product_bytes(traffic: Traffic, rows: int, matrices: list[TensorSpec]) -> int:
@@ -198,7 +198,7 @@ def _dense_bytes(traffic: Traffic) -> int:
     """4-bit layers dequantised, which a GPU keeps for all GPU batches that use this load of them."""
     if not traffic.host_is_apart or not traffic.model.is_4bit:
         return 0
-    parameters = (sum(t.num_parameters for t in layer.tensors if t.packing) for layer in traffic.layers)
+    parameters = (sum(t.num_parameters for t in layer.tensors if t.packing) for layer in traffic.distinct_layers)
     return traffic.layers_in_use * pad(max(parameters) * traffic.model.itemsize + ALIGNMENT)
 
 

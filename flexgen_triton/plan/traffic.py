@@ -6,9 +6,9 @@ takes nor what is computed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from functools import cache, cached_property, lru_cache
 from itertools import pairwise
 
 from .layout import (
@@ -22,13 +22,14 @@ from .layout import (
     page_tokens_for,
     split_counts,
 )
-from .placement import Extent, LayerPlacement, Run, Tier, packed_layout, place_layer
+from .placement import LayerPlacement, Run, Share, Tier
+from .placements import Extents as Extents
+from .placements import Placements, packed_placements
 from .policy import Policy
 from .schedule import CacheTraffic, HiddenTraffic, SplitTraffic, WeightTraffic
 from .spec import Batch, LayerSpec, ModelSpec, Workload
 
 PART_BYTES = 64 << 20  # a streamed layer is cut at least this fine, so that disk and link overlap within it
-Extents = Mapping[str, Sequence[Extent]]  # by module
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,28 +53,6 @@ class BatchGroups:
     hidden: tuple[Group, ...]  # on the GPU, the host and the disk
 
 
-def _place(
-    extents: Extents, model: ModelSpec, sep_layer: bool, cuts: tuple[float, float], align: int
-) -> tuple[tuple[LayerPlacement, ...], LayerPlacement]:
-    """Of every layer, and of the embedding tables, each tier's share."""
-    layers = model.layers(sep_layer)
-    gathered = {t.name for layer in layers for t in layer.tensors if t.gathered}
-    placements = tuple(
-        place_layer([e for m in layer.modules for e in extents[m.name] if e.tensor not in gathered], *cuts, align)
-        for layer in layers
-    )
-    return placements, place_layer([e for es in extents.values() for e in es if e.tensor in gathered], *cuts, align)
-
-
-@lru_cache(maxsize=64)
-def _place_packed(
-    model: ModelSpec, sep_layer: bool, cuts: tuple[float, float], align: int
-) -> tuple[tuple[LayerPlacement, ...], LayerPlacement]:
-    """The same in a store of our own; a search asks for the same few again and again."""
-    layout = packed_layout(model.modules)
-    return _place({m.name: layout[n] for n, m in enumerate(model.modules)}, model, sep_layer, cuts, align)
-
-
 class Traffic:
     """Placements of weights, cache and hidden states, and the bytes that each visit moves; immutable once made."""
 
@@ -89,13 +68,13 @@ class Traffic:
     ) -> None:
         self.model, self.policy, self.workload = model, policy, workload
         self.host_is_apart, self.align = host_is_apart, align
-        self.layers: tuple[LayerSpec, ...] = model.layers(policy.sep_layer)
-        cuts = (policy.w_gpu_percent, policy.w_cpu_percent)
-        place = _place_packed if extents is None else partial(_place, extents)
-        self.placements: tuple[LayerPlacement, ...]
-        self.tables: LayerPlacement
-        self.placements, self.tables = place(model, policy.sep_layer, cuts, align)
-        self.parts: tuple[tuple[Part, ...], ...] = tuple(self._cut_parts(p) for p in self.placements)
+        weights = model, policy.sep_layer, (policy.w_gpu_percent, policy.w_cpu_percent), align
+        self._placements = packed_placements(*weights) if extents is None else Placements(*weights, extents)
+        self.layers: tuple[LayerSpec, ...] = self._placements.layers
+        self.first_alike: tuple[int, ...] = self._placements.first_alike  # of each layer, the first that is like it
+        self.tables: LayerPlacement = self._placements.tables
+        self.parts = cache(self._cut_parts)
+        self._weight_traffic = cache(self._traffic_of_weights)
         batches = workload.batches
         # what the device is sent of the host's cache: K and V, or K alone, sparse attention fetching the V it needs
         self.host_halves = 1 if host_is_apart and policy.attn_sparsity < 1 else 2
@@ -120,7 +99,25 @@ class Traffic:
 
     # Weights
 
-    def _cut_parts(self, placement: LayerPlacement) -> tuple[Part, ...]:
+    @property
+    def placements(self) -> tuple[LayerPlacement, ...]:
+        """Every layer's own placement, with its tensors' names and its places in files."""
+        return tuple(map(self._placements.layer, range(len(self.layers))))
+
+    @property
+    def distinct_layers(self) -> tuple[LayerSpec, ...]:
+        """One of each kind of layer, the first."""
+        return tuple(self.layers[j] for j in dict.fromkeys(self.first_alike))
+
+    def weight_shares(self, tier: Tier) -> Iterator[Share]:
+        """Yield a tier's share of each layer, of one that is like it, and of the tables: for their sizes."""
+        for j in self.first_alike:
+            yield self._placements.layer(j).share(tier)
+        yield self.tables.share(tier)
+
+    def _cut_parts(self, j: int) -> tuple[Part, ...]:
+        """Layer j's streamed share in parts."""
+        placement = self._placements.layer(j)
         host = placement.host.nbytes if self.host_is_apart else 0
         streamed = placement.disk.nbytes + host
         count = max(len(self.workload.batches), -(-streamed // PART_BYTES))
@@ -131,7 +128,10 @@ class Traffic:
         )
 
     def weight_traffic(self, j: int) -> WeightTraffic:
-        parts, placement = self.parts[j], self.placements[j]
+        return self._weight_traffic(self.first_alike[j])
+
+    def _traffic_of_weights(self, j: int) -> WeightTraffic:
+        parts, placement = self.parts(j), self._placements.layer(j)
         host = placement.host.nbytes if self.host_is_apart else 0
         return WeightTraffic(
             tuple(p.disk_bytes for p in parts), tuple(p.host_bytes for p in parts), placement.disk.nbytes + host
@@ -227,7 +227,7 @@ class Traffic:
         on_host = host.tokens(i) * row if self.host_is_apart else 0
         return HiddenTraffic(on_host, pad(disk.tokens(i) * row))
 
-    @property
+    @cached_property
     def layers_in_use(self) -> int:
         """Layers whose weights a row of the schedule uses: one, or those from one attention to the next."""
         attentions = [j for j, layer in enumerate(self.layers) if layer.has_cache]
@@ -238,7 +238,7 @@ class Traffic:
         """Useful bytes by kind (weights, cache, activations) and tier (gpu, cpu, disk)."""
         weights, cache, hidden = dict.fromkeys(Tier, 0), dict.fromkeys(Tier, 0), dict.fromkeys(Tier, 0)
         for tier in Tier:
-            weights[tier] = sum(p.share(tier).useful for p in (*self.placements, self.tables))
+            weights[tier] = sum(share.useful for share in self.weight_shares(tier))
         attention_layers = sum(layer.has_cache for layer in self.layers)
         for groups in self.groups:
             for g in groups.cache:

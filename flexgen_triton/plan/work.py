@@ -18,8 +18,9 @@ class Arithmetic:
 
     def __init__(self, traffic: Traffic) -> None:
         self._traffic, self.model, self.policy, self.workload = traffic, traffic.model, traffic.policy, traffic.workload
-        self._layer_work = tuple(self._work_of(layer.modules) for layer in traffic.layers)
-        cut = {j: layer.cut_at_attention() for j, layer in enumerate(traffic.layers) if layer.has_cache}
+        distinct = {j: traffic.layers[j] for j in traffic.first_alike}
+        self._layer_work = {j: self._work_of(layer.modules) for j, layer in distinct.items()}
+        cut = {j: layer.cut_at_attention() for j, layer in distinct.items() if layer.has_cache}
         self._part_work = {
             (j, name): self._work_of(c) for j, cs in cut.items() for name, c in zip((PROJECT, FINISH), cs, strict=True)
         }
@@ -43,10 +44,11 @@ class Arithmetic:
             return self._attention_work(_NO_WORK, i, k, on_host=name == ATTEND_HOST)
         batch, layer, model = self.workload.batches[k], self._traffic.layers[j], self.model
         rows = batch.size + (0 if i else batch.scored) if layer.is_head else batch.tokens(i)
-        products, weight_bytes, hidden = self._part_work.get((j, name)) or self._layer_work[j]
+        alike = self._traffic.first_alike[j]
+        products, weight_bytes, hidden = self._part_work.get((alike, name)) or self._layer_work[alike]
         streamed = 0
         if name != FINISH:
-            streamed = sum(p.disk_bytes for p in self._traffic.parts[j]) // len(self.workload.batches)
+            streamed = sum(self._traffic.weight_traffic(j).disk_parts) // len(self.workload.batches)
             streamed += self._traffic.cache_traffic(i, k).disk_read if layer.has_cache else 0
         work = Work(
             rows,

@@ -127,11 +127,11 @@ class Round:
     # Weights and hidden states
 
     def _read_weight(self, op: Op) -> None:
-        part = self._plan.parts[op.j][op.part]
+        part = self._plan.parts(op.j)[op.part]
         self._weights.read(part, self._into(op), staged=self._plan.host_is_apart)
 
     def _load_weight(self, op: Op) -> None:
-        part = self._plan.parts[op.j][op.part]
+        part = self._plan.parts(op.j)[op.part]
         self._weights.load(op.j, part, self._slot(op, "stage_in"), self._bytes(op, "weight"))
 
     def _write_hidden(self, op: Op) -> None:
