@@ -34,7 +34,7 @@ from torch import Tensor
 from .chips import Chip, chip_of
 from .formats import dequantize_weight as dequantize_weight_ref
 from .quant import dequantize_weight
-from .sizes import BLOCK_ROWS, WEIGHT_GROUPS
+from .sizes import BLOCK_ROWS, FUSED_GROUP, WEIGHT_GROUPS
 from .unpack import unpack
 
 SMALL_ROWS = 32
@@ -361,8 +361,10 @@ class Workspace:
             self.partials = self.partials.new_empty(numbers)
 
 
-def crossover(chip: Chip) -> int:
+def crossover(chip: Chip, group_size: int = FUSED_GROUP) -> int:
     """The number of rows from which dequantising first is faster: by calculation, to be measured."""
+    if group_size < FUSED_GROUP:  # a product of G/4 columns takes at least 16 of them
+        return 1
     if not chip.has_mma:
         return 9
     return {"sm_90": 192, "sm_100": 65}.get(chip.name, 256)  # sm_100: see tile_of
@@ -439,7 +441,7 @@ def matmul_q4(
         return out
     group_size = _group_size(x, codes, scales, rows)
     chip = chip_of(x.device)
-    if len(x) >= crossover(chip) or group_size < 64:  # a product of G/4 columns takes at least 16 of them
+    if len(x) >= crossover(chip, group_size):
         if dense is None:
             dense = dequantize_weight(codes, scales, rows, x.shape[1], x.dtype)
         return dense_linear(x, dense, bias, activation, residual, out)

@@ -10,6 +10,7 @@ BLOCK_ROWS = 256  # of a 4-bit matrix
 CODES_PER_WORD = 4
 WEIGHT_GROUPS = (32, 64, 128)
 KV_GROUP = 64
+FUSED_GROUP = 64  # columns that a fused product takes at least: smaller groups are dequantised
 
 # Decode attention on a GPU (attention_decode.py)
 MIN_SPLIT_TOKENS = 128  # a split costs its partial result, about as many bytes as 4 tokens' K and V in P16

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from ..plan.fit import need
 from ..plan.footprint import KINDS, WORKSPACE
+from ..plan.formats import PlainCache
 from ..plan.hardware import GIB, Hardware
 from ..plan.placement import Tier
 from ..plan.plan import Plan
@@ -77,8 +78,8 @@ def formats_text(plan: Plan) -> str:
     """What is not as the model has it, ", 4-bit weights (groups of 64), 10 % of V", and who attends to the cache."""
     policy = plan.policy
     texts = [
-        f", 4-bit weights (groups of {policy.weight_group})" if policy.weight_group else "",
-        ", 4-bit cache" if policy.is_cache_4bit else "",
+        f", 4-bit weights (groups of {policy.weight_format.group_size})" if policy.weight_format else "",
+        ", 4-bit cache" if policy.cache_format != PlainCache() else "",
         f", {policy.attn_sparsity:.0%} of V" if policy.attn_sparsity < 1 else "",
         f", {policy.attended_percent:g} % attended by the host" if plan.host_attends else "",
         ", open pages kept" if plan.keeps_open else "",

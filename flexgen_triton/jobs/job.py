@@ -206,10 +206,9 @@ def _bytes(line: Line) -> bytes:
 
 def formats(policy: Policy) -> dict[str, Any]:
     """What of a policy changes the numbers that come out."""
-    group = policy.weight_group
     return {
-        "weights": f"in 4 bits, groups of {group}" if group else "uncompressed",
-        "cache": "in 4 bits" if policy.is_cache_4bit else "uncompressed",
+        "weights": policy.weight_format.description if policy.weight_format else "uncompressed",
+        "cache": policy.cache_format.description,
         "attn_sparsity": policy.attn_sparsity,
     }
 

@@ -13,7 +13,6 @@ from ..memory.stripes import Folders
 from ..models import ops
 from ..plan.fit import amount, fits
 from ..plan.hardware import Hardware, load_profile
-from ..plan.layout import cache_fields
 from ..plan.policy import Policy, PolicyError
 from ..plan.predict import DECODE, PREFILL, Prediction, predict
 from ..plan.search import Problem, available, modest, search
@@ -73,7 +72,7 @@ def settled(model: ModelSpec, base: Policy, device: torch.device) -> Resident:
     check_process()
     if device.type == "cpu" or base.cpu_cache_compute:
         spec = stored_as(model, base)
-        ops.prepare(spec, cache_fields(spec, is_4bit=base.is_cache_4bit), sparse=base.attn_sparsity < 1)
+        ops.prepare(spec, base.cache_format.fields(spec.dtype, spec.head_dim), sparse=base.attn_sparsity < 1)
     return Resident.now()
 
 

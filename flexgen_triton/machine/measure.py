@@ -29,13 +29,13 @@ from ..models.checkpoint import open_store
 from ..models.config import ModelConfig
 from ..models.family import make_model, model_spec, probe_config
 from ..plan.cost import seconds
+from ..plan.formats import DTYPE_BYTES, FourBitCache, PlainCache
 from ..plan.hardware import Hardware, HardwareError
 from ..plan.json_file import JsonError, read_object
-from ..plan.layout import cache_fields
 from ..plan.link import Span
 from ..plan.policy import Policy
 from ..plan.schedule import Lane
-from ..plan.spec import DTYPE_BYTES, to_4bit
+from ..plan.spec import pack
 from ..run.engine import Engine, RunReport
 from ..run.running import check_process
 from ..sequences.params import SamplingParams
@@ -170,8 +170,8 @@ def prepare() -> None:
     """Load the CPU's kernels for every format, and compile those that are not kept on disk."""
     for dtype in DTYPE_BYTES:
         spec = model_spec(TINY, "tiny", dtype)
-        ops.prepare(spec, cache_fields(spec, is_4bit=False), sparse=False)
-        ops.prepare(to_4bit(spec, sweeps.GROUP_SIZE), cache_fields(spec, is_4bit=True), sparse=False)
+        for stored, cache in ((spec, PlainCache()), (pack(spec, sweeps.PACKED), FourBitCache())):
+            ops.prepare(stored, cache.fields(dtype, spec.head_dim), sparse=False)
 
 
 def _context_bytes(device: torch.device) -> int:

@@ -18,7 +18,6 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from ..kernels.sizes import BLOCK_ROWS
 from ..memory.arena import Arena, host_available
 from ..memory.cache import Fields, Segment
 from ..memory.device import current_stream, gpu_capability, gpu_memory, synchronize
@@ -27,16 +26,16 @@ from ..memory.stripes import Folders
 from ..memory.weights import BOUNCE_BYTES
 from ..models import ops
 from ..models.family import model_spec, probe_config
-from ..models.ops import Matrix, Matrix4
+from ..plan.formats import CacheFormat, FourBit, FourBitCache, Plain, PlainCache, WeightFormat
 from ..plan.hardware import Curve
-from ..plan.layout import CacheLayout, cache_fields, page_tokens_for
+from ..plan.layout import CacheLayout, page_tokens_for
 from ..plan.plan import Plan, make_plan
 from ..plan.policy import Policy
-from ..plan.spec import DTYPE_BYTES, ModelSpec, Workload
+from ..plan.spec import ModelSpec, Workload
 
 CPU = torch.device("cpu")
 MIB = 1 << 20
-GROUP_SIZE = 64
+PACKED = FourBit(64)
 TIMED_S = 1e-3  # shorter runs are timed several at once
 SLOWEST_S = 1.0  # larger sizes than the first that takes so long are left out
 
@@ -191,13 +190,13 @@ def products(bench: Workbench, clock: Clock, budget_s: float) -> dict[str, Curve
     rows: Sequence[int] = (1, 8, 64, 256) if bench.quick else ROWS
     on_gpu = bench.device.type == "cuda"
     rows4 = [m for m in rows if m < crossover] if on_gpu else sorted({*rows, crossover - 1, crossover})
-    sweeps = {dtype: _product_tasks(bench, rows, dtype, dtype) for dtype in bench.dtypes}
-    sweeps["4-bit"] = _product_tasks(bench, rows4, bench.half, "4-bit")
+    sweeps = {dtype: _product_tasks(bench, rows, dtype, Plain(dtype)) for dtype in bench.dtypes}
+    sweeps[PACKED.rates] = _product_tasks(bench, rows4, bench.half, PACKED)
     return clock.curves(sweeps, budget_s)
 
 
-def _product_tasks(bench: Workbench, rows: Sequence[int], dtype: str, kind: str) -> list[Task]:
-    pairs = [(n, k, _matrices(bench, n, k, kind)) for n, k in ((bench.ffn, bench.hidden), (bench.hidden, bench.ffn))]
+def _product_tasks(bench: Workbench, rows: Sequence[int], dtype: str, form: WeightFormat) -> list[Task]:
+    pairs = [(n, k, _matrices(bench, n, k, form)) for n, k in ((bench.ffn, bench.hidden), (bench.hidden, bench.ffn))]
 
     def task(m: int) -> Task:
         inputs = [(bench.view(dtype, m, k), matrices) for _, k, matrices in pairs]
@@ -206,19 +205,9 @@ def _product_tasks(bench: Workbench, rows: Sequence[int], dtype: str, kind: str)
     return [task(m) for m in rows]
 
 
-def _matrices(bench: Workbench, n: int, k: int, kind: str) -> Iterator[Matrix | Matrix4]:
+def _matrices(bench: Workbench, n: int, k: int, form: WeightFormat) -> Iterator[ops.Weight]:
     """Matrices [n, k] all over the arena, without end."""
-    if kind != "4-bit":
-        stretches = bench.stretches(n * k * DTYPE_BYTES[kind])
-        return (Matrix([(0, stretch.view(getattr(torch, kind)).view(n, k))]) for stretch in stretches)
-    codes, scales = n * k // 2, n * k // GROUP_SIZE * 4
-    return (_matrix4(n, k, s[:codes], s[codes:]) for s in bench.stretches(codes + scales))
-
-
-def _matrix4(n: int, k: int, codes: Tensor, scales: Tensor) -> Matrix4:
-    blocks = n // BLOCK_ROWS
-    words, numbers = codes.view(torch.int16).view(blocks, -1), scales.view(torch.float16).view(blocks, -1)
-    return Matrix4((n, k), GROUP_SIZE, [(0, words)], [(0, numbers)])
+    return (ops.from_bytes(form, (n, k), stretch) for stretch in bench.stretches(round(n * k * form.parameter_bytes)))
 
 
 # Attention and what passes over activations
@@ -241,15 +230,16 @@ def _prompt_task(bench: Workbench, length: int, sequences: int) -> Task:
 def token_attention(bench: Workbench, clock: Clock, budget_s: float) -> dict[str, Curve]:
     """Bytes of K and V per second of attention over the cache, by its format and the bytes of all sequences."""
     contexts = CONTEXTS[:3] if bench.quick else CONTEXTS
-    sweeps = {dtype: _context_tasks(bench, contexts, dtype, is_4bit=False) for dtype in bench.dtypes}
-    sweeps["4-bit"] = _context_tasks(bench, contexts, bench.half, is_4bit=True)
+    sweeps = {dtype: _context_tasks(bench, contexts, dtype, PlainCache()) for dtype in bench.dtypes}
+    packed = FourBitCache()
+    sweeps[packed.rates(bench.half)] = _context_tasks(bench, contexts, bench.half, packed)
     return clock.curves(sweeps, budget_s)
 
 
-def _context_tasks(bench: Workbench, contexts: Sequence[tuple[int, int]], dtype: str, *, is_4bit: bool) -> list[Task]:
+def _context_tasks(bench: Workbench, contexts: Sequence[tuple[int, int]], dtype: str, form: CacheFormat) -> list[Task]:
     """Attention over caches of which the arena holds two or more."""
     spec = bench.spec(dtype)
-    fields = cache_fields(spec, is_4bit=is_4bit)
+    fields = form.fields(dtype, spec.head_dim)
     layouts = [CacheLayout(spec.num_kv_heads, fields, page_tokens_for(tokens)) for _, tokens in contexts]
     return [
         _context_task(bench, spec, layout, sequences, tokens)

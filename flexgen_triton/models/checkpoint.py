@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from itertools import groupby
 from math import prod
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from ..memory.store import (
 )
 from ..memory.stripes import Folders, part_paths
 from ..plan.placement import Extent, packed_layout
-from ..plan.spec import ModelSpec, ModuleSpec, Packing, TensorSpec
+from ..plan.spec import ModelSpec, ModuleSpec, TensorSpec
 from . import kept_checks, ops
 from .sources import (
     BinWeights,
@@ -239,19 +240,23 @@ def _extents(spec: ModelSpec) -> dict[str, tuple[Extent, ...]]:
 
 def _module_bytes(module: ModuleSpec, weights: Weights) -> Iterator[memoryview]:
     """A module's tensors one after another, their sources concatenated, converted a piece at a time."""
-    scales: list[Tensor] = []
-    for tensor in module.tensors:
-        if tensor.packing is None:
-            for source, piece in _pieces(tensor, weights):
-                yield _as_bytes(_cast(piece, getattr(torch, tensor.dtype), f"{weights.where}: {source}"))
-        elif tensor.packing.half == "codes":  # its scales are the next tensor
-            scales.clear()
-            for rows in _row_blocks(tensor.packing, (piece for _, piece in _pieces(tensor, weights))):
-                codes, found = ops.quantize_weight(rows, tensor.packing.group_size)
-                scales.append(found)
-                yield _as_bytes(codes)
-        else:
-            yield from map(_as_bytes, scales)
+    for _, parts in groupby(module.tensors, key=lambda t: t.weight):
+        yield from _weight_bytes(next(iter(parts)), weights)
+
+
+def _weight_bytes(tensor: TensorSpec, weights: Weights) -> Iterator[memoryview]:
+    """All parts of the weight that `tensor` is the first part of."""
+    if tensor.packed is None:
+        for source, piece in _pieces(tensor, weights):
+            yield _as_bytes(_cast(piece, getattr(torch, tensor.dtype), f"{weights.where}: {source}"))
+        return
+    later: list[Sequence[Tensor]] = []  # parts behind the first, of each block of rows
+    for rows in _row_blocks(tensor.packed.shape, (piece for _, piece in _pieces(tensor, weights))):
+        first, *others = ops.encode(tensor.packed.format, rows)
+        later.append(others)
+        yield _as_bytes(first)
+    for part in zip(*later, strict=True):
+        yield from map(_as_bytes, part)
 
 
 def _pieces(tensor: TensorSpec, weights: Weights) -> Iterator[tuple[str, Tensor]]:
@@ -262,9 +267,9 @@ def _pieces(tensor: TensorSpec, weights: Weights) -> Iterator[tuple[str, Tensor]
             yield source, piece
 
 
-def _row_blocks(packing: Packing, pieces: Iterator[Tensor]) -> Iterator[Tensor]:
+def _row_blocks(shape: tuple[int, int], pieces: Iterator[Tensor]) -> Iterator[Tensor]:
     """Elements of a matrix as blocks of whole rows [256, K] fp32, the last one of what is left."""
-    rows, columns = packing.shape
+    rows, columns = shape
     block = torch.empty(min(rows, BLOCK_ROWS) * columns)
     filled = 0
     for piece in pieces:

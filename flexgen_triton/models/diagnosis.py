@@ -84,14 +84,14 @@ class _Piece:
         if len(t.shape) == 1:
             return first + place
         row = first + place // prod(t.shape[1:])
-        return row if t.packing is None else row * BLOCK_ROWS + place % BLOCK_ROWS
+        return row if t.packed is None else row * BLOCK_ROWS + place % BLOCK_ROWS
 
 
 def _pieces(spec: ModelSpec, store: Store) -> Iterator[_Piece]:
     """All numbers of the model: of 4-bit matrices the scales and minima, as any codes do."""
     for module in spec.modules:
         for tensor in module.tensors:
-            if tensor.packing is None or tensor.packing.half == "scales":
+            if tensor.packed is None or tensor.part == tensor.packed.format.numbers_part:
                 for extent in store.extents[module.name]:
                     if extent.tensor == tensor.name:
                         yield from _read(store, tensor, extent)
@@ -121,6 +121,6 @@ def _damage(spec: ModelSpec, store: Store, tensor: TensorSpec) -> str:
 
 def _count(name: str, nans: int, infinite: int, tensor: TensorSpec) -> str:
     kinds = [f"{count} {kind}" for count, kind in ((nans, "NaN"), (infinite, "infinite")) if count]
-    what = "value" if tensor.packing is None else "scale or minimum of a 4-bit group"
-    many = "values" if tensor.packing is None else "scales or minima of 4-bit groups"
+    what = "value" if tensor.packed is None else "scale or minimum of a 4-bit group"
+    many = "values" if tensor.packed is None else "scales or minima of 4-bit groups"
     return f"{name} holds {' and '.join(kinds)} {what if nans + infinite == 1 else many}"

@@ -11,11 +11,13 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from ..memory.scratch import Scratch
+from ..plan.formats import DTYPE_BYTES
 from ..plan.json_file import kind_of
-from ..plan.spec import DTYPE_BYTES, ModelSpec, ModuleSpec
+from ..plan.spec import ModelSpec, ModuleSpec
 from . import llama, opt
 from .config import ModelConfig, ModelError, check_unquantised
-from .ops import Ids, Positions, Rows, Weight
+from .inputs import Ids, Positions, Rows
+from .ops import Weight
 
 
 class Model(Protocol):

@@ -17,7 +17,8 @@ from ..plan.spec import ModuleSpec, State
 from . import config as checks
 from . import ops, parts
 from .config import Check, ModelConfig, ModelError, flag, tokens, whole, word
-from .ops import Ids, Positions, Rows, Weight
+from .inputs import Ids, Positions, Rows
+from .ops import Weight
 
 REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 FIELDS: dict[str, tuple[str, Check]] = {  # config.json's name: ours and what it may be

@@ -12,8 +12,8 @@ from ..defaults import DEMO as DEMO
 from ..defaults import DUMMY as DUMMY
 from ..demo import DEMO_DIR
 from ..memory.device import gpu_capability, gpu_name
+from ..plan.formats import DTYPE_BYTES
 from ..plan.json_file import JsonError, read_object
-from ..plan.spec import DTYPE_BYTES
 from .config import ModelConfig, ModelError, checkpoint_dtype
 from .family import config_by_name
 from .family import read_config as read_fields

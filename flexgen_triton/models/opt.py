@@ -33,7 +33,8 @@ from .config import (
     whole,
     word,
 )
-from .ops import Ids, Positions, Rows, Weight
+from .inputs import Ids, Positions, Rows
+from .ops import Weight
 
 POSITION_OFFSET = 2  # OPT's position table starts with two rows that are never used
 

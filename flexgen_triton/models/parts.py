@@ -11,7 +11,7 @@ from ..memory.scratch import Scratch
 from ..plan.spec import ModuleSpec, TensorSpec
 from . import ops
 from .config import ModelConfig
-from .ops import Matrix, Weight
+from .ops import PlainWeight, Weight
 
 MIN_HEAD_PART_BYTES = 32 << 20
 
@@ -67,10 +67,10 @@ def head(config: ModelConfig, itemsize: int, first: Sequence[TensorSpec], tokens
 # Weights
 
 
-def as_matrix(w: Mapping[str, Weight], name: str) -> Matrix:
+def as_matrix(w: Mapping[str, Weight], name: str) -> PlainWeight:
     """A weight that is not quantised."""
     weight = w[name]
-    assert isinstance(weight, Matrix), name
+    assert isinstance(weight, PlainWeight), name
     return weight
 
 

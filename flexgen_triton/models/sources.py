@@ -20,8 +20,9 @@ from torch import Tensor
 
 from ..memory.disk import irregular, open_regular
 from ..memory.store import SAFETENSORS_DTYPES, Header, Stamp, Store, StoreError, TensorEntry, read_safetensors_header
+from ..plan.formats import STORED_BYTES
 from ..plan.placement import ALIGN, Extent
-from ..plan.spec import STORED_BYTES, ModelSpec, TensorSpec
+from ..plan.spec import ModelSpec, TensorSpec
 from .pickles import unsafe_globals
 
 PIECE = 2 << 20  # elements that are converted at a time
@@ -171,7 +172,7 @@ class SafetensorsWeights:
 
     def usable_in_place(self, spec: ModelSpec) -> bool:
         """Whether all that the model needs has its dtype and lies at a multiple of its elements."""
-        if spec.is_4bit:
+        if spec.is_packed:
             return False
         entries = [self._found[s][1] for m in spec.modules for t in m.tensors for s in t.sources]
         return all(e.dtype == SAFETENSORS_DTYPES[spec.dtype] and e.begin % spec.itemsize == 0 for e in entries)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from .formats import WeightFormat
 from .hardware import Curve, Hardware, HardwareError
 from .schedule import Lane, Op, Work
 
-DEQUANTIZED_BYTES = 2.5625  # of a weight: read in 4 bits with scales for groups of 64, written in 16
+DENSE_BYTES = 2  # of a weight that was dequantised
 
 
 def seconds(op: Op, hardware: Hardware) -> float:
@@ -47,11 +48,14 @@ def _compute_seconds(work: Work, hardware: Hardware, *, on_host: bool) -> float:
     return total + work.lookups / hardware.disk_rows + work.streamed_bytes * hardware.disk_compute
 
 
-def _product_seconds(kind: str, flops: float, work: Work, hardware: Hardware) -> float:
-    if kind != "4-bit" or not 0 < hardware.dequantize_rows <= work.rows:
-        return flops / _of(hardware.matmul, kind, hardware).rate(work.rows)
+def _product_seconds(form: WeightFormat, flops: float, work: Work, hardware: Hardware) -> float:
+    """Seconds of a product, with dequantising where the format is dequantised: once for a load."""
+    dense_from = form.dense_rows(hardware.dequantize_rows)
+    if not 0 < dense_from <= work.rows:
+        return flops / _of(hardware.matmul, form.rates, hardware).rate(work.rows)
     parameters = flops / (2 * work.rows)
-    once = parameters * DEQUANTIZED_BYTES / hardware.device_read if work.first_of_load else 0.0
+    moved = parameters * (form.parameter_bytes + DENSE_BYTES)
+    once = moved / hardware.device_read if work.first_of_load else 0.0
     return once + flops / _of(hardware.matmul, "float16", hardware).rate(work.rows)
 
 

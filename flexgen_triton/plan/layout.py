@@ -16,9 +16,9 @@ from itertools import accumulate, groupby, pairwise
 from operator import itemgetter
 from typing import NamedTuple
 
-from ..kernels.sizes import CODES_PER_WORD, KV_GROUP, kv_width
+from .formats import Field
 from .placement import ALIGN, Tier
-from .spec import STORED_BYTES, Batch, ModelSpec, cached
+from .spec import Batch, cached
 
 PAGE_TOKENS = (64, 32, 16, 8)
 NO_SHARE = 1e-9  # what is left of 100 % after rounding
@@ -124,26 +124,6 @@ def make_groups(batch: Batch, counts: Sequence[int], tiers: Sequence[Tier] = tup
 
 def cache_groups(batch: Batch, counts: Sequence[int]) -> CacheGroups:
     return CacheGroups(*make_groups(batch, counts, (Tier.GPU, Tier.HOST, Tier.HOST, Tier.DISK)))
-
-
-@dataclass(frozen=True, slots=True)
-class Field:
-    """What a half holds of one token and head: `width` elements."""
-
-    dtype: str
-    width: int
-
-    @property
-    def nbytes(self) -> int:
-        return self.width * STORED_BYTES[self.dtype]
-
-
-def cache_fields(spec: ModelSpec, *, is_4bit: bool) -> tuple[Field, ...]:
-    """A head's K or V: as computed, or in 4 bits, padded, with scale and minimum of every 64."""
-    if not is_4bit:
-        return (Field(spec.dtype, spec.head_dim),)
-    width = kv_width(spec.head_dim)
-    return Field("int16", width // CODES_PER_WORD), Field("float16", 2 * width // KV_GROUP)
 
 
 @dataclass(frozen=True, slots=True)

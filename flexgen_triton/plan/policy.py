@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ..kernels.sizes import KV_GROUP, WEIGHT_GROUPS
+from .formats import CacheFormat, FourBit, FourBitCache, PlainCache
 
 LOSSY = ("4bit", "4bit-cache", "sparse")  # what changes the output, by the names that allow it
 
@@ -86,14 +87,14 @@ class Policy:
             _check_format("comp_cache_config", self.comp_cache_config, (KV_GROUP,), (2,))
 
     @property
-    def weight_group(self) -> int | None:
-        """Group size of 4-bit weights; None where weights keep their dtype."""
+    def weight_format(self) -> FourBit | None:
+        """The format that weights are stored in; None where they keep their dtype."""
         config = self.comp_weight_config
-        return config.group_size if self.compress_weight and config.enabled else None
+        return FourBit(config.group_size) if self.compress_weight and config.enabled else None
 
     @property
-    def is_cache_4bit(self) -> bool:
-        return self.compress_cache and self.comp_cache_config.enabled
+    def cache_format(self) -> CacheFormat:
+        return FourBitCache() if self.compress_cache and self.comp_cache_config.enabled else PlainCache()
 
     @property
     def w_disk_percent(self) -> float:

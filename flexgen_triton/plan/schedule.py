@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
+from .formats import WeightFormat
+
 # what a layer computes: whole, or cut at its attention
 COMPUTE, PROJECT, ATTEND, ATTEND_HOST, FINISH = "compute", "project", "attend", "attend_host", "finish"
 
@@ -42,7 +44,7 @@ class Work:
     """What one computation does, in units that a machine has rates for."""
 
     rows: int  # of every matrix product
-    products: tuple[tuple[str, float], ...]  # format of the matrices, FLOPs
+    products: tuple[tuple[WeightFormat, float], ...]  # format of the matrices, FLOPs
     weight_bytes: int  # of those matrices, as stored
     hidden_bytes: int  # of activations that norms, biases, residuals and the like pass over
     first_of_load: bool  # the first GPU batch that uses this load of the weights

@@ -14,6 +14,7 @@ from itertools import product
 from typing import NamedTuple
 
 from .fit import fits, need
+from .formats import FOUR_BIT
 from .hardware import GIB, Hardware, HardwareError
 from .placement import ALIGN, STORE_ALIGN, Tier
 from .plan import Plan, make_plan
@@ -88,7 +89,7 @@ class Problem:
     def plan(self, policy: Policy, *, host_is_apart: bool) -> Plan:
         workload = self.workload(policy.gpu_batch_size, policy.num_gpu_batches)
         model = stored_as(self.model, policy)
-        align = ALIGN if self.in_place and not model.is_4bit else STORE_ALIGN
+        align = ALIGN if self.in_place and not model.is_packed else STORE_ALIGN
         return make_plan(model, policy, workload, align=align, host_is_apart=host_is_apart)
 
     def throughput(self, policy: Policy, round_seconds: float) -> float:
@@ -190,9 +191,9 @@ def check_formats(problem: Problem, hardware: Hardware) -> None:
     """Raise HardwareError where a profile has no figures for the model's dtype or for a format that is allowed."""
     attention = (("4bit-cache", hardware.decode_attention), ("4bit-cache", hardware.host_attention))
     for what, rates in (("4bit", hardware.matmul), *attention):
-        for kind in (problem.model.dtype, *(["4-bit"] if what in problem.allow else [])):
+        for kind in (problem.model.dtype, *([FOUR_BIT] if what in problem.allow else [])):
             if kind not in rates:
-                flag = f"--allow {what}" if kind == "4-bit" else f"--dtype {kind}"
+                flag = f"--allow {what}" if kind == FOUR_BIT else f"--dtype {kind}"
                 raise HardwareError(
                     f"the profile of {hardware.name} has no figures for {flag}; it has {', '.join(sorted(rates))}"
                 )
@@ -429,7 +430,7 @@ def worth(searched: Searched, neighbours: int = 24) -> dict[str, float]:
         return max((problem.throughput(c.policy, a.seconds) for c, a in answers if a), default=0.0)
 
     gains = {tier.value: best({**free, tier: free[tier] + GIB}, {}) - now for tier in free}
-    form = "4-bit" if searched.best.policy.is_cache_4bit else problem.model.dtype
+    form = searched.best.policy.cache_format.rates(problem.model.dtype)
     links = {
         "host_attention": hardware.host_attention[form],
         "h2d": hardware.h2d,

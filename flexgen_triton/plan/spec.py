@@ -9,23 +9,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 
-from ..kernels.sizes import BLOCK_ROWS, CODES_PER_WORD
+from .formats import DTYPE_BYTES, STORED_BYTES, FourBit, Plain, WeightFormat
 from .policy import Policy
-
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-STORED_BYTES = DTYPE_BYTES | {"int16": 2}  # four 4-bit codes to an int16
-
-# The 4-bit format of a matrix [N, K] (kernels/formats.py): blocks of 256 rows, groups along K
 
 
 @dataclass(frozen=True, slots=True)
-class Packing:
-    """The 4-bit matrix [N, K] that a tensor holds one half of: its "codes", or the "scales" of their groups."""
+class Packed:
+    """The matrix [N, K] that a tensor is a part of, as its format stores it."""
 
     matrix: str = field(compare=False)  # its name in the model
     shape: tuple[int, int]
-    group_size: int
-    half: str
+    format: FourBit
+    part: int  # of format.parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,19 +40,36 @@ class TensorSpec:
     row: int = 0
     exact: bool = False
     dtype: str = ""  # as stored; a model's tensors have one
-    packing: Packing | None = None  # of a 4-bit matrix, whose two halves are tensors of their own
+    packed: Packed | None = None  # of a matrix that is stored as several tensors
     projects: bool = False  # has to do with Q, K and V, before attention
+
+    @property
+    def format(self) -> WeightFormat:
+        return self.packed.format if self.packed else Plain(self.dtype)
+
+    @property
+    def part(self) -> int:
+        """The place among the tensors that its matrix is stored as."""
+        return self.packed.part if self.packed else 0
+
+    @property
+    def weight(self) -> str:
+        """The name of the weight that it is, or is a part of."""
+        return self.packed.matrix if self.packed else self.name
+
+    @property
+    def is_matrix(self) -> bool:
+        """True for the first part of what products are made with."""
+        return self.part == 0 and len(self.source_shape) == 2 and not self.gathered
 
     @property
     def source_shape(self) -> tuple[int, ...]:
         """The shape in the checkpoint, sources concatenated."""
-        return self.packing.shape if self.packing else self.shape
+        return self.packed.shape if self.packed else self.shape
 
     @property
     def num_parameters(self) -> int:
-        if self.packing:
-            return prod(self.packing.shape) if self.packing.half == "codes" else 0
-        return prod(self.shape)
+        return prod(self.source_shape) if self.part == 0 else 0
 
     @property
     def nbytes(self) -> int:
@@ -180,8 +192,14 @@ class ModelSpec:
         return sum(t.nbytes for m in self.modules for t in m.tensors)
 
     @property
-    def is_4bit(self) -> bool:
-        return any(t.packing for m in self.modules for t in m.tensors)
+    def format(self) -> WeightFormat:
+        """The format of the matrices of its decoder layers."""
+        return next((t.format for m in self.modules for t in m.tensors if t.packed), Plain(self.dtype))
+
+    @property
+    def is_packed(self) -> bool:
+        """True where matrices are not stored as a checkpoint has them."""
+        return any(t.packed for m in self.modules for t in m.tensors)
 
     def layers(self, sep_layer: bool) -> tuple[LayerSpec, ...]:
         """The schedule's layers: attention and MLP apart (`sep_layer`) or one per decoder layer."""
@@ -196,8 +214,8 @@ class ModelSpec:
         return tuple(layers)
 
 
-def to_4bit(spec: ModelSpec, group_size: int) -> ModelSpec:
-    """The model with every matrix of its decoder layers and projections in 4 bits, in groups of `group_size` along K.
+def pack(spec: ModelSpec, form: FourBit) -> ModelSpec:
+    """The model with every matrix of its decoder layers and projections in a format.
 
     Embeddings and the output projection, which often are one table, keep their 16 bits.
     """
@@ -205,7 +223,7 @@ def to_4bit(spec: ModelSpec, group_size: int) -> ModelSpec:
     def tensors(module: ModuleSpec) -> Iterator[TensorSpec]:
         for t in module.tensors:
             if len(t.shape) == 2 and not t.exact:
-                yield from _halves(t, group_size)
+                yield from _parts(t, form)
             else:
                 yield t
 
@@ -214,28 +232,15 @@ def to_4bit(spec: ModelSpec, group_size: int) -> ModelSpec:
 
 def stored_as(spec: ModelSpec, policy: Policy) -> ModelSpec:
     """The model in the format that the policy asks for."""
-    return spec if policy.weight_group is None else to_4bit(spec, policy.weight_group)
+    return spec if policy.weight_format is None else pack(spec, policy.weight_format)
 
 
-def _halves(tensor: TensorSpec, group_size: int) -> tuple[TensorSpec, TensorSpec]:
-    """Codes [blocks, K/4, 256] and scales [blocks, K/G, 2, 256] of a matrix [N, K]; a block of rows is one row here."""
+def _parts(tensor: TensorSpec, form: FourBit) -> Iterator[TensorSpec]:
     rows, columns = tensor.shape
-    blocks, groups = -(-rows // BLOCK_ROWS), -(-columns // group_size)
-    shapes = {
-        "codes": ("int16", (blocks, groups * group_size // CODES_PER_WORD, BLOCK_ROWS)),
-        "scales": ("float16", (blocks, groups, 2, BLOCK_ROWS)),
-    }
-    codes, scales = (
-        replace(
-            tensor,
-            name=f"{tensor.name}.{half}",
-            shape=shape,
-            dtype=dtype,
-            packing=Packing(tensor.name, (rows, columns), group_size, half),
-        )
-        for half, (dtype, shape) in shapes.items()
-    )
-    return codes, scales
+    for n, part in enumerate(form.parts((rows, columns))):
+        packed = Packed(tensor.name, (rows, columns), form, n)
+        name = f"{tensor.name}.{part.suffix}"
+        yield replace(tensor, name=name, shape=part.shape, dtype=part.dtype, packed=packed)
 
 
 def cached(prompt_lens: Sequence[int], asked: Sequence[int], step: int) -> tuple[int, ...]:

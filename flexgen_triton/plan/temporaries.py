@@ -6,16 +6,11 @@ Decoding takes them from memory that is allocated before the run; prompts' are a
 from __future__ import annotations
 
 from ..kernels.sizes import (
-    BLOCK_ROWS,
-    CODES_PER_WORD,
     SEGMENTS,
-    WIDEN_BYTES,
     cpu_decode_bytes,
     cpu_sparse_bytes,
     gpu_decode_bytes,
     gpu_sparse_bytes,
-    panel_blocks,
-    widened_rows,
 )
 from .layout import pad
 from .spec import TensorSpec
@@ -47,14 +42,16 @@ def temporaries(traffic: Traffic) -> dict[str, int]:
     """
     rows = max(b.size for b in traffic.workload.batches)
     hosted = max(g.cache.attended.size for g in traffic.groups)
-    matrices = [t for layer in traffic.distinct_layers for t in layer.tensors if _is_matrix(t)]
+    matrices = [t for layer in traffic.distinct_layers for t in layer.tensors if t.is_matrix]
     sizes = {
         "decode": (rows + 1) * _row_bytes(traffic)
         + max(_attention_bytes(traffic, rows), _product_bytes(traffic, rows, matrices))
         + ALIGNMENT,
-        "widened": max(_host_attention_bytes(traffic, rows), *(_widened_bytes(traffic, rows, t) for t in matrices))
+        "widened": max(
+            _host_attention_bytes(traffic, rows), *(t.format.widened_bytes(rows, _shape(t)) for t in matrices)
+        )
         + ALIGNMENT,
-        "panel": max(_panel_bytes(traffic, t) for t in matrices),
+        "panel": max(t.format.panel_bytes(_shape(t)) for t in matrices),
         "dense": _dense_bytes(traffic),
         "hosted": _host_attention_bytes(traffic, hosted) if hosted else 0,
         "uploads": _upload_bytes(traffic),
@@ -63,11 +60,9 @@ def temporaries(traffic: Traffic) -> dict[str, int]:
     return {name: pad(nbytes) for name, nbytes in sizes.items()}
 
 
-def _is_matrix(tensor: TensorSpec) -> bool:
-    """Whether it is multiplied with: a matrix, or the codes of one."""
-    if tensor.packing:
-        return tensor.packing.half == "codes"
-    return len(tensor.shape) == 2 and not tensor.gathered
+def _shape(matrix: TensorSpec) -> tuple[int, int]:
+    rows, columns = matrix.source_shape
+    return rows, columns
 
 
 def _row_bytes(traffic: Traffic) -> int:
@@ -77,7 +72,7 @@ def _row_bytes(traffic: Traffic) -> int:
 
 
 def _layer_bytes(traffic: Traffic) -> list[int]:
-    """The results of each layer's operations for one row, all kept to its end, with its entry and attention's result."""
+    """Each layer's results for one row, all kept to its end, with its entry and attention's result."""
     model = traffic.model
     others = 3 * model.hidden + model.num_heads * model.head_dim
     return [model.itemsize * (sum(m.results for m in layer.modules) + others) for layer in traffic.layers]
@@ -117,25 +112,6 @@ def _places(traffic: Traffic) -> int:
     return longest + int(SEGMENTS) * traffic.cache_layout.page_tokens
 
 
-def _widened_bytes(traffic: Traffic, rows: int, t: TensorSpec) -> int:
-    """What a product takes on a CPU: x in fp32 and, of a 4-bit one, the result and what is added; else a panel's."""
-    outputs, inputs = t.source_shape
-    if t.packing:
-        return 4 * rows * (inputs + 2 * outputs) + 4 * outputs
-    if traffic.model.itemsize == 4:
-        return 0
-    return 4 * rows * (inputs + min(int(widened_rows(inputs)), outputs)) + 4 * outputs
-
-
-def _panel_bytes(traffic: Traffic, t: TensorSpec) -> int:
-    """Rows of a matrix in fp32, as many as a CPU's product takes at a time."""
-    outputs, inputs = t.source_shape
-    if t.packing:
-        columns = int(CODES_PER_WORD) * t.shape[1]
-        return 4 * columns * int(BLOCK_ROWS) * min(int(panel_blocks(columns)), t.shape[0])
-    return 0 if traffic.model.itemsize == 4 else 4 * inputs * min(widened_rows(inputs), outputs)
-
-
 def _upload_bytes(traffic: Traffic) -> int:
     """A token step's embeddings looked up on the host, their places, positions, and five counts of each sequence."""
     model = traffic.model
@@ -158,13 +134,12 @@ def _rows_bytes(traffic: Traffic, rows: int) -> int:
     function's result is a second tensor of that size.
     """
     model, itemsize = traffic.model, traffic.model.itemsize
-    widens = not traffic.host_is_apart and itemsize == 2 and not model.is_4bit
-    inner = max(m.widest for m in model.modules) * (6 if widens else 2 * itemsize if traffic.host_is_apart else 8)
+    on_gpu, form = traffic.host_is_apart, traffic.model.format
+    inner = max(m.widest for m in model.modules) * (2 * itemsize if on_gpu else form.inner_bytes)
     mlp = inner + model.hidden * (4 * itemsize + 4)
-    quantised = 20 if traffic.policy.is_cache_4bit and not traffic.host_is_apart else 0  # K or V on its way to 4 bits
-    attention = max(model.hidden, model.num_heads * model.head_dim) * (5 * itemsize + 16 + quantised)
-    panels = WIDEN_BYTES if not traffic.host_is_apart and (itemsize == 2 or model.is_4bit) else 0
-    return rows * max(mlp, attention) + panels
+    quantising = 0 if on_gpu else traffic.policy.cache_format.quantising_bytes
+    attention = max(model.hidden, model.num_heads * model.head_dim) * (5 * itemsize + 16 + quantising)
+    return rows * max(mlp, attention) + (0 if on_gpu else form.panel_room)
 
 
 def head_bytes(traffic: Traffic) -> int:
@@ -195,10 +170,10 @@ def unfilled_bytes(traffic: Traffic) -> int:
 
 
 def _dense_bytes(traffic: Traffic) -> int:
-    """4-bit layers dequantised, which a GPU keeps for all GPU batches that use this load of them."""
-    if not traffic.host_is_apart or not traffic.model.is_4bit:
+    """Packed layers dequantised, which a GPU keeps for all GPU batches that use this load of them."""
+    if not traffic.host_is_apart or not traffic.model.is_packed:
         return 0
-    parameters = (sum(t.num_parameters for t in layer.tensors if t.packing) for layer in traffic.distinct_layers)
+    parameters = (sum(t.num_parameters for t in layer.tensors if t.packed) for layer in traffic.distinct_layers)
     return traffic.layers_in_use * pad(max(parameters) * traffic.model.itemsize + ALIGNMENT)
 
 

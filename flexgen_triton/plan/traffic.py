@@ -15,7 +15,6 @@ from .layout import (
     CacheGroups,
     CacheLayout,
     Group,
-    cache_fields,
     cache_groups,
     make_groups,
     pad,
@@ -78,7 +77,7 @@ class Traffic:
         batches = workload.batches
         # what the device is sent of the host's cache: K and V, or K alone, sparse attention fetching the V it needs
         self.host_halves = 1 if host_is_apart and policy.attn_sparsity < 1 else 2
-        fields = cache_fields(model, is_4bit=policy.is_cache_4bit)
+        fields = policy.cache_format.fields(model.dtype, model.head_dim)
         self.cache_layout = CacheLayout(model.num_kv_heads, fields, page_tokens_for(_mean_len(batches)))
         sizes = [b.size for b in batches]
         attended = policy.attended_percent if host_is_apart else 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
+from .formats import WeightFormat
 from .placement import Tier
 from .schedule import ATTEND, ATTEND_HOST, COMPUTE, FINISH, PROJECT, Work
 from .spec import Batch, ModuleSpec
@@ -27,14 +28,13 @@ class Arithmetic:
         tables = traffic.tables
         self._rows_on_disk = tables.disk.useful / max(sum(tables.share(t).useful for t in Tier), 1)
 
-    def _work_of(self, modules: Sequence[ModuleSpec]) -> tuple[tuple[tuple[str, float], ...], int, int]:
+    def _work_of(self, modules: Sequence[ModuleSpec]) -> tuple[tuple[tuple[WeightFormat, float], ...], int, int]:
         """FLOPs per row by format, bytes of weights, and bytes of activations per row, of modules' products."""
-        flops: dict[str, float] = {}
+        flops: dict[WeightFormat, float] = {}
         tensors = [t for m in modules for t in m.tensors if not t.gathered]
         for t in tensors:
-            if t.packing or len(t.shape) > 1:
-                kind = "4-bit" if t.packing else t.dtype
-                flops[kind] = flops.get(kind, 0.0) + 2.0 * t.num_parameters
+            if t.is_matrix:
+                flops[t.format] = flops.get(t.format, 0.0) + 2.0 * t.num_parameters
         hidden = sum(m.passes for m in modules)
         return tuple(flops.items()), sum(t.nbytes for t in tensors), hidden
 
@@ -78,7 +78,7 @@ class Arithmetic:
             work,
             cache_bytes=round(context * self._traffic.cache_layout.token_bytes * (1 + self.policy.attn_sparsity) / 2),
             cache_flops=4.0 * model.num_heads * model.head_dim * context,
-            cache_format="4-bit" if self.policy.is_cache_4bit else model.dtype,
+            cache_format=self.policy.cache_format.rates(model.dtype),
             gathered_bytes=0 if on_host else self._traffic.cache_traffic(i, k).gathered,
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +19,8 @@ from ..memory.scratch import Scratch
 from ..memory.weights import Segments, Weights
 from ..models import ops
 from ..models.family import Model
-from ..models.ops import Matrix, Matrix4, Positions, Weight
+from ..models.inputs import Positions
+from ..models.ops import Weight, read_weight
 from ..plan.layout import Group
 from ..plan.plan import Plan
 from ..plan.schedule import Op, Slot
@@ -183,14 +185,10 @@ class Round:
         return self._views[n]
 
     def _named(self, j: int, found: Segments, room: Scratch) -> Iterator[tuple[str, Weight]]:
-        for tensor in self._plan.layers[j].tensors:
-            packing = tensor.packing
-            if packing is None:
-                if tensor.name in found:  # not an embedding's table
-                    yield tensor.name, Matrix(found[tensor.name])
-            elif packing.half == "codes":
-                scales = found[f"{packing.matrix}.scales"]
-                yield packing.matrix, Matrix4(packing.shape, packing.group_size, found[tensor.name], scales, room)
+        for name, parts in groupby(self._plan.layers[j].tensors, key=lambda t: t.weight):
+            tensors = list(parts)
+            if all(t.name in found for t in tensors):  # not an embedding's table
+                yield name, read_weight(tensors, found, room)
 
     def _enter(self, op: Op) -> Tensor:
         """The hidden state that enters this layer; the parts of the head after the first share one input."""

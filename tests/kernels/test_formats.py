@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from flexgen_triton.kernels import formats, sizes
 from flexgen_triton.kernels.sizes import BLOCK_ROWS
-from flexgen_triton.plan.layout import cache_fields
+from flexgen_triton.plan.formats import FourBitCache
 
 WEIGHTS = {
     "one block, one group": (256, 64, 64),
@@ -89,10 +89,7 @@ def test_nothing_is_quantised_to_nothing():
 
 @pytest.mark.parametrize("dim", [33, 64, 80, 128, 130])
 def test_the_plan_counts_what_the_format_takes(dim):
-    class Spec:
-        dtype, head_dim = "float16", dim
-
     codes, scales = formats.quantize_kv(torch.zeros(1, dim))
-    widths = [field.width for field in cache_fields(Spec, is_4bit=True)]  # type: ignore[arg-type]
+    widths = [field.width for field in FourBitCache().fields("float16", dim)]
     assert widths == [codes.shape[-1], scales[0].numel()]
     assert BLOCK_ROWS == sizes.BLOCK_ROWS

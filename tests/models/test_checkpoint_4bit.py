@@ -14,7 +14,8 @@ from safetensors import safe_open
 from flexgen_triton.kernels import formats, sizes
 from flexgen_triton.models.checkpoint import open_store, store_name
 from flexgen_triton.models.family import SIZES, model_spec
-from flexgen_triton.plan.spec import to_4bit
+from flexgen_triton.plan.formats import FourBit
+from flexgen_triton.plan.spec import pack
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,8 +31,8 @@ def spec_of(path: Path):
 @pytest.mark.parametrize(("group", "limit"), [(32, 0.626), (64, 0.5635), (128, 0.532)])
 def test_bytes_per_weight(name, group, limit):
     """Of every published size, embeddings and norms aside."""
-    spec = to_4bit(model_spec(SIZES[name], name, "float16"), group)
-    packed = [t for m in spec.modules for t in m.tensors if t.packing]
+    spec = pack(model_spec(SIZES[name], name, "float16"), FourBit(group))
+    packed = [t for m in spec.modules for t in m.tensors if t.packed]
     weights = sum(t.num_parameters for t in packed)
     assert weights > 0 and sum(t.nbytes for t in packed) / weights <= limit
     assert spec.num_parameters == model_spec(SIZES[name], name, "float16").num_parameters
@@ -40,25 +41,25 @@ def test_bytes_per_weight(name, group, limit):
 def test_the_files_hold_the_references_codes_and_scales(tiny_models, tmp_path):
     """Of every architecture, opened by the format's own library."""
     for tiny in tiny_models.values():
-        spec = to_4bit(spec_of(tiny.path), 64)
+        spec = pack(spec_of(tiny.path), FourBit(64))
         store = open_store(spec, tiny.path, tmp_path)
         with safe_open(tiny.path / "model.safetensors", "pt") as source:
             names = {n.removeprefix("model."): n for n in source.keys()}  # noqa: SIM118
             for module, file in zip(spec.modules, store.files, strict=True):
                 with safe_open(file, "pt") as found:
                     for t in module.tensors:
-                        if t.packing is None or t.packing.half != "codes":
+                        if t.packed is None or t.part:
                             continue
                         weight = torch.cat([source.get_tensor(names[s]) for s in t.sources])
                         codes, scales = formats.quantize_weight(weight, 64, formats.SEARCHED)
                         assert torch.equal(found.get_tensor(t.name), codes), t.name
-                        assert torch.equal(found.get_tensor(f"{t.packing.matrix}.scales"), scales), t.name
+                        assert torch.equal(found.get_tensor(f"{t.weight}.scales"), scales), t.name
         assert store.weight_bytes == spec.weight_bytes
 
 
 def test_every_group_size_has_a_store_of_its_own(tiny):
     spec = spec_of(tiny.path)
-    names = {store_name(s, (), 0) for s in (spec, *(to_4bit(spec, g) for g in sizes.WEIGHT_GROUPS))}
+    names = {store_name(s, (), 0) for s in (spec, *(pack(spec, FourBit(g)) for g in sizes.WEIGHT_GROUPS))}
     assert len(names) == 4
 
 
@@ -68,12 +69,13 @@ from pathlib import Path
 from flexgen_triton.memory.arena import peak_rss, rss
 from flexgen_triton.models.checkpoint import open_store
 from flexgen_triton.models.family import SIZES, model_spec
-from flexgen_triton.plan.spec import to_4bit
+from flexgen_triton.plan.formats import FourBit
+from flexgen_triton.plan.spec import pack
 import torch
 torch.set_num_threads(1)
 from flexgen_triton.kernels import formats
 formats.quantize_weight(torch.randn(256, 64), 64)
-spec = to_4bit(model_spec(SIZES["opt-125m"], "opt-125m", "float16"), 64)
+spec = pack(model_spec(SIZES["opt-125m"], "opt-125m", "float16"), FourBit(64))
 before = rss()
 store = open_store(spec, None, Path(sys.argv[1]))
 print(json.dumps({"grown": peak_rss() - before, "bytes": store.weight_bytes}))

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 
 from flexgen_triton.models.family import SIZES, model_spec
 from flexgen_triton.plan.cost import seconds
+from flexgen_triton.plan.formats import FourBit
 from flexgen_triton.plan.hardware import PROFILE_DIR, Curve, Hardware, HardwareError, load_profile, profile_names
 from flexgen_triton.plan.link import simulate
 from flexgen_triton.plan.plan import make_plan
 from flexgen_triton.plan.policy import Policy
-from flexgen_triton.plan.spec import Workload, to_4bit
+from flexgen_triton.plan.spec import Workload, pack
 
 SHIPPED = ("a100", "h100", "h200", "rtx4090", "t4")
 positive = st.floats(1e-3, 1e12)
@@ -87,7 +88,7 @@ def test_every_shipped_machine_can_cost_a_run(name, weights, cache):
     machine = load_profile(name)
     spec = model_spec(SIZES["opt-30b"], "opt-30b", "float16")
     policy = Policy(48, 2, 20, 50, 0, 50, 0, 50, compress_weight=weights, compress_cache=cache)
-    plan = make_plan(to_4bit(spec, 64) if weights else spec, policy, Workload.uniform(512, 2, 48, 2))
+    plan = make_plan(pack(spec, FourBit(64)) if weights else spec, policy, Workload.uniform(512, 2, 48, 2))
     spans = list(simulate(plan.generator, lambda op: seconds(op, machine)))
     assert {s.op.lane.value for s in spans} == {"disk_in", "disk_out", "h2d", "d2h", "compute"}
     assert all(0 < s.end - s.start < 600 for s in spans if s.op.bytes or s.op.work)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from flexgen_triton import CompressionConfig, Policy
+from flexgen_triton.plan.formats import FourBit, FourBitCache, PlainCache
 from flexgen_triton.plan.policy import PolicyError
 
 WEIGHTS, CACHE = "comp_weight_config", "comp_cache_config"
@@ -36,12 +37,12 @@ def test_flexgens_own_script_is_understood():
     """Its fields in its order, with the group dimensions that its scripts write."""
     weights, cache = CompressionConfig(4, 64, 0, False), CompressionConfig(4, 64, 2, False)
     policy = Policy(4, 1, 100, 0, 100, 0, 100, 0, True, True, True, False, 1.0, True, weights, True, cache)
-    assert policy.weight_group == 64 and policy.is_cache_4bit
+    assert policy.weight_format == FourBit(64) and policy.cache_format == FourBitCache()
 
 
 def test_a_format_counts_only_when_it_is_asked_for():
     config = CompressionConfig(num_bits=8)
     policy = Policy(comp_weight_config=config, comp_cache_config=config)
-    assert policy.weight_group is None and not policy.is_cache_4bit
+    assert policy.weight_format is None and policy.cache_format == PlainCache()
     switched_off = CompressionConfig(enabled=False)
-    assert Policy(compress_weight=True, comp_weight_config=switched_off).weight_group is None
+    assert Policy(compress_weight=True, comp_weight_config=switched_off).weight_format is None

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from flexgen_triton import LLM, Policy, SamplingParams
 from flexgen_triton.memory.arena import Arena
 from flexgen_triton.models import ops
+from flexgen_triton.models.ops import implementation
 from flexgen_triton.plan.schedule import Op
 from flexgen_triton.run.actions import Round
 from flexgen_triton.sequences.sequence import TokenSequence
@@ -179,7 +180,7 @@ def test_nor_does_any_architecture(tiny_models, tmp_path, watched, name):
 
 @pytest.mark.parametrize("fmt", ["fp32", "4-bit weights", "4-bit cache", "sparse"])
 def test_nor_do_the_triton_kernels(tiny, tmp_path, watched, monkeypatch, fmt):
-    monkeypatch.setattr(ops, "uses_triton", lambda x: True)
+    monkeypatch.setattr(implementation, "uses_triton", lambda x: True)
     short = replace(tiny, prompts=[p[:12] for p in tiny.prompts])  # the interpreter takes milliseconds a program
     run(short, tmp_path, fmt, "single batch", MIXED, copies=True)
     assert watched.calls and not watched.found

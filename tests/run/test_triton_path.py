@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from test_compression import FORMATS, check, make_policy
 
-from flexgen_triton.models import ops
+from flexgen_triton.models.ops import implementation
 
 PERCENT = (20, 30, 30, 40, 40, 30)
 SHORT = [[5, 9, 17, 4, 33, 8, 100, 2, 61, 7, 12], [44, 21], [77]]  # the interpreter takes milliseconds a program
@@ -17,7 +17,7 @@ SHORT = [[5, 9, 17, 4, 33, 8, 100, 2, 61, 7, 12], [44, 21], [77]]  # the interpr
 @pytest.fixture(autouse=True)
 def on_triton(monkeypatch):
     """All but what the host attends to itself."""
-    monkeypatch.setattr(ops, "uses_triton", lambda x: "HOST" not in threading.current_thread().name)
+    monkeypatch.setattr(implementation, "uses_triton", lambda x: "HOST" not in threading.current_thread().name)
 
 
 @pytest.mark.parametrize("fmt", FORMATS)

@@ -1,0 +1,26 @@
+"""Which implementation a tensor's operations have, and 16 bits widened to 32 for those of a CPU."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ...memory.scratch import Scratch
+
+
+def uses_triton(x: Tensor) -> bool:
+    """Whether operations on x run as Triton kernels."""
+    return x.device.type == "cuda"
+
+
+@lru_cache(maxsize=1)
+def cpu_has_bf16() -> bool:
+    """Whether this processor multiplies bf16 natively (AVX-512 BF16 or AMX); torch's own probes, where it has them."""
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name)() for name in probes if hasattr(torch.cpu, name))
+
+
+def widened(x: Tensor, scratch: Scratch) -> Tensor:
+    return x if x.dtype == torch.float32 else scratch.take(*x.shape, dtype=torch.float32).copy_(x)
