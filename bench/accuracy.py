@@ -1,4 +1,4 @@
-"""What 4-bit weights, a 4-bit cache and sparse V cost in accuracy: perplexity of held-out text under each of them.
+"""Accuracy that 4-bit weights, a 4-bit cache and sparse V cost: perplexity of held-out text under each of them.
 
     python bench/accuracy.py                        # the demo model
     python bench/accuracy.py --model DIRECTORY      # any OPT checkpoint
@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import measured
 import rows
 import torch
 from torch import Tensor
@@ -75,7 +76,7 @@ CASES = (
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """Of every token of a text: what it cost, and which token was likeliest in its place."""
+    """A judged text: the cost of every token, and the token that was likeliest in its place."""
 
     nats: Tensor  # [T]
     likeliest: Tensor  # [T]
@@ -149,27 +150,8 @@ def measure(model: OPTForCausalLM, stream: Tensor, cases: Sequence[Case] = CASES
         yield compared(case, got, plain)
 
 
-def markdown_table(results: Sequence[rows.Row]) -> str:
-    """The rows for a README, beside what FlexGen published."""
-    head = ["", "perplexity", "change from fp32", "top-1 as fp32", "FlexGen, OPT-30B", "OPT-175B"]
-    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
-    for row in results:
-        change, error, top1 = (row.details[key] for key in ("change", "change_error", "same_top1"))
-        figures = [f"{row.value:.2f}", f"{change:+.2%} ± {error:.2%}" if error else "", f"{top1:.1%}"]
-        lines.append([row.name, *figures, *published_cells(row.details["published"])])
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
-def published_cells(published: tuple[float, float] | None) -> list[str]:
-    """FlexGen's perplexities and what they add to its fp16."""
-    if published is None:
-        return ["", ""]
-    changes = [x / y - 1 for x, y in zip(published, PUBLISHED_FP16, strict=True)]
-    return [f"{x:.2f} ({c:+.1%})" if c else f"{x:.2f}" for x, c in zip(published, changes, strict=True)]
-
-
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="What 4 bits and sparse V cost in accuracy.")
+    parser = argparse.ArgumentParser(description="The accuracy that 4 bits and sparse V cost.")
     parser.add_argument("--model", type=Path, default=DEMO_DIR, metavar="DIR", help="an OPT checkpoint")
     parser.add_argument("--slice", type=int, metavar="BYTES", help="only the documents that end within so many bytes")
     parser.add_argument("--threads", type=int, default=1)
@@ -196,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
         results.append(row)
         rows.write_results(path, results, header)
         print(f"{time.perf_counter() - began:4.0f} s  {row.name}: {row.value:.3f}", file=sys.stderr, flush=True)
-    print(f"{markdown_table(results)}\n\n{header['model']}, {len(stream):,} tokens of held-out text")
+    print(f"{measured.accuracy(results)}\n\n{header['model']}, {len(stream):,} tokens of held-out text")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Is the automatic policy as fast as the best of a grid of policies, all of them measured on this machine?
+"""The automatic policy against the best of a grid of policies, all of them measured on this machine.
 
     python bench/auto_policy.py                                       # opt-125m, random weights, about ten minutes
     python bench/auto_policy.py --model DIRECTORY --num-prompts 32 --sizes 8,32 --batches 1,4 --limits 2GB,3GB,4GB
@@ -101,7 +101,7 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What the search chose under a limit and the grid's best, run in turn."""
+    """The search's choice under a limit and the grid's best, run in turn."""
 
     limit: int
     automatic: Measured | None
@@ -200,7 +200,7 @@ def _side(measured: Measured | None) -> tuple[str, str]:
 
 
 def make_problem(args: argparse.Namespace) -> Problem:
-    """What the search is asked, for the model that is measured."""
+    """Build the search's problem for the model that is measured."""
     from flexgen_triton.models.family import model_spec
     from flexgen_triton.models.locate import choose_dtype, find_model
 

@@ -45,7 +45,7 @@ def draws() -> Iterator[Run]:
 
 
 def run(arguments: Sequence[str], env: Mapping[str, str]) -> tuple[bool, str, float]:
-    """Whether all passed, the last line that pytest printed, and seconds."""
+    """Run pytest and return (True if all passed, its last line and failures, seconds)."""
     began = time.perf_counter()
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--timeout=3000", *arguments]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True, check=False)

@@ -85,7 +85,7 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What is timed: the bytes it must move, its operations, its targets, and how to set it up on a device.
+    """A kernel's call to be timed: the bytes it must move, its operations, its targets, and its set-up on a device.
 
     Targets are a share of the roof (`roof`) and how many times as fast as a peer it should be (by the peer's name).
     """
@@ -100,7 +100,7 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Roofs:
-    """What this GPU does at best, measured here."""
+    """The best rates of this GPU, measured here."""
 
     copy_bytes_s: float  # read and written
     product_flops_s: float

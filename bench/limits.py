@@ -33,7 +33,7 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "
 
 @dataclass(frozen=True, slots=True)
 class LimitedRun:
-    """How a command ended. `peak_bytes` is the group's (page cache included), or without a group the process's own."""
+    """The end of a command. `peak_bytes` is the group's (page cache included), or without a group the process's own."""
 
     returncode: int  # the command's; 124 when it ran out of time; 128 + n when signal n ended it
     stdout: str
@@ -122,7 +122,7 @@ def run_limited(cmd: list[str], limit_bytes: int | None, timeout_s: float | None
 
 
 def can_limit() -> bool:
-    """Whether this system lets us make a memory group."""
+    """Return True if this system lets us make a memory group."""
     group = _create_group(2**30)
     if group is not None:
         group.remove()

@@ -207,7 +207,7 @@ def make_checkpoint(directory: Path, recipe: Recipe) -> bool:
 
 
 def is_complete(directory: Path, recipe: Recipe) -> bool:
-    """Whether the directory holds this recipe's checkpoint with every file at its size."""
+    """Return True if the directory holds this recipe's checkpoint with every file at its size."""
     marker = directory / MARKER
     if not marker.exists():
         return False

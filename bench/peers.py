@@ -135,7 +135,7 @@ def figures_of(run: LimitedRun, result: dict[str, Any] | None) -> Figures:
 
 
 def outcome_of(run: LimitedRun) -> str:
-    """Why a run gave no figures, in a few words."""
+    """Say in a few words why a run gave no figures."""
     if run.oom_killed:
         return OUT_OF_MEMORY
     if run.returncode == TIMED_OUT:

@@ -128,7 +128,7 @@ GPU_CASES = (
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What a worker is told. `num_prompts` None: one round of the policy. `hardware`: a profile to predict with."""
+    """A worker's orders. `num_prompts` None: one round of the policy. `hardware`: a profile to predict with."""
 
     model: str
     policy: Policy
@@ -325,7 +325,7 @@ def _cells(outcome: Outcome) -> list[str]:
 
 
 def verdict(outcomes: Sequence[Outcome]) -> str:
-    """How many predictions hold."""
+    """Count the predictions that hold, in a sentence."""
     ran = [o for o in outcomes if o.runs]
     close, within = sum(o.is_close for o in ran), sum(o.is_within_plan for o in ran)
     over = [o.case.name for o in ran if o.memory_ratio is not None and o.memory_ratio < 1]

@@ -10,6 +10,7 @@ another machine does not count as a loss; else by its value, and then only on th
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -81,12 +82,22 @@ def comparison_table(comparisons: Iterable[Comparison], max_loss: float) -> str:
 
 
 def markdown_table(results: Results) -> str:
-    """One result file for a README."""
+    """One result file as a Markdown table, and where it comes from."""
+    origin = f"{results.machine}, commit {results.commit}, {results.header.get('date', '')}"
+    return f"{rows_table(results.rows)}\n\n{origin}"
+
+
+def rows_table(rows: Sequence[Row]) -> str:
+    """Rows of any script as a Markdown table."""
     lines = [["", "value", "unit", "roof", "share of roof"]]
-    lines += [[r.name, _value(r), r.unit, _number(r.roof), _share(r)] for r in results.rows]
-    rows = ["| " + " | ".join(cells) + " |" for cells in lines]
-    rows.insert(1, "|---|" + "---:|---|---:|---:|")
-    return "\n".join([*rows, "", f"{results.machine}, commit {results.commit}, {results.header.get('date', '')}"])
+    return markdown(lines + [[r.name, _value(r), r.unit, _number(r.roof), _share(r)] for r in rows])
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, its first line the heading; columns of numbers are aligned to the right."""
+    head, *others = lines
+    rule = ["---" if any(re.search("[A-Za-z`]", line[n]) for line in others) else "---:" for n in range(len(head))]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *others))
 
 
 def plain_table(lines: Sequence[Sequence[str]]) -> str:
@@ -107,7 +118,7 @@ def _number(value: float | None) -> str:
 
 
 def _change(loss: float | None, *, rises: bool) -> str:
-    """What a loss did to the figure; a loss `rises` where lower is better."""
+    """The change of a figure by its loss; the figure of a loss `rises` where lower is better."""
     return "" if loss is None else f"{(loss if rises else -loss) + 0.0:+.1%}"
 
 

@@ -71,7 +71,7 @@ def make_header(command: list[str] | None = None) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """What a speed depends on: CPU model, cores, bytes of memory, GPU name or None."""
+    """The properties of this machine that speeds depend on: CPU model, cores, bytes of memory, GPU name or None."""
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
@@ -97,7 +97,7 @@ def commit() -> dict[str, Any]:
 
 
 def results_path(what: str, header: dict[str, Any]) -> Path:
-    """Where results are kept: bench/results/<machine>/<what>-<commit>.json."""
+    """The file that results are kept in: bench/results/<machine>/<what>-<commit>.json."""
     results = Results(header, ())
     return RESULTS / results.machine / f"{what}-{results.commit}.json"
 

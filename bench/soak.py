@@ -1,4 +1,4 @@
-"""Whether memory stays flat: streams and calls of every kind, for as long as is asked, in one process.
+"""Test that memory stays flat: streams and calls of every kind, for as long as is asked, in one process.
 
     python bench/soak.py --seconds 3600 --out FILE.json --plot FILE.png
 

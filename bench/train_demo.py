@@ -60,7 +60,7 @@ class Corpus:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """What the model pays for a text, summed over its tokens."""
+    """The model's loss on a text, summed over its tokens."""
 
     nats: float
     num_tokens: int
@@ -68,17 +68,17 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """Per token, so it depends on the tokenizer."""
+        """Perplexity per token, so it depends on the tokenizer."""
         return math.exp(self.nats / self.num_tokens)
 
     @property
     def bits_per_byte(self) -> float:
-        """Per byte of text, so it does not."""
+        """Bits per byte of text, so it does not depend on the tokenizer."""
         return self.nats / math.log(2) / self.num_bytes
 
 
 def is_prose(paragraph: str) -> bool:
-    """Whether a paragraph reads as English sentences rather than as code, a table or a signature."""
+    """Return True if a paragraph reads as English sentences rather than as code, a table or a signature."""
     num_words = len(paragraph.split())
     if num_words < 6 or UNWANTED.search(paragraph) or not paragraph[0].isalpha():
         return False
@@ -136,7 +136,7 @@ def modules() -> Iterator[tuple[str, list[str]]]:
 
 
 def is_heldout(name: str) -> bool:
-    """Whether a module or topic is held out, decided by its name alone."""
+    """Return True if a module or topic is held out, decided by its name alone."""
     return hashlib.sha256(name.encode()).digest()[0] % HELDOUT_SHARE == 0
 
 
@@ -187,7 +187,7 @@ def token_stream(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> to
 
 
 def paragraph_starts(tokenizer: PreTrainedTokenizerFast, stream: torch.Tensor) -> torch.Tensor:
-    """Where a training window may begin: `[num_starts] int64`, each with a full context after it."""
+    """Starts of training windows: `[num_starts] int64`, each with a full context after it."""
     (newline,) = tokenizer("\n", add_special_tokens=False)["input_ids"]
     ends = ((stream == newline) | (stream == BOS)).nonzero().squeeze(1)
     return ends[ends + CONTEXT < len(stream)] + 1

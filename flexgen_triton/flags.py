@@ -101,7 +101,7 @@ class Flag:
         return self.default is False
 
     def value_in(self, made: DataclassInstance) -> Any:
-        """What the flag says of a dataclass: the value of its field, or of all that share the flag."""
+        """The value that the flag gives of a dataclass: its field's, or those of all that share it."""
         values = tuple(getattr(made, name) for name in self.fields)
         if self.inner:
             return getattr(values[0], self.inner)

@@ -14,13 +14,13 @@ INTERRUPTED = 128 + signal.SIGINT
 
 
 def loading() -> None:
-    """From here on Ctrl-C ends the process, with the exit code that shells give it; not where it is ignored."""
+    """Let Ctrl-C end the process from here on, with the exit code that shells give it; not where it is ignored."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _exit)
 
 
 def loaded() -> None:
-    """From here on Ctrl-C is a KeyboardInterrupt again, so that what is open gets closed."""
+    """Let Ctrl-C raise KeyboardInterrupt again from here on, so that open files and threads get closed."""
     if signal.getsignal(signal.SIGINT) is _exit:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

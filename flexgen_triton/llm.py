@@ -248,7 +248,7 @@ class LLM:
         *,
         max_latency: float | None = None,
     ) -> Problem:
-        """What a search for a policy (plan.search.search, on `hardware`) is asked.
+        """Build the problem that a search for a policy (plan.search.search, on `hardware`) solves.
 
         `num_prompts` of these lengths, or (None) as many as pay.
         """
@@ -272,11 +272,11 @@ class LLM:
 
     @property
     def _is_read_in_place(self) -> bool:
-        """Whether weights that are not in 4 bits are read where they lie, whatever the policy."""
+        """True if weights that are not in 4 bits are read where they lie, whatever the policy."""
         return self.source.is_stored and self.spec.dtype == self.source.dtype and len(self.folders.paths) == 1
 
     def _settle(self, waiting: Sequence[PreparedPrompt], num_prompts: int | None, gen_len: int) -> Choice | None:
-        """With an automatic policy: find the one for these prompts and load the weights as it says.
+        """Find the automatic policy for these prompts and load the weights as it says; a policy by hand stays.
 
         `num_prompts` is how many sequences there are, None where more will follow. Returns what is predicted. While
         something else is being generated its policy stays.
@@ -486,14 +486,14 @@ class LLM:
         return self._decoder(params)(tokens)
 
     def _named(self, logprobs: Logprobs) -> Logprobs:
-        """With the text of every token, where there is a tokenizer."""
+        """Add the text of every token, where there is a tokenizer."""
         if not self.has_tokenizer:
             return logprobs
         return {t: replace(p, decoded_token=str(self.tokenizer.decode([t]))) for t, p in logprobs.items()}
 
     @cached_property
     def has_tokenizer(self) -> bool:
-        """Whether the model came with a tokenizer; without one, prompts are token ids and answers have no text."""
+        """True if the model came with a tokenizer; without one, prompts are token ids and answers have no text."""
         return has_tokenizer(self.source.directory)
 
     def close(self) -> None:

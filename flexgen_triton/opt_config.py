@@ -58,18 +58,18 @@ class OptConfig:
         return int(np.dtype(self.dtype).itemsize)
 
     def model_bytes(self) -> int:
-        """Of all weights."""
+        """Bytes of all weights."""
         h, f, e = self.hidden_size, self.ffn_embed_dim, self.input_dim
         layer = 4 * h * (h + 1) + (2 * h * f + f + h) + 4 * h  # attention, MLP, two norms
         tables = self.vocab_size * e + (self.max_seq_len + 2) * h + (2 * e * h if e != h else 0)
         return (self.num_hidden_layers * layer + tables + 2 * h) * self._itemsize
 
     def cache_bytes(self, batch_size: int, seq_len: int) -> int:
-        """Of K and V of all layers."""
+        """Bytes of K and V of all layers."""
         return 2 * self.num_hidden_layers * self.hidden_bytes(batch_size, seq_len)
 
     def hidden_bytes(self, batch_size: int, seq_len: int) -> int:
-        """Of the hidden states between two layers."""
+        """Bytes of the hidden states between two layers."""
         return batch_size * seq_len * self.hidden_size * self._itemsize
 
 

@@ -30,7 +30,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class Stop:
-    """Whether a signal has asked the program to stop; `requested` is its number."""
+    """A signal's request that the program stop; `requested` is the signal's number, None before it."""
 
     def __init__(self) -> None:
         self.requested: int | None = None
@@ -43,7 +43,7 @@ class Stop:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Within, a signal ends what waits for others, a terminal or a network, by raising Stopped right there."""
+        """Raise Stopped right at a signal inside, where the program waits for others, a terminal or a network."""
         self.check()
         self._raises = True
         try:
@@ -62,7 +62,7 @@ class Stop:
 
 @contextmanager
 def stoppable() -> Iterator[Stop]:
-    """Within, the first SIGINT, SIGTERM or SIGHUP asks to stop; a second one ends the process. Ignored ones stay so."""
+    """Let the first SIGINT, SIGTERM or SIGHUP ask to stop, and a second one end the process; ignored ones stay so."""
     stop = Stop()
     said = b"\n" + SAID if os.isatty(STDERR) else SAID  # a terminal shows ^C, or half a line of text
 

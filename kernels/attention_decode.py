@@ -64,7 +64,7 @@ def split_of(length, BLOCK_T: tl.constexpr):
 
 @triton.jit
 def token_offsets(start, stride_n, ROW: tl.constexpr, T: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Where tokens start.. lie, [BLOCK_T] int64; `start` is a multiple of BLOCK_T, a token is ROW numbers."""
+    """Offsets of the tokens from `start` on, [BLOCK_T] int64; `start` is a multiple of BLOCK_T, a token ROW numbers."""
     offs_t = tl.arange(0, BLOCK_T)
     if T % BLOCK_T == 0:  # the tile lies in one page
         return tl.cast(start // T, tl.int64) * stride_n + (start % T + offs_t) * ROW
@@ -475,14 +475,14 @@ def _merge(parts: Tensor, lses: Tensor, out: Tensor, empty: Empty) -> Tensor:
 
 
 def decode_attention_ref(q: Tensor, segments: Sequence[KVSegment], *, scale: float | None = None) -> Tensor:
-    """What `decode_attention` computes, in fp32, or in fp64 for q in fp64: [B, H, D] -> [B, H, D] in q's dtype."""
+    """Reference of `decode_attention`, in fp32, or in fp64 for q in fp64: [B, H, D] -> [B, H, D] in q's dtype."""
     return decode_attention_lse_ref(q, segments, scale=scale)[0].to(q.dtype)
 
 
 def decode_attention_lse_ref(
     q: Tensor, segments: Sequence[KVSegment], *, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """What `decode_attention_lse` computes, in fp32, or in fp64 for q in fp64."""
+    """Reference of `decode_attention_lse`, in fp32, or in fp64 for q in fp64."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     num_heads, head_dim = q.shape[1:]
     out = torch.zeros(q.shape, dtype=dtype, device=q.device)

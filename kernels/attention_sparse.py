@@ -321,7 +321,7 @@ def _gather(
 def sparse_decode_attention_ref(
     q: Tensor, segments: Sequence[KVSegment], keep: Tensor, *, scale: float | None = None
 ) -> Tensor:
-    """What `sparse_decode_attention` computes, in fp32, or in fp64 for q in fp64."""
+    """Reference of `sparse_decode_attention`, in fp32, or in fp64 for q in fp64."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     num_heads, head_dim = q.shape[1:]
     out = torch.zeros(q.shape, dtype=dtype, device=q.device)

@@ -1,4 +1,4 @@
-"""What a kernel's shape depends on: the chips that the kernels are compiled for, and the one a tensor lies on.
+"""Chips, by the properties that launches depend on: those that kernels are compiled for, and the one a tensor lies on.
 
 `CHIPS` are the targets that every shipped configuration is compiled for in the tests. `chip_of(device)` is what a
 launcher plans for: the table's row with the device's own count of multiprocessors and its own shared memory. A CPU gets

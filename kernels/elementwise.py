@@ -299,7 +299,7 @@ def _write_kv(
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
-    """Whether one offset finds the same element of both."""
+    """Return True if one offset finds the same element of both."""
     return a.shape == b.shape and all(n == 1 or x == y for n, x, y in zip(a.shape, a.stride(), b.stride(), strict=True))
 
 

@@ -33,7 +33,7 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q, k, v [T, H
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What departs from plain fp32.
+    """Departures from plain fp32.
 
     The matrices of LINEARS are quantised to P16 in groups of `weight_group` along K, or go through `transform`;
     embeddings and output projection stay. `sparsity` is the share of earlier tokens whose V counts in decode. With a
@@ -59,7 +59,7 @@ class Options:
 
 
 def grouped_along_k(weight: Tensor, group_size: int, ranges: Sequence[float] = SEARCHED) -> Tensor:
-    """What P16 keeps of a matrix: [N, K] -> [N, K] fp32."""
+    """Quantise a matrix to P16 and back: [N, K] -> [N, K] fp32."""
     return dequantize_weight(*quantize_weight(weight, group_size, ranges), *weight.shape, torch.float32)
 
 
@@ -69,7 +69,7 @@ def grouped_along_n(weight: Tensor, group_size: int) -> Tensor:
 
 
 def through_cache(x: Tensor) -> Tensor:
-    """What a P16 cache keeps of K or V: [..., D] -> [..., D] fp32."""
+    """Quantise K or V to P16 and back: [..., D] -> [..., D] fp32."""
     return dequantize_kv(*quantize_kv(x), x.shape[-1], torch.float32)
 
 

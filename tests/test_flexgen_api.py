@@ -81,7 +81,7 @@ def model(offload, one_thread):
 
 @pytest.fixture(scope="module")
 def tokens(offload, one_thread) -> list[list[int]]:
-    """What the library answers to PROMPTS."""
+    """The library's answers to PROMPTS."""
     with LLM("demo", policy=Policy(2, 2), offload_dir=offload) as llm:
         outputs = llm.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=6, ignore_eos=True))
     return [o.outputs[0].token_ids for o in outputs]

@@ -317,7 +317,7 @@ next(left)
 
 
 def test_forks_are_refused_and_harmless(tiny, tmp_path):
-    """Where a model was at work before; one made before, but used in the fork alone, works. The exit closes what is."""
+    """Forks made after a model was at work are refused; a model made before, but used in the fork alone, works."""
     code = FORKS.format(
         path=str(tiny.path), folder=str(tmp_path), prompts=tiny.prompts, tokens=[t[:4] for t in tiny.tokens], seconds=60
     )

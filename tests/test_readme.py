@@ -1,4 +1,4 @@
-"""The README's two commands are what CI runs, its four ways in run as written, and what it refers to exists."""
+"""The README's two commands are what CI runs, its four ways in run as written, and its claims and links hold."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from flexgen_triton.memory.stripes import Folders
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = ["README.md", "CONTRIBUTING.md", "kernels/README.md", "bench/results/README.md"]
+PAGES += sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))
 WAYS = re.findall(r"```(python|sh)\n(.*?)```", README, re.DOTALL)
 
 
@@ -28,10 +30,33 @@ def test_the_two_commands_are_what_ci_runs():
     assert all(command in lines for command in commands)
 
 
-def test_files_that_it_links_to_exist():
-    links = re.findall(r"\]\(((?!http)[^)]+)\)", README)
-    assert links
-    assert all((ROOT / link).exists() for link in links)
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_a_page_links_to_exist(page):
+    links = re.findall(r"\]\(((?!http)[^)]+)\)", (ROOT / page).read_text())
+    assert page not in ("README.md", "docs/measured.md") or links
+    missing = [link for link in links if not (ROOT / page).parent.joinpath(link.partition("#")[0]).exists()]
+    assert not missing
+
+
+def test_every_page_of_docs_is_linked_to():
+    assert all(f"({page})" in README for page in PAGES if page.startswith("docs/"))
+
+
+def test_the_third_line_says_what_was_not_run():
+    """While no committed result is of a GPU."""
+    headers = [json.loads(path.read_text())["header"] for path in (ROOT / "bench/results").glob("*/*.json")]
+    has_gpu = any(header["machine"]["gpu"] for header in headers)
+    assert headers and README.splitlines()[2].startswith("**Not yet run on a GPU**") == (not has_gpu)
+
+
+def test_its_table_is_of_a_committed_result():
+    """Speeds in the order of the file's rows, the first column behind the number of sequences."""
+    (commit,) = re.findall(r"^Commit ([0-9a-f]{12})", README, re.MULTILINE)
+    (path,) = (ROOT / "bench/results").glob(f"*/peers-{commit}*.json")
+    rows = [row for row in json.loads(path.read_text())["rows"] if row["unit"] == "tok/s"]
+    lines = re.findall(r"^\|[^|]+\| (\d+) \| \**([\d.]+)\** \|", README, re.MULTILINE)
+    assert len(lines) == 3
+    assert lines == [(str(row["details"]["sequences"]), f"{row['value']:.1f}") for row in rows]
 
 
 def test_there_are_four_ways_in():

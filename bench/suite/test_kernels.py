@@ -26,7 +26,7 @@ PROBLEMS = (
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.name)
 def test_kernel(benchmark, judge, problem):
-    """What pytest-benchmark times includes the launch; the rate that is judged is the device's."""
+    """The time that pytest-benchmark takes includes the launch; the rate that is judged is the device's."""
     device, dtype = torch.device("cuda", torch.cuda.current_device()), torch.float16
     timer = ks.DeviceTimer(device)
     roofs = ks.measure_roofs(timer, device, dtype)

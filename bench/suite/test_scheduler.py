@@ -1,4 +1,4 @@
-"""How fast ops are generated, linked and handed to lanes; the roof is what a bare queue hands between two threads."""
+"""Rates at which ops are generated, linked and handed to lanes; the roof is a bare queue between two threads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a command line is run: flags and output files checked first, imports next, mistakes told in one sentence.
+"""The steps of a command line: check flags and output files first, import modules next, tell mistakes in one sentence.
 
 Owns the order of these and the exit codes. Knows no command.
 """

@@ -1,4 +1,4 @@
-"""What is printed for people: prose in lines of the console's width, tables whose cells are never cut.
+"""Printing for people: prose in lines of the console's width, tables whose cells are never cut.
 
 A table keeps its natural width where that fits, and where the output is no terminal. In a narrower terminal it is
 written row by row instead, a line for each cell.

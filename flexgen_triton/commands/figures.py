@@ -73,7 +73,7 @@ def percent_text(plan: Plan) -> str:
 
 
 def formats_text(plan: Plan) -> str:
-    """What is not as the model has it, ", 4-bit weights (groups of 64), 10 % of V", and who attends to the cache."""
+    """Formats and options that differ from the model's defaults, as ", 4-bit weights (groups of 64), 10 % of V"."""
     policy = plan.policy
     texts = [
         f", 4-bit weights (groups of {policy.weight_format.group_size})" if policy.weight_format else "",
@@ -164,7 +164,7 @@ def print_found(console: Console, best: Found, searched: Searched) -> None:
 
 
 def print_lanes(console: Console, timeline: Timeline, predicted: Mapping[str, Any] | None = None) -> None:
-    """Where the time went: one row per phase and lane, and beside it what was predicted."""
+    """Print how long each lane was busy, a row per phase and lane, beside the prediction where there is one."""
     table = Table(title="lanes")
     names = ("phase", "lane", "busy s", *("predicted s",) * bool(predicted), "GiB", "GB/s", "ops", "exposed s")
     for name in names:

@@ -41,31 +41,31 @@ class Flags:
         return self._context.params.get(name)
 
     def has(self, name: str) -> bool:
-        """Whether the command has this option."""
+        """True if the command has this option."""
         return name in self._context.params
 
     def is_given(self, name: str) -> bool:
-        """Whether the option stands on the command line."""
+        """True if the option stands on the command line."""
         return self._context.get_parameter_source(name) in GIVEN
 
     @cached_property
     def by_hand(self) -> bool:
-        """Whether the policy is given by flags."""
+        """True if the policy is given by flags."""
         return self["policy"] == "manual" or any(map(self.is_given, BY_HAND))
 
     @property
     def by_hand_and_dry(self) -> bool:
-        """Whether a plan is printed of what the flags say, without a model or a machine."""
+        """True if only the plan of a policy by flags is printed, without loading a model or measuring a machine."""
         return self.by_hand and bool(self["dry_run"])
 
     @property
     def is_greedy(self) -> bool:
-        """Whether every token is the likeliest one."""
+        """True if every token is the likeliest one."""
         return self.has("temperature") and self["temperature"] < MIN_TEMPERATURE
 
     @property
     def draws_nothing(self) -> bool:
-        """Whether no random numbers are needed: neither weights, nor prompts, nor choices among tokens."""
+        """True if no random numbers are needed: neither for weights, nor for prompts, nor to choose tokens."""
         if self["dry_run"]:
             return True
         if self["path"] == DUMMY:

@@ -36,7 +36,7 @@ class Prompts:
         self.errors: list[str] = []
 
     def prepared(self, llm: LLM, params: SamplingParams) -> Iterator[PreparedPrompt]:
-        """What `LLM.stream` takes."""
+        """Yield the prompts as `LLM.stream` takes them; note in `errors` those that are refused."""
         for text in self._texts:
             self.count += 1
             try:
@@ -110,7 +110,7 @@ def in_order(outputs: Iterable[RequestOutput]) -> Iterator[list[RequestOutput]]:
 
 
 def pieces(outputs: Iterable[RequestOutput], stop: Sequence[str]) -> Iterator[tuple[str, RequestOutput]]:
-    """What each output adds to the text, without what may turn out to be the beginning of a stop string."""
+    """Yield the text that each output adds; a tail that may begin a stop string waits for the next output."""
     told = 0
     for output in outputs:
         text = output.outputs[0].text if output.outputs else ""

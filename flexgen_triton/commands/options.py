@@ -145,7 +145,7 @@ def _with(options: tuple[Option, ...], function: Function) -> Function:
 
 
 def is_by_hand(context: click.Context, policy: str | None) -> bool:
-    """Whether the policy is given by flags. Raises ValueError where they contradict `--policy`."""
+    """Return True if the policy is given by flags. Raises ValueError where they contradict `--policy`."""
     given = _given(context, BY_HAND)
     if policy == "auto" and given:
         raise ValueError(f"--policy auto finds what {', '.join(given)} would say; leave out one or the other")
@@ -153,7 +153,7 @@ def is_by_hand(context: click.Context, policy: str | None) -> bool:
 
 
 def _given(context: click.Context, names: tuple[str, ...]) -> list[str]:
-    """Those of the options that stand on the command line, as they are written there."""
+    """List the options of these that stand on the command line, as they are written there."""
     there = (n for n in names if context.get_parameter_source(n) is ParameterSource.COMMANDLINE)
     return [f"--{n.replace('_', '-')}" for n in there]
 
@@ -169,7 +169,7 @@ def policy_flags(policy: Policy) -> list[str]:
 
 
 def base_policy(options: Mapping[str, Any]) -> Policy:
-    """The policy's fields that the flags say of an automatic one: all but round size and percentages."""
+    """The part of an automatic policy that flags decide: all but sizes of batches, their number and percentages."""
     return flags_policy({name: value for name, value in options.items() if name not in BY_HAND})
 
 
@@ -221,5 +221,5 @@ def load_model(
 
 
 def sampling_params(options: Mapping[str, Any]) -> SamplingParams:
-    """How the options say that text is sampled; raises ValueError for values out of range."""
+    """Build the sampling parameters that the options ask for; raises ValueError for values out of range."""
     return from_flags(SamplingParams, options)

@@ -61,12 +61,12 @@ class Choice:
 
     @property
     def at_most(self) -> str:
-        """Before a figure that is a bound."""
+        """The sign before a figure that is only a bound; empty for a simulated one."""
         return "" if self.prediction else "≤ "
 
 
 def choices(searched: Searched) -> Iterator[Choice]:
-    """What was simulated, best first; then what else is on the frontier of throughput and latency and fits."""
+    """Yield the simulated policies, best first, then others that fit from the frontier of throughput and latency."""
     for found in searched.found:
         yield _simulated(found)
     known = {(f.policy.gpu_batch_size, f.policy.num_gpu_batches) for f in searched.found}
@@ -82,7 +82,7 @@ def _simulated(found: Found) -> Choice:
 
 
 def memory(plan: Plan, searched: Searched) -> dict[str, dict[str, float]]:
-    """By tier the bytes of weights, cache and activations, of rings and workspace, of all, and those there are.
+    """Bytes by tier: of weights, cache and activations, of rings and workspace, of all, and those there are.
 
     The disk's weights are the whole store that they are read from. The host's cache has the pages of tokens of the
     disk's sequences that are not full yet.
@@ -171,7 +171,7 @@ def _values(words: list[str]) -> Iterator[str]:
 
 
 def show(console: Console, searched: Searched, told: list[Choice], gains: Mapping[str, float]) -> None:
-    """All that was found out, for people."""
+    """Print the search's findings for people."""
     problem, best, hardware = searched.problem, searched.best, searched.hardware
     prompts = "as many prompts as are best" if problem.num_prompts is None else f"{problem.num_prompts} prompts"
     console.print(
@@ -231,7 +231,7 @@ def _shares(policy: Policy, kind: str, *, host_is_apart: bool) -> str:
 
 
 def _format(policy: Policy) -> str:
-    """What is in 4 bits, and how much of V is read."""
+    """Name what is in 4 bits and the share of V that is read."""
     small = [name for name, is_4bit in (("w", policy.compress_weight), ("kv", policy.compress_cache)) if is_4bit]
     texts = [f"4-bit {'+'.join(small)}"] if small else []
     texts += [f"{policy.attn_sparsity:.0%} V"] if policy.attn_sparsity < 1 else []
@@ -288,7 +288,7 @@ def _worth_table(gains: Mapping[str, float], tokens_per_s: float) -> Table:
 
 
 def as_json(searched: Searched, told: list[Choice], gains: Mapping[str, float], command: list[str]) -> dict[str, Any]:
-    """All that was found out, for programs."""
+    """The search's findings as JSON, for programs."""
     problem, hardware = searched.problem, searched.hardware
     return {
         "note": "a prediction for this engine, by simulating its schedule; not a run",

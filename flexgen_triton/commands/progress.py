@@ -1,4 +1,4 @@
-"""What a run shows of itself on stderr while it lasts: bars for people, lines of JSON for programs.
+"""Progress of a run on stderr: bars for people, lines of JSON for programs.
 
 Owns the figures derived from a run's totals and how they are written. Knows nothing of models or of the engine.
 """
@@ -71,7 +71,7 @@ def closing_text(f: Mapping[str, Any]) -> str:
 
 
 def _predicted(f: Mapping[str, Any]) -> list[str]:
-    """What an automatic policy was expected to do; until there is a measurement, the only figure there is."""
+    """The predicted speed of an automatic policy: until something is measured, the only figure there is."""
     if f["predicted_tok_s"] is None:
         return []
     return [f"predicted {f['predicted_tok_s']:.4g} tok/s by {f['predicted_busiest']}"]

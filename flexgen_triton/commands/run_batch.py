@@ -30,7 +30,7 @@ STANDARD = Path("-")  # as an input or an output: the process's own
 
 
 def fingerprint(context: click.Context, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What must be the same for a job to go on. An automatic policy's formats are left out where it may choose them."""
+    """Everything that must be the same for a job to go on; formats only where no automatic policy may choose them."""
     source = find_model(options["model"] or DEMO, options["path"])
     found = {
         "model": source.name,
@@ -61,7 +61,7 @@ def open_input(source: Path, stop: Stop) -> BinaryIO:
 
 
 def spool(stream: BinaryIO, stop: Stop) -> BinaryIO:
-    """All of a stream, in a temporary file that has no name."""
+    """Copy all of a stream to a temporary file that has no name."""
     file = cast(BinaryIO, tempfile.TemporaryFile())  # noqa: SIM115
     try:
         with stop.at_once():
@@ -190,7 +190,7 @@ def run_job(
 
 @contextmanager
 def noted(answers: Answers, total: int) -> Iterator[None]:
-    """Within, what ends the job gets a note that says how far it has come, unless it says so itself."""
+    """Note on an error that ends the job how far it has come, unless the error says so itself."""
     try:
         yield
     except JournalError:

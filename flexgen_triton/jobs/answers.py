@@ -141,7 +141,7 @@ def _completion_logprobs(
 
 
 def _offsets(ids: Sequence[int], text: TokenText, *, special: bool) -> list[int]:
-    """Where each token's text starts in the text of all; tokens that share a character start with it.
+    """Find where each token's text starts in the whole text; tokens that share a character start with it.
 
     A token's text may depend on those before it, so each is read with the tokens of the character before.
     """

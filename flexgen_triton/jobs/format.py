@@ -119,7 +119,7 @@ class SeenIds:
         return None
 
     def _slot(self, key: int) -> int:
-        """Where the hash stands, or the empty slot where it would."""
+        """Find the slot of a hash, or the empty one that it would take."""
         hashes, mask = self._hashes, self._slots - 1
         slot = key & mask
         while hashes[slot] and hashes[slot] != key:
@@ -184,7 +184,7 @@ def read_custom_id(fields: Mapping[str, Any]) -> str:
 
 
 def read_request(fields: Mapping[str, Any]) -> CompletionRequest | ChatRequest:
-    """What a line asks for. Raises LineError for what is missing, wrong, unknown, or not done here.
+    """Read the request of a line. Raises LineError for what is missing, wrong, unknown, or not done here.
 
     `model` must be a text where it is given, but is not compared: the answer names the model that ran.
     """
@@ -331,7 +331,7 @@ def _check_type(name: str, value: object, kind: type) -> None:
 
 
 def _sampling(body: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the body's fields that both urls have and that say how tokens are drawn, with their types checked."""
+    """Read the body's fields that both urls have and that say how tokens are drawn, with their types checked."""
     found: dict[str, Any] = {name: _whole(name, body[name]) for name in WHOLE if name in body}
     found |= {name: _real(name, body[name]) for name in REAL if name in body}
     found |= {name: _flag(name, body[name]) for name in FLAGS if name in body}

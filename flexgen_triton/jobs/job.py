@@ -205,7 +205,7 @@ def _bytes(line: Line) -> bytes:
 
 
 def formats(policy: Policy) -> dict[str, Any]:
-    """What of a policy changes the numbers that come out."""
+    """Policy fields that change the output."""
     return {
         "weights": policy.weight_format.description if policy.weight_format else "uncompressed",
         "cache": policy.cache_format.description,

@@ -56,7 +56,7 @@ class Line:
 
     @property
     def tag(self) -> str:
-        """What is unique to the line, and the same whenever it is read."""
+        """A name that only this line has, the same whenever it is read."""
         return f"{self.number:09d}_{self.digest:016x}"
 
 
@@ -207,7 +207,7 @@ class Journal:
             ) from error
 
     def _has_name(self, file: int) -> bool:
-        """Whether the name still leads to this file."""
+        """Return True if the output's name still leads to this file."""
         with suppress(FileNotFoundError):
             return os.path.samestat(os.stat(self._real, follow_symlinks=False), os.fstat(file))
         return False
@@ -252,7 +252,7 @@ class Journal:
                 )
 
     def confirm(self, fields: Mapping[str, Any]) -> None:
-        """More of the fingerprint, known only now: kept by the first run, compared by later ones (JournalError)."""
+        """Add fields to the fingerprint, known only now: a first run keeps them, later ones compare (JournalError)."""
         self._compare(fields)
         if not fields.keys() <= self._fingerprint.keys():
             self._fingerprint |= fields
@@ -299,7 +299,7 @@ class Journal:
         return number < len(self._digests) and self._digests[number] != 0
 
     def is_done(self, line: Line) -> bool:
-        """Whether an earlier run answered the line. Raises JournalError where it answered another one in its place."""
+        """Return True if an earlier run answered the line. Raises JournalError if it answered another in its place."""
         if not self._is_known(line.number):
             return False
         if self._digests[line.number] != (line.digest or 1):

@@ -115,5 +115,5 @@ def _write_durably(file: int, text: bytes) -> None:
 
 
 def _is_own(found: os.stat_result) -> bool:
-    """Whether it may be what `Sidecar.write` leaves behind when it is killed."""
+    """Return True if the file may be one that `Sidecar.write` left behind when it was killed."""
     return stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and found.st_size <= MAX_BYTES

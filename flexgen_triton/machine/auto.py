@@ -102,7 +102,7 @@ def _choice(policy: Policy, tokens_per_s: float, prediction: Prediction) -> Choi
 
 
 def predict_run(report: RunReport, hardware: Hardware) -> Prediction:
-    """What the rounds of a run were predicted to take together."""
+    """Predict the time that the rounds of a run take together."""
     return Prediction.sum([predict(plan, hardware) for plan in report.plans])
 
 

@@ -127,7 +127,7 @@ class _Steps:
 
 
 def _device_figures(bench: Workbench, host: Workbench, steps: _Steps, share: float) -> dict[str, Any]:
-    """All fields that are rates of the device, of the host's processor and of what is between them."""
+    """Measure the rates of the device, of the host's processor and of the link between them."""
     clock = Clock(bench.device, quick=bench.quick)
     figures: dict[str, Any] = {"matmul": sweeps.products(bench, clock, 12 * share)}
     steps.done()
@@ -241,7 +241,7 @@ def _excess(spans: Iterable[Span], hardware: Hardware) -> float:
 
 
 def _corrected(hardware: Hardware, device: torch.device, folders: Folders) -> Hardware:
-    """With measured over predicted seconds of lanes, from short runs of the engine on layers of a real model's size.
+    """Correct a profile by measured over predicted seconds of lanes, in short runs on layers of a real model's size.
 
     What is timed by itself is some 15 % quicker than the same between all that an engine does, and where the cores that
     compute also read the disk, computing takes longer while they do.
@@ -296,7 +296,7 @@ def _processor() -> str:
 
 
 def profile_path(folders: Folders, device: torch.device) -> Path:
-    """Where this machine's profile is kept."""
+    """The file in which this machine's profile is kept."""
     name = machine_name(device, folders)
     words = re.sub(r"\((r|tm)\)|\b(cpu|processor)\b", "", name.lower())
     readable = re.sub(r"[^a-z0-9.]+", "-", words).strip("-.")[:64]

@@ -1,4 +1,4 @@
-"""How fast a machine does what plans count, by size: the engine's own operations on memory that no cache holds.
+"""Speed of a machine at the operations that plans count, by size: the engine's own, on memory that no cache holds.
 
 Knows what to run and how much work it is. Does not know what the figures are for; machine/measure.py makes a profile of
 them. Every operand is a view of an arena filled once with numbers of ordinary size, so that no operation meets a zero
@@ -284,7 +284,7 @@ def passes(bench: Workbench, clock: Clock, budget_s: float) -> Curve:
 
 
 def _passes_task(bench: Workbench, rows: int) -> Task:
-    """What the probe's attention and MLP do apart from their products, which add the biases."""
+    """Norms, residuals and activation of the probe's attention and MLP: all but the products, which add the biases."""
     x, inner = bench.view(bench.half, rows, bench.hidden), bench.view(bench.half, rows, bench.ffn)
     norm = bench.view(bench.half, bench.hidden)
     plan = _one_batch(bench, bench.half, rows, 1)
@@ -366,7 +366,7 @@ def _bounced_task(source: Tensor, bounce: Tensor, target: Tensor, nbytes: int) -
 
 @dataclass(frozen=True, slots=True)
 class DiskRates:
-    """What the disk of a directory does: bytes per second by those of an operation, rows per second, and a table."""
+    """Speeds of a directory's disk: bytes per second by the bytes of an operation, rows per second, and a table."""
 
     read: Curve
     write: Curve

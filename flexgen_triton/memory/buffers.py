@@ -42,7 +42,7 @@ class Sizes:
         )
 
     def hold(self, plan: Plan) -> bool:
-        """Whether they are enough for the plan."""
+        """Return True if buffers of these sizes are large enough for the plan."""
         return self == self | Sizes.of(plan)
 
 

@@ -40,7 +40,7 @@ class Segment(NamedTuple):
 
 
 class PromptTarget(NamedTuple):
-    """Where prompts' K and V go: of sequence s, `counts[s]` packed rows from `rows[s]` on, to the first positions."""
+    """Places for prompts' K and V: `counts[s]` packed rows from `rows[s]` on are the first positions of sequence s."""
 
     fields: Fields
     rows: Sequence[int]
@@ -48,7 +48,7 @@ class PromptTarget(NamedTuple):
 
 
 class TokenTarget(NamedTuple):
-    """Where one new token of each sequence goes: rows `[first, first + n)` to a position of each sequence.
+    """A place for one new token of each sequence: rows `[first, first + n)` go to a position of each.
 
     `at` int32 [n] holds the positions on the device.
     """
@@ -60,7 +60,7 @@ class TokenTarget(NamedTuple):
 
 
 class Attended(NamedTuple):
-    """Of the sequences that the host attends to: where one token of each goes, and what attention reads."""
+    """Input of attention on the host: the place of each sequence's new token, and the segments that it reads."""
 
     target: TokenTarget
     segments: list[Segment]
@@ -277,7 +277,7 @@ class Cache:
                 append_tokens(self._pages(buffer, group.size), positions, rows)
 
     def _store_filled(self, op: Op) -> None:
-        """Of the device's open pages those that are full now: the host's home, the disk's to where they leave from."""
+        """Copy newly full pages off the device: the host's sequences' to their place, the disk's to be written."""
         _, _, host, disk = self._plan.groups[op.k].cache
         tails, half = self._tails[op.j, op.k].view(2, -1, self._layout.half), self._layout.half
         home = self._host[op.j, op.k].view(-1, 2, max(host.size, 1), half)
@@ -315,7 +315,7 @@ class Cache:
     # Where new K and V go, and what attention reads
 
     def prompt_targets(self, op: Op, out: Tensor | None) -> list[PromptTarget]:
-        """After prefill: where packed rows of K and V go, resident homes and, for the rest, the slot `out`."""
+        """Places of a prefill's packed rows of K and V: resident homes and, for the rest, the slot `out`."""
         batch = self._plan.workload.batches[op.k]
         if batch.new_tokens == 1:
             return []
@@ -328,7 +328,7 @@ class Cache:
         return targets
 
     def _prompt_places(self, op: Op, out: Tensor | None) -> Iterator[tuple[Group, Fields, list[int], list[int]]]:
-        """Of each group: where tokens go, how many of each sequence come before those, and how many there are."""
+        """Yield each group with a buffer, how many tokens of each sequence come before it, and how many go into it."""
         gpu, attended, host, disk = self._plan.groups[op.k].cache
         home, layout = (op.j, op.k), self._layout
         full = [layout.full(n) for n in disk.prompt_lens]
@@ -357,7 +357,7 @@ class Cache:
         return tuple(field[:, rows] for field in self._pages(self._tails[home], host.size + disk.size))
 
     def token_targets(self, op: Op, out: Tensor | None) -> list[TokenTarget]:
-        """In decode: where one token of every sequence goes; `out` is the slot on the way to the host."""
+        """Places of a token step's new tokens, one of each sequence; `out` is the slot that is stored to the host."""
         gpu, _, host, disk = self._plan.groups[op.k].cache
         home = (op.j, op.k)
         opened = [n % self._layout.page_tokens for n in disk.cached(op.i)]
@@ -376,9 +376,9 @@ class Cache:
         return targets
 
     def _tail(self, op: Op, out: Tensor | None) -> tuple[Fields, list[int]]:
-        """Where the device holds the newest tokens of the host's and the disk's sequences, and the newest one's place.
+        """The device's newest tokens of the host's and the disk's sequences, and the newest one's position among them.
 
-        That token alone, on its way home in the slot `out`, or the whole open page.
+        They are that token alone, about to be stored from the slot `out`, or the whole open page.
         """
         _, _, host, disk = self._plan.groups[op.k].cache
         if self._plan.keeps_open:
@@ -388,7 +388,7 @@ class Cache:
         return self._tokens(out, host.size + disk.size), [0] * (host.size + disk.size)
 
     def attended(self, op: Op) -> Attended:
-        """In decode, of the sequences that the host attends to: where the new tokens go and what attention reads."""
+        """Input of the host's attention in a token step: the places of the new tokens, and the segments it reads."""
         group, buffer = self._plan.groups[op.k].cache.attended, self._attended[op.j, op.k]
         positions = group.cached(op.i)
         step, counts = self._attended_at[op.k]
@@ -402,9 +402,9 @@ class Cache:
         return Attended(TokenTarget(fields, 0, positions, at), [_segment(fields, valid, used)], keep)
 
     def segments(self, op: Op, slot: Tensor | None, out: Tensor | None) -> list[tuple[Group, list[Segment]]]:
-        """In decode, the new tokens written: what attention reads, by group of sequences, the newest token last.
+        """Segments that attention reads in a token step, new tokens written: by group of sequences, newest token last.
 
-        `slot` is this page's slot of the cache ring, `out` its slot on the way to the host.
+        `slot` is this visit's slot of the cache ring, `out` the slot that is stored to the host.
         """
         gpu, _, host, disk = self._plan.groups[op.k].cache
         found = [(gpu, self._resident(op, self._gpu, gpu))]
@@ -476,7 +476,7 @@ class Cache:
         return [*found, _segment(self._pages(opened, group.size), lens)]
 
     def _host_segment(self, op: Op, hosted: Tensor, lens: Tensor, pages: int) -> Segment:
-        """What the device was sent of the host's sequences; V from its home where only K was."""
+        """The host's sequences' cache as the device reads it: K as sent, V as sent or else in place on the host."""
         size = len(lens)
         if self._plan.host_halves == 2:
             return _segment(self._pages(hosted, size), lens)

@@ -78,7 +78,7 @@ def current_stream(device: torch.device) -> Stream:
 
 
 def on_stream(stream: Stream) -> AbstractContextManager[Any]:
-    """Within, this thread's work goes to `stream`."""
+    """Send this thread's work to `stream` inside."""
     return torch.cuda.stream(stream)
 
 

@@ -65,11 +65,11 @@ class Readable(Protocol):
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """A name for messages."""
 
     @property
     def size(self) -> int:
-        """In bytes."""
+        """Bytes of the file."""
 
     @property
     def parts(self) -> Sequence[DiskFile]:
@@ -441,7 +441,7 @@ def _write_buffered(file: DiskFile, offset: int, data: Bytes, _bounce: Bytes) ->
 
 
 def _in_phase(offset: int, data: Bytes) -> bool:
-    """Whether file and memory reach a page boundary at the same byte, at least a page before the end."""
+    """Return True if file and memory reach a page boundary at the same byte, at least a page before the end."""
     return (data.ctypes.data - offset) % ALIGN == 0 and align_up(offset) + ALIGN <= offset + len(data)
 
 

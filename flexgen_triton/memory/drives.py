@@ -1,4 +1,4 @@
-"""What a directory's bytes lie on, by /proc and /sys: its filesystem, and the drives under it.
+"""The filesystem of a directory and the drives under it, read from /proc and /sys.
 
 Reads only, but for `takes_direct`, which opens a file of no name. Knows no speeds; `machine/measure.py` measures them.
 """
@@ -110,7 +110,7 @@ def _text(file: Path) -> str:
 
 
 def takes_direct(directory: Path) -> bool:
-    """Whether files in a directory can be read past the page cache; raises OSError where none can be made there."""
+    """Return True if a directory's files can be read past the page cache; raises OSError if none can be made there."""
     with tempfile.NamedTemporaryFile(dir=directory) as file:
         try:
             os.close(os.open(file.name, os.O_RDONLY | os.O_DIRECT))

@@ -60,13 +60,13 @@ class Scratch:
 
     @contextmanager
     def frame(self) -> Iterator[None]:
-        """What is taken inside is taken back at the end: for what one operation needs beside its result."""
+        """Free at the end everything that was taken inside: the memory that one operation needs beside its result."""
         used = self._used
         yield
         self._used = used
 
     def panel(self, numbers: int) -> Tensor:
-        """So many fp32 numbers, dense, valid until the next call."""
+        """Return a dense fp32 tensor of this many numbers, valid until the next call."""
         if self._panel is None or not len(self._panel):
             return torch.empty(numbers, device=self._device)
         assert 4 * numbers <= len(self._panel), (numbers, len(self._panel))
@@ -74,7 +74,7 @@ class Scratch:
 
 
 class Uploads:
-    """What the host hands the device in a token step, through pinned memory: nobody waits for the copies.
+    """Small tensors that the host hands the device in a token step, through pinned memory: nobody waits for the copies.
 
     `begin` is called at every token step, when the device is done with all that the last one was handed. Without a
     `device` buffer the host's memory is the device's.

@@ -1,4 +1,4 @@
-"""Where a model's weights lie in files, how that is written down, and the safetensors format, strictly.
+"""The places of a model's weights in files, the manifest that records them, and the safetensors format, strictly.
 
 Knows names, offsets and checksums. Does not know what the tensors mean, nor where they will be held.
 """
@@ -68,7 +68,7 @@ class Stamp(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """Where a model's weights lie; immutable.
+    """The places of a model's weights in files; immutable.
 
     `extents` are by ModuleSpec.name, in the order of its tensors. Their `row` counts in the whole tensor, from
     TensorSpec.row on. A vector is one row; one that is concatenated from several sources in place is several

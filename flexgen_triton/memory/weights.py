@@ -154,7 +154,7 @@ class Weights:
     # Looking rows up
 
     def _build_lookup(self) -> Lookup:
-        """Of every tensor: (first row, rows, resident view or place on disk), for `rows`."""
+        """List (first row, rows, resident view or place on disk) of every tensor's pieces, for `rows`."""
         lookup: Lookup = {}
         for placement, (gpu, host) in zip(self._all(), self._resident, strict=True):
             for share, buffer in ((placement.gpu, gpu), (placement.host, host)):

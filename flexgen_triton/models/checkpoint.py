@@ -1,4 +1,4 @@
-"""From a checkpoint directory to a store: read in place where that is possible, converted once where it is not."""
+"""The way from a checkpoint directory to a store: read in place where that is possible, else converted once."""
 
 from __future__ import annotations
 
@@ -233,7 +233,7 @@ def _convert(spec: ModelSpec, weights: Weights, works: Sequence[Path], progress:
 
 
 def _extents(spec: ModelSpec) -> dict[str, tuple[Extent, ...]]:
-    """By module: packed_layout, moved where a header outgrows one page."""
+    """Extents by module: those of packed_layout, moved where a header outgrows one page."""
     layout = zip(spec.modules, packed_layout(spec.modules, 0), strict=True)
     return {m.name: tuple(replace(e, offset=e.offset + len(_module_header(m))) for e in es) for m, es in layout}
 
@@ -285,7 +285,7 @@ def _row_blocks(shape: tuple[int, int], pieces: Iterator[Tensor]) -> Iterator[Te
 
 
 def _cast(piece: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """To the model's dtype, refusing to turn a number into infinity."""
+    """Convert to the model's dtype, refusing to turn a number into infinity."""
     if dtype == torch.float16 != piece.dtype:
         low, high = torch.aminmax(piece)
         largest = max(-float(low), float(high))

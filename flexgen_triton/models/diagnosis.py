@@ -1,4 +1,4 @@
-"""Why logits are no numbers, by a look through the weights as they lie in the store.
+"""The search through the weights, as they lie in the store, for the reason why logits are no numbers.
 
 Reads a piece at a time and stops at the first tensor that explains it. Needs no engine and next to no memory.
 """
@@ -88,7 +88,7 @@ class _Piece:
 
 
 def _pieces(spec: ModelSpec, store: Store) -> Iterator[_Piece]:
-    """All numbers of the model: of 4-bit matrices the scales and minima, as any codes do."""
+    """Yield all numbers of the model; of 4-bit matrices the scales and minima, for every code is a number."""
     for module in spec.modules:
         for tensor in module.tensors:
             if tensor.packed is None or tensor.part == tensor.packed.format.numbers_part:

@@ -34,7 +34,7 @@ class ModelSource:
 
     @property
     def is_stored(self) -> bool:
-        """Whether its weights can be read where they lie; else a store of our own takes as much of the disk again."""
+        """True if its weights can be read where they lie; else a store of our own takes as much of the disk again."""
         return self.directory is not None and any(self.directory.glob("*.safetensors"))
 
 
@@ -115,7 +115,7 @@ def _pass_over(found: str, model: str, hub: str | None) -> None:
 
 
 def _is_cached(hub: str) -> bool:
-    """Whether a hub repository's configuration and weights were fetched before."""
+    """Return True if a hub repository's configuration and weights were fetched before."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

@@ -1,4 +1,4 @@
-"""Where weights come from: safetensors, torch.save files, random numbers. Tensors by name, in pieces, checked by shape.
+"""Sources of weights: safetensors, torch.save files, random numbers. Tensors by name, in pieces, checked by shape.
 
 Knows the files of a checkpoint and the names in them. Does not know where the tensors go.
 """
@@ -96,7 +96,7 @@ def _shown(name: str) -> str:
 
 
 def _exists(path: Path) -> bool:
-    """Whether there is anything of that name, however long it may be."""
+    """Return True if there is anything of that name, however long it may be."""
     try:
         path.stat()
     except (OSError, ValueError):
@@ -119,13 +119,13 @@ class Weights(Protocol):
 
     @property
     def where(self) -> str:
-        """For messages."""
+        """A name of the source for messages."""
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """By plain name."""
+        """Shapes of all tensors by plain name."""
 
     def dtype(self, name: str) -> str:
-        """For messages where it is not one of `_DTYPES`."""
+        """The tensor's dtype; a word for messages where it is not one of `_DTYPES`."""
 
     def unfit(self, name: str) -> str:
         """The form of a tensor that is no block of numbers, and the way out; empty for one that is."""
@@ -171,7 +171,7 @@ class SafetensorsWeights:
                 yield torch.frombuffer(bytearray(data), dtype=dtype)
 
     def usable_in_place(self, spec: ModelSpec) -> bool:
-        """Whether all that the model needs has its dtype and lies at a multiple of its elements."""
+        """Return True if every tensor that the model needs has its dtype and lies at a multiple of its element size."""
         if spec.is_packed:
             return False
         entries = [self._found[s][1] for m in spec.modules for t in m.tensors for s in t.sources]
@@ -253,7 +253,7 @@ class RandomWeights:
         return ""
 
     def pieces(self, name: str, low: int, high: int) -> Iterator[Tensor]:
-        """Each block of PIECE elements has a seed of its own, so that any range of rows can be made alone."""
+        """Draw elements [low, high). Each PIECE of them has its own seed, so that any range can be made alone."""
         shape = self._shapes[name]
         mean = 1.0 if len(shape) == 1 and "norm" in name and name.endswith("weight") else 0.0
         for start in range(low // PIECE * PIECE, high, PIECE):

@@ -1,4 +1,4 @@
-"""Whether a plan fits the memory there is, and which one would."""
+"""Check that a plan fits the memory there is, and name one that would."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def need(plan: Plan) -> dict[Tier, int]:
 
 
 def fits(plan: Plan, available: Mapping[Tier, float]) -> bool:
-    """Whether the plan needs no more than that of any tier; a tier that is not named is not limited."""
+    """Return True if the plan needs no more of any tier than is available; a tier that is not named is not limited."""
     return all(nbytes <= available.get(tier, nbytes) for tier, nbytes in need(plan).items())
 
 

@@ -43,7 +43,7 @@ class Ring:
         self._count = 0
 
     def _place(self, nbytes: int) -> int | None:
-        """Where the next slot goes: at the head, or at the start when the end is too near; None while it is in use."""
+        """Offset of the next slot: the head, or the start when the end is too near; None while that is in use."""
         at = self._head if self._head + nbytes <= self.capacity else 0
         if at + nbytes > self.capacity or any(_overlap(s, at, nbytes) for s in self._live):
             return None
@@ -128,7 +128,7 @@ class Generator:
                         self._release_weights(i * self._num_layers + j)
 
     def _rows(self, i: int) -> list[Row]:
-        """What each GPU batch in turn computes: a layer; where the host attends, all from one attention to the next.
+        """Cut the layers into rows, each computed by all GPU batches in turn: single layers, or attention to attention.
 
         So host attention of one batch has the time of all others, and its lane need not wait for a row's last batch
         before it gets the next row's first.
@@ -345,7 +345,7 @@ class Generator:
         return [slot] if slot.nbytes else []
 
     def _use(self, slots: dict[Visit, Slot], ring: str, visit: Visit) -> list[Slot]:
-        """What was brought for a visit, if anything; the ring may have it back when the next op has read it."""
+        """Take the slot loaded for a visit, if there is one; the ring may have it back when the next op has read it."""
         if visit not in slots:
             return []
         self._rings[ring].release(slots[visit])

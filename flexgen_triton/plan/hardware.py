@@ -1,4 +1,4 @@
-"""What a machine can do, in bytes, bytes per second and floating-point operations per second.
+"""Capacities and speeds of a machine, in bytes, bytes per second and floating-point operations per second.
 
 Measured by machine/measure.py, or read from one of the profiles that ship with the package (profiles/*.json), whose
 figures come from data sheets and publications.

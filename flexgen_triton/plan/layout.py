@@ -1,11 +1,11 @@
-"""How the KV cache and the hidden states of a GPU batch are divided over the tiers and laid out in memory.
+"""The division of a GPU batch's KV cache and hidden states over the tiers, and their layout in memory.
 
 Sequences of a batch stand longest first: the first ones on the GPU, the next on the host (first those that it attends
-to itself), the last on disk. A group of
-n sequences keeps its cache as `[pages, 2, n, half]`: of every page of tokens K of all sequences, then V of all. So
-any number of leading pages is one contiguous range, and a page's K of the longest sequences is one too. A half is K
-or V of `page_tokens` tokens of one sequence, one field after another, `[KV heads, page_tokens, width]`: a 16-bit
-cache has one field, the head's numbers; a 4-bit one has two, codes and scales (kernels/formats.py).
+to itself), the last on disk. A group of n sequences keeps its cache as `[pages, 2, n, half]`: of every page of tokens K
+of all sequences, then V of all. So any number of leading pages is one contiguous range, and a page's K of the longest
+sequences is one too. A half is K or V of `page_tokens` tokens of one sequence, one field after another,
+`[KV heads, page_tokens, width]`: a 16-bit cache has one field, the head's numbers; a 4-bit one has two, codes and
+scales (kernels/formats.py).
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Group:
 
     @property
     def rows(self) -> slice:
-        """Where its sequences stand in their GPU batch."""
+        """The places of its sequences in their GPU batch."""
         return slice(self.first, self.stop)
 
     def cached(self, step: int) -> tuple[int, ...]:
@@ -113,7 +113,7 @@ class CacheGroups(NamedTuple):
 
 
 def make_groups(batch: Batch, counts: Sequence[int], tiers: Sequence[Tier] = tuple(Tier)) -> list[Group]:
-    """So many sequences of one batch on each of the tiers."""
+    """Split a batch over the tiers by counts of sequences."""
     ends = list(accumulate(counts))
     asked = batch.new_tokens_each
     return [

@@ -1,4 +1,4 @@
-"""What each op of a schedule must wait for, derived from the slots it touches; and the schedule on a virtual clock."""
+"""Dependencies between a schedule's ops, derived from the slots they touch; and the schedule on a virtual clock."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Linker:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """When an op ran, in seconds since the start of the run."""
+    """An op and when it ran, in seconds since the start of the run."""
 
     op: Op
     start: float

@@ -1,4 +1,4 @@
-"""Where every byte of the weights lies: on disk, and which share of each layer stays on which tier.
+"""The place of every byte of the weights: on disk, and the share of each layer that stays on each tier.
 
 A layer's bytes have one order, that of its file. Two cuts, each at a row boundary, divide them into the GPU's share,
 the host's and the disk's, so each share is one contiguous range (DESIGN: placement is byte-exact). A share is read as
@@ -19,7 +19,7 @@ STORE_ALIGN = 256 << 10  # that a store of our own is read at multiples of: it h
 
 
 class Tier(Enum):
-    """Where bytes live."""
+    """A memory that holds weights, cache and hidden states."""
 
     GPU = "gpu"
     HOST = "host"

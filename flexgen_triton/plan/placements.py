@@ -51,7 +51,7 @@ class Placements:
         return tuple(t.name in self._gathered for t in layer.tensors)
 
     def _relative(self, layer: LayerSpec) -> Hashable:
-        """Where a layer's rows lie, from the aligned place before its first: all that its placement depends on."""
+        """Everything that a layer's placement depends on: places of its rows, from the aligned one before the first."""
         starts: dict[int, tuple[int, int]] = {}  # of each file: its number here, and where the first read may begin
         found = []
         for e in sorted(self._streamed(layer), key=lambda e: (e.file, e.offset)):

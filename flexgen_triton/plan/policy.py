@@ -143,7 +143,7 @@ class Policy:
 
     @property
     def attended_percent(self) -> float:
-        """Of all sequences, those that the host attends to itself where its memory is apart from the device's."""
+        """Percentage of all sequences that the host attends to itself where its memory is apart from the device's."""
         return self.cache_cpu_percent * self.cpu_attention_percent / 100 if self.cpu_cache_compute else 0.0
 
     @property

@@ -1,4 +1,4 @@
-"""How long a plan takes on a machine: its real schedule on a virtual clock, for a sample of token steps."""
+"""The predicted time of a plan on a machine: its real schedule on a virtual clock, for a sample of token steps."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Prediction:
 
     @classmethod
     def sum(cls, rounds: Sequence[Prediction]) -> Prediction:
-        """Of several rounds, one after another."""
+        """Add up the predictions of several rounds that run one after another."""
         lanes: dict[str, dict[str, float]] = {PREFILL: {}, DECODE: {}}
         for round, phase in product(rounds, PHASES):
             for lane, busy in round.lanes[phase].items():

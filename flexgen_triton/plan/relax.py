@@ -63,7 +63,7 @@ class Relaxation:
 
     @property
     def places(self) -> list[tuple[str, Place]]:
-        """Where each kind may be, first the GPU; in place, the host is the device."""
+        """The places each kind may have, the GPU first; host bytes that are used in place count as the GPU's."""
         tiers = tuple(Tier) if self.hardware.host_is_apart else (Tier.GPU, Tier.DISK)
         attended: list[tuple[str, Place]] = [("cache", ATTENDED)] if self.hardware.host_is_apart else []
         return [*product(KINDS, tiers), *attended]
@@ -74,7 +74,7 @@ class Relaxation:
         return make_plan(model, policy, workload, host_is_apart=self.hardware.host_is_apart)
 
     def _amounts(self, shares: Shares, num_gpu_batches: int) -> Amounts:
-        """Of the whole model: loads with one layer standing for all but the first, needs extended from two models."""
+        """Loads and needs of the whole model, from shortened ones: their last decoder layer stands for all left out."""
         layers = self.model.num_decoder_layers
         short = shortened(self.model, min(SHORT, layers))
         plan = self._plan(short, shares, num_gpu_batches)
@@ -99,7 +99,7 @@ class Relaxation:
 
     @cached_property
     def _corners(self) -> dict[int, tuple[Amounts, dict[tuple[str, Place], Amounts]]]:
-        """For one and for two GPU batches: amounts with all on the GPU, and how each other place changes them."""
+        """Amounts with all on the GPU, and the change by each other place, for one and for two GPU batches."""
         found = {}
         for count in (1, 2):
             base: Shares = {(kind, Tier.GPU): 1.0 for kind in KINDS}

@@ -41,7 +41,7 @@ class Slot(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What one computation does, in units that a machine has rates for."""
+    """The amount of one computation, in units that a machine has rates for."""
 
     rows: int  # of every matrix product
     products: tuple[tuple[WeightFormat, float], ...]  # format of the matrices, FLOPs
@@ -95,7 +95,7 @@ class Op:
 
 @dataclass(frozen=True, slots=True)
 class WeightTraffic:
-    """What one use of a layer's weights moves, in parts of nearly equal bytes."""
+    """Bytes that one use of a layer's weights moves, in parts of nearly equal size."""
 
     disk_parts: tuple[int, ...]
     host_parts: tuple[int, ...]  # all zero where host bytes are used in place
@@ -104,7 +104,7 @@ class WeightTraffic:
 
 @dataclass(frozen=True, slots=True)
 class CacheTraffic:
-    """What attention of one visit moves: the cache before it, the new K and V after it."""
+    """Bytes that attention of one visit moves: the cache before it, the new K and V after it."""
 
     disk_read: int = 0  # bytes moved by disk_in ...
     read_slot: int = 0  # ... and the room they take: sequences of unequal length leave gaps
@@ -119,7 +119,7 @@ class CacheTraffic:
 
 @dataclass(frozen=True, slots=True)
 class SplitTraffic:
-    """What moves where the host attends to some of a GPU batch's sequences while the device attends to the others."""
+    """Bytes that move where the host attends to some of a GPU batch's sequences and the device to the others."""
 
     projected: int  # Q, K and V of the new tokens of all sequences, on the device
     query: int  # the host's part of them

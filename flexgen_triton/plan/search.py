@@ -38,7 +38,7 @@ SHRINK = (0.0, 0.01, 0.03, 0.08, 0.2, 0.4, 0.7)  # of memory, until the rounded 
 
 @dataclass(frozen=True)
 class Problem:
-    """What is to be generated, and what may be done for speed.
+    """The generation that a policy is sought for, and the liberties it may take for speed.
 
     `num_prompts` None means as many as there are. `allow` names what changes the output, of LOSSY. All prompts have
     `prompt_len` tokens, unless `prompt_lens` says otherwise.
@@ -275,7 +275,7 @@ def _simulate(
 def _estimates(
     problem: Problem, hardware: Hardware, free: Mapping[Tier, float], candidates: Sequence[Candidate]
 ) -> list[Estimate]:
-    """Of candidates in this order, as far as one may beat what was found: those that keep the latency limit."""
+    """Estimate candidates until none of those left can win; drop the ones over the latency limit."""
     limit = problem.max_latency or math.inf
     estimates: dict[Policy, Estimate] = {}
     best = 0.0
@@ -291,7 +291,7 @@ def _estimates(
 
 
 class Estimate(NamedTuple):
-    """What the schedules of two shortened models tell of a plan."""
+    """An estimate of a plan from the schedules of two shortened models."""
 
     plan: Plan
     seconds: float  # of a round
@@ -354,7 +354,7 @@ def _rounded(policy: Policy, shares: Shares) -> Policy:
 
 
 def _smallest(problem: Problem, hardware: Hardware, free: Mapping[Tier, float]) -> list[Found]:
-    """Where no relaxation fits: single sequences with everything on whole tiers, one of which needs least of any."""
+    """Search where no relaxation fits: single sequences, everything on whole tiers, one of which needs least of any."""
     plans = list(_smallest_plans(problem, hardware))
     fitting = [p for p in plans if fits(p, free)]
     if not fitting:

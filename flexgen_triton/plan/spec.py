@@ -1,4 +1,4 @@
-"""What a model is made of and what it is asked to do, as plain data.
+"""A model's modules and tensors, and the workload it is given, as plain data.
 
 Knows shapes, bytes and floating-point operations. Does not know where anything is stored or how it is computed.
 """
@@ -113,7 +113,7 @@ class ModuleSpec:
         return "embed" if self.kind == "embed" else f"{self.kind}.{self.index}"
 
     def stored_as(self, dtype: str) -> ModuleSpec:
-        """With all tensors in `dtype`."""
+        """The same module with all tensors in `dtype`."""
         return replace(self, tensors=tuple(replace(t, dtype=dtype) for t in self.tensors))
 
 
@@ -140,7 +140,7 @@ class LayerSpec:
         return any(m.kind == "head" for m in self.modules)
 
     def cut_at_attention(self) -> tuple[tuple[ModuleSpec, ...], tuple[ModuleSpec, ...]]:
-        """What is computed before attention and what after it, as modules of kinds of their own."""
+        """The modules computed before attention and those after it, of kinds of their own."""
         attention, *others = self.modules
         before, after = (tuple(t for t in attention.tensors if t.projects is first) for first in (True, False))
         passes = attention.passes_before, attention.passes - attention.passes_before
@@ -279,7 +279,7 @@ class Batch:
         return self.asked or (self.new_tokens,) * self.size
 
     def first(self, size: int) -> Batch:
-        """With its first sequences alone."""
+        """The batch of the first `size` sequences alone."""
         asked = self.new_tokens_each[:size]
         lens = self.prompt_lens[:size]
         return Batch(lens, max(asked), asked, min(self.scored, sum(lens)), self.sampler_bytes)

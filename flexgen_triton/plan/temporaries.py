@@ -33,7 +33,7 @@ def prompt_bytes(traffic: Traffic) -> int:
 
 
 def temporaries(traffic: Traffic) -> dict[str, int]:
-    """What is allocated before the run for the computations of token steps, and for what lasts longer than one.
+    """Bytes allocated before the run for the computations of token steps, and for tensors that outlive one of them.
 
     `decode`: the largest computation of one token of each sequence. `widened`: what it takes on top on a CPU,
     and `panel` the rows of a matrix in fp32 there, for prompts too. `dense`: a 4-bit layer dequantised, which a GPU

@@ -1,6 +1,6 @@
-"""Where all bytes of a round lie, and what each visit of its schedule moves.
+"""The place of every byte of a round, and the bytes that each visit of its schedule moves.
 
-Decided from the model, the workload, the policy and where the weights lie on disk. Knows neither how much memory that
+Decided from the model, the workload, the policy and the weights' places on disk. Knows neither how much memory that
 takes nor what is computed.
 """
 
@@ -46,7 +46,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class BatchGroups:
-    """How one GPU batch's sequences are divided: by where their cache is, and by where their hidden state is."""
+    """One GPU batch's sequences divided twice: by the tier of their cache, and by that of their hidden state."""
 
     cache: CacheGroups
     hidden: tuple[Group, ...]  # on the GPU, the host and the disk
@@ -139,7 +139,7 @@ class Traffic:
     # Cache
 
     def _cache_traffic(self, i: int, k: int) -> CacheTraffic:
-        """What attention of GPU batch k moves in token step i, in any one layer."""
+        """Bytes that attention of GPU batch k moves in token step i, in any one layer."""
         layout = self.cache_layout
         _, attended, host, disk = self.groups[k].cache
         batch = self.workload.batches[k]
@@ -168,11 +168,11 @@ class Traffic:
         )
 
     def host_pages(self, cached: Sequence[int]) -> list[int]:
-        """Of so many cached tokens, the pages that the host holds: all, or those that are full."""
+        """Count the pages that the host holds of sequences with these numbers of cached tokens: all or full ones."""
         return [self.cache_layout.full(n) if self.keeps_open else self.cache_layout.pages(n) for n in cached]
 
     def open_bytes(self, disk: Group) -> int:
-        """What the open pages of the disk's sequences, at home on the host, add to a transfer of full ones."""
+        """Bytes that the open pages of the disk's sequences, which lie on the host, add to a transfer of full ones."""
         return 0 if self.keeps_open else self.cache_layout.dense(1, disk.size)
 
     def _gathered(self, host: Group, i: int) -> int:
@@ -183,7 +183,7 @@ class Traffic:
         return sum(self.kept(n) for n in host.cached(i)) * self.model.num_heads * row
 
     def kept(self, cached: int) -> int:
-        """Of so many cached tokens, those whose V sparse attention reads, per head."""
+        """Number of earlier tokens whose V sparse attention reads, per head, of this many cached ones."""
         return int(self.policy.attn_sparsity * cached)
 
     def _prefill_cache_traffic(self, attended: Group, host: Group, disk: Group, *, last: bool) -> CacheTraffic:
@@ -204,7 +204,7 @@ class Traffic:
         )
 
     def split_traffic(self, i: int, k: int) -> SplitTraffic:
-        """What moves for attention of GPU batch k in a token step after the first, in any one layer."""
+        """Bytes that move for attention of GPU batch k in a token step after the first, in any one layer."""
         model, groups = self.model, self.groups[k].cache
         size = self.workload.batches[k].size
         result = model.num_heads * model.head_dim * model.itemsize  # of one sequence
@@ -218,7 +218,7 @@ class Traffic:
     # Hidden states
 
     def _hidden_traffic(self, i: int, j: int, k: int) -> HiddenTraffic:
-        """What layer j's result of GPU batch k moves to reach layer j+1; the head's parts hand theirs on in place."""
+        """Bytes that take layer j's result of GPU batch k to layer j+1; the head's parts hand theirs on in place."""
         if self.layers[j].is_head:
             return HiddenTraffic()
         row = self.model.hidden * self.model.itemsize

@@ -39,7 +39,7 @@ class Arithmetic:
         return tuple(flops.items()), sum(t.nbytes for t in tensors), hidden
 
     def work(self, i: int, j: int, k: int, name: str = COMPUTE) -> Work:
-        """What one computation of a visit does: a layer's, or one of those that its attention cuts it into."""
+        """The work of one computation of a visit: a whole layer, or one of the parts that attention cuts it into."""
         if name in (ATTEND, ATTEND_HOST):
             return self._attention_work(_NO_WORK, i, k, on_host=name == ATTEND_HOST)
         batch, layer, model = self.workload.batches[k], self._traffic.layers[j], self.model

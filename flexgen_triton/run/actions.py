@@ -79,7 +79,7 @@ class Round:
 
     @property
     def actions(self) -> dict[str, Callable[[Op], int | None]]:
-        """What each op does; a transfer of fewer bytes than planned returns how many."""
+        """The functions that run ops, by the ops' names; a transfer of fewer bytes than planned returns how many."""
         return {
             "read_weight": self._read_weight,
             "load_weight": self._load_weight,
@@ -103,7 +103,7 @@ class Round:
         }
 
     def alive(self, i: int, k: int) -> bool:
-        """Whether GPU batch k still has an unfinished sequence."""
+        """Return True if GPU batch k still has an unfinished sequence."""
         return not all(s.finished for s in self._batches[k])
 
     # Slots
@@ -118,7 +118,7 @@ class Round:
         return slot
 
     def _into(self, op: Op) -> Tensor:
-        """What a read fills: the one slot it writes."""
+        """The memory that a read fills: the one slot it writes."""
         written: Slot = op.writes[0]
         return self._buffers.slot(written)
 
@@ -295,7 +295,7 @@ class Round:
 
     @torch.inference_mode()
     def _finish(self, op: Op) -> None:
-        """What follows attention in a layer."""
+        """Compute the part of a layer that follows attention."""
         self._start(op)
         w, layer = self._tensors(op), self._plan.layers[op.j]
         x = self._model.output(w, self._enter(op), self._rows(op, "result"), self._work)
@@ -352,7 +352,7 @@ class Round:
     # Log-probabilities of prompts
 
     def _score_inputs(self, k: int, w: Mapping[str, Weight], x: Tensor) -> list[_Scored]:
-        """What the head multiplies to score the prompts that ask for it: packed rows [T, E] -> a part for each."""
+        """Compute the head's input for prompts that ask for scores: packed rows [T, E] -> a part for each prompt."""
         found, first = [], 0
         for sequence in self._batches[k]:
             stop = first + len(sequence.prompt)

@@ -62,7 +62,7 @@ NO_LIMITS = Limits()
 
 @dataclass(frozen=True, slots=True)
 class RoundReport:
-    """What one round did: its plan, when its ops ran, and the seconds from its start at which each token step ended."""
+    """The report of one round: its plan, when its ops ran, and seconds from its start to the end of each token step."""
 
     plan: Plan
     timeline: Timeline
@@ -71,7 +71,7 @@ class RoundReport:
 
 @dataclass(frozen=True, slots=True)
 class RunReport:
-    """What a call of `generate` did: when, and in which rounds."""
+    """The report of a call of `generate`: its rounds and when their ops ran."""
 
     timeline: Timeline
     plans: tuple[Plan, ...]
@@ -149,7 +149,7 @@ class Engine:
 
     @property
     def is_busy(self) -> bool:
-        """Whether a run is under way, be it between two of its answers."""
+        """True while a run is under way, be it between two of its answers."""
         return self._holdings.is_busy
 
     def check_usable(self) -> None:
@@ -403,7 +403,7 @@ def _smaller(gpu_batch_size: int, num_gpu_batches: int) -> Iterator[tuple[int, i
 
 
 def _runs_to_its_end(batch: Sequence[TokenSequence]) -> bool:
-    """Whether it is known beforehand at which token step the GPU batch ends."""
+    """Return True if it is known beforehand at which token step the GPU batch ends."""
     return all(r.params.ignore_eos and not r.params.stop_token_ids and not r.watch for r in batch)
 
 
@@ -418,7 +418,7 @@ def _exhaust(running: Generator[None, None, RoundReport]) -> RoundReport:
 
 
 def _step_ends(spans: Sequence[Span]) -> tuple[float, ...]:
-    """When the last computation of each token step ended."""
+    """The ends of the last computation of each token step, in seconds."""
     ends: dict[int, float] = {}
     for s in spans:
         if s.op.name == "compute":

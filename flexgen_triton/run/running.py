@@ -1,4 +1,4 @@
-"""What an engine holds and what each of its runs holds: used by one process only, and freed once.
+"""Resources of an engine and of each of its runs: used by one process only, and freed once.
 
 Knows lanes, buffers, weights and the disk's threads; does not know what they are used for.
 """
@@ -73,7 +73,7 @@ class Run:
         return self._buffers[-1]
 
     def holds(self, plan: Plan) -> bool:
-        """Whether the buffers are large enough for the plan, and what fitted beside them too."""
+        """Return True if the buffers, and the memory left beside them, are large enough for the plan."""
         if not self._buffers or not self.buffers.sizes.hold(plan):
             return False
         return plan.footprint.of(WORKSPACE, Tier.GPU) <= self._workspace
@@ -90,7 +90,7 @@ class Run:
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
-        """Within, buffers may be used. Raises ClosedError or ForkedError where they may not."""
+        """Allow the use of buffers inside. Raises ClosedError or ForkedError where they may not be used."""
         self._is_at_work = True
         try:
             self._check()
@@ -123,7 +123,7 @@ class Holdings:
 
     @property
     def is_busy(self) -> bool:
-        """Whether a run is under way, be it between two of its answers."""
+        """True while a run is under way, be it between two of its answers."""
         return bool(self._runs)
 
     def check(self) -> None:
@@ -159,7 +159,7 @@ class Holdings:
 
 
 def _popped(held: deque[_T]) -> Iterator[_T]:
-    """All that is held, from the right: two threads never get the same one."""
+    """Take out all that is held, from the right: two threads never get the same one."""
     with suppress(IndexError):
         while True:
             yield held.pop()

@@ -1,4 +1,4 @@
-"""What a stream of rounds has done so far: constant in size, however many rounds there are."""
+"""Running totals of a stream of rounds: constant in size, however many rounds there are."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Totals:
 
     @property
     def seconds(self) -> float:
-        """Of all rounds, the one under way with what it has taken so far."""
+        """Seconds of all rounds, the one under way included so far."""
         return self.seconds_ended + (time.perf_counter() - self.began if self.began is not None else 0.0)
 
     @property

@@ -1,4 +1,4 @@
-"""What a run did with its time: lanes by phase, the bound, and a trace for Chrome or Perfetto.
+"""The account of a run's time: lanes by phase, the bound, and a trace for Chrome or Perfetto.
 
 Measured and simulated runs are both lists of spans, so both are reported in this one form.
 """

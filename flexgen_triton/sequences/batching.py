@@ -1,4 +1,4 @@
-"""Which sequences run together: those alike in the tokens they ask for and in length share a GPU batch and a round."""
+"""The choice of sequences that run together: those alike in tokens asked for and in length share a round."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def likeness(sequence: TokenSequence) -> tuple[int, int]:
 
 
 def divide(sequences: Sequence[TokenSequence], gpu_batch_size: int, num_gpu_batches: int) -> list[Batches]:
-    """All sequences in rounds, those that ask for most first."""
+    """Divide all sequences into rounds, those that ask for most first."""
     ordered = sorted(sequences, key=likeness, reverse=True)
     size = gpu_batch_size * num_gpu_batches
     return [make_batches(ordered[n : n + size], gpu_batch_size) for n in range(0, len(ordered), size)]
@@ -38,7 +38,7 @@ def make_batches(sequences: Sequence[TokenSequence], gpu_batch_size: int) -> Bat
 
 
 def workload(batches: Batches) -> Workload:
-    """What the planner is asked for one round."""
+    """The workload of one round, for the planner."""
     return Workload(tuple(_batch(batch) for batch in batches))
 
 
@@ -51,7 +51,7 @@ def _batch(batch: Sequence[TokenSequence]) -> Batch:
 
 
 def _sampler_bytes(params: SamplingParams) -> int:
-    """What models.sampling.Sampler keeps of a sequence, per entry of the vocabulary."""
+    """Bytes that `sampler.Sampler` keeps of a sequence, per entry of the vocabulary."""
     seen = params.repetition_penalty != 1
     counted = bool(params.presence_penalty or params.frequency_penalty)
     return seen + 4 * counted + 4 * (params.logprobs is not None)

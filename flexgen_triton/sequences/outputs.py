@@ -1,4 +1,4 @@
-"""What a model answers, in vLLM's shape."""
+"""Answers of a model, in vLLM's shape."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class CompletionOutput:
 
 @dataclass(frozen=True, slots=True)
 class RequestMetrics:
-    """When things happened to a request, in seconds of `time.time()`."""
+    """The times of a request's events, in seconds of `time.time()`."""
 
     arrival_time: float
     first_scheduled_time: float | None

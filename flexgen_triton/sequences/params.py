@@ -1,4 +1,4 @@
-"""How one request is to be generated, under vLLM's names and with its defaults."""
+"""Sampling parameters of one request, under vLLM's names and with its defaults."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MIN_TEMPERATURE = 1e-5  # below it there is no chance left to speak of, and logi
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How one request is generated; a field's metadata is its flag on the command line, and the numbers it may have.
+    """Settings for generating one request; a field's metadata is its flag on the command line, and its range.
 
     Immutable; numpy's numbers become Python's. Raises ValueError, in one sentence, for values of another type or out
     of range.

@@ -1,4 +1,4 @@
-"""What a prompt is: a text, or its token ids, as a list, a tuple or an array of whole numbers.
+"""Prompts: each a text, or its token ids as a list, a tuple or an array of whole numbers.
 
 Owns the ways to write prompts down. Knows no model: what its vocabulary and positions hold is checked elsewhere.
 """
@@ -55,7 +55,7 @@ def as_prompt(given: Any, name: str) -> Prompt:
 
 
 def is_whole(value: Any) -> bool:
-    """Whether it is a whole number of Python's or of numpy's; True and False are none."""
+    """Return True for a whole number of Python's or numpy's; True and False are none."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 

@@ -118,7 +118,7 @@ class Sampler:
         return Drawn(drawn, logprobs, wrong)
 
     def describe(self, row: int, logits: Tensor) -> str:
-        """In what a row of the last step was wrong; logits [B, V] as `sample` left them."""
+        """Say what was wrong with a row of the last step; logits [B, V] as `sample` left them."""
         return self._found.describe(row, logits[row])
 
     def process(self, logits: Tensor) -> Tensor:
@@ -186,7 +186,7 @@ class _Found:
         return found[:size].view(np.int64).tolist(), np.flatnonzero(~finite).tolist()
 
     def describe(self, row: int, logits: Tensor) -> str:
-        """In what logits [V], which may have been processed since, are not finite."""
+        """Say in what way logits [V], which may have been processed since, are not finite."""
         if self._high[row].isnan():
             return f"{int(logits.isnan().sum())} of {len(logits)} are NaN"
         return f"the {len(logits)} reach from {float(self._low[row]):.3g} to {float(self._high[row]):.3g}"
@@ -202,7 +202,7 @@ def ranks_among(top: Tensor, values: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """What turns rows [n, V] of logits, which it may overwrite, into others; parameters [n, 1] or [n, V]."""
+    """A change of some rows [n, V] of the logits, which it may overwrite; parameters [n, 1] or [n, V]."""
 
     function: Callable[..., Tensor]
     rows: Tensor
@@ -249,7 +249,7 @@ def _parts(num_rows: int, vocab: int) -> Iterator[slice]:
 
 
 def _seen(prompts: Sequence[Sequence[int]], vocab: int, device: torch.device) -> Tensor:
-    """Which tokens each prompt holds -> [n, V] bool."""
+    """Mark the tokens that each prompt holds -> [n, V] bool."""
     places = [(row, token) for row, prompt in enumerate(prompts) for token in set(prompt)]
     seen = torch.zeros(len(prompts), vocab, dtype=torch.bool, device=device)
     rows, tokens = _pairs(places, device)

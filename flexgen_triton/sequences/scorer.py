@@ -39,7 +39,7 @@ class PromptScorer:
 
     @torch.inference_mode()
     def wrong(self) -> str | None:
-        """In what the logits are no numbers; None where they are, as `result` asks for. Waits for the device."""
+        """Say where logits are no numbers; None if all are, as `result` needs it. Waits for the device."""
         count = int(self._sum.isfinite().logical_not_().sum())  # a NaN stays in a sum, an infinite logit makes one
         return f"at {count} of {len(self._sum)} positions" if count else None
 

@@ -22,7 +22,7 @@ SHOWN = 160  # characters of the library's own reason
 
 
 def has_tokenizer(directory: Path | None) -> bool:
-    """Whether a model came with a tokenizer."""
+    """Return True if a model came with a tokenizer."""
     return directory is not None and any((directory / name).exists() for name in VOCABULARIES)
 
 

@@ -130,7 +130,7 @@ def _copy_heads(seq, x, values, places, position, tokens, heads):
 
 @compiled_parallel
 def _copy_kernel(k, v, k_values, v_values, places, positions, tokens, heads):
-    """All as bytes."""
+    """Copy K and V of new tokens to their places, all as bytes."""
     for b in prange(len(positions)):
         seq = np.int64(b)
         _copy_heads(seq, k, k_values, places[0], positions[seq], tokens, heads)

@@ -105,7 +105,7 @@ def _tabulate(scales, count, wide, tables):
 
 @compiled
 def _tables_of(i, quarter):
-    """Where the tables of word i's four codes begin, among its token's."""
+    """Offsets of the tables of word i's four codes, among its token's."""
     at = i // KV_GROUP * LANES
     return (
         at,
@@ -184,7 +184,7 @@ def _add_words(weights, codes, tables, count, width, acc, ahead, at):
 # Offsets [2, 2, 4] of `_stores`: of K and V; of the numbers and the scales; strides of page, sequence, head and token.
 @compiled
 def _place(offsets, i, where, token):
-    """Where a token of `where`, (page, sequence, head), begins: in the numbers, in the scales."""
+    """Offsets of a token in the numbers and in the scales; `where` is its (page, sequence, head)."""
     at, scales_at = token * offsets[i, 0, 3], token * offsets[i, 1, 3]
     for n in range(3):
         at += where[n] * offsets[i, 0, n]
@@ -706,7 +706,7 @@ def decode_attention_lse(
 def _attend(
     q: Tensor, segments: Sequence[KVSegment], scale: float | None, workspace: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of every query head, [B * H]: attention, the highest score, the sum of weights; and scratch."""
+    """Attend for every query head, [B * H]: the result, the highest score, the sum of weights; and scratch."""
     num_seqs, num_heads, dim = q.shape
     rows, width = num_seqs * num_heads, _width(segments, dim)
     threads, size = num_threads(), decode_scratch(width, num_heads)
@@ -826,7 +826,7 @@ def _sizes(segment: KVSegment) -> tuple[np.ndarray, int, int]:
 
 
 def _stores(segment: KVSegment, width: int) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...], np.ndarray]:
-    """K and V as dense vectors, and where their tokens are: strides [2, 2, 4], as `_offset` reads them."""
+    """K and V as dense vectors, and the strides of their tokens, [2, 2, 4], as `_place` reads them."""
     offsets = np.zeros((2, 2, 4), np.int64)
     sizes = (width,) if len(segment.k) == 1 else (width // 4, width // KV_GROUP * 2)
     for i, fields in enumerate((segment.k, segment.v)):

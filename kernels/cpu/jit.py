@@ -1,4 +1,4 @@
-"""What the CPU kernels share: how they are compiled, how a tensor becomes an array, and single numbers of the formats.
+"""Shared parts of the CPU kernels: compiling them, tensors as arrays, and single numbers of the formats.
 
 Kernels are compiled by numba when they are first called and kept on disk (beside the source, else in the user's cache
 folder; nowhere if neither can be written). A kernel is a serial function of one tile, which LLVM vectorises, and a

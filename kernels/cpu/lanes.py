@@ -43,7 +43,7 @@ class _LanesModel(models.PrimitiveModel):
 
 
 def _address(context, builder, kind, array, at):
-    """Where array[at : at + 16] is, as a vector."""
+    """Pointer to array[at : at + 16], as a vector."""
     pointer = builder.gep(context.make_array(kind)(context, builder, array).data, [at])
     return builder.bitcast(pointer, ir.VectorType(pointer.type.pointee, LANES).as_pointer())
 
@@ -59,7 +59,7 @@ def _multiply_add(builder, a, b, c):
 
 
 def _permutes(context) -> bool:
-    """Whether the machine finds 16 numbers in a table of 16 by one instruction."""
+    """Return True if the machine finds 16 numbers in a table of 16 by one instruction."""
     _, _, features = context.codegen().magic_tuple()
     return "+avx512f" in features.split(",")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import accuracy
+import measured
 import pytest
 import rows
 import torch
@@ -62,7 +63,7 @@ def test_windows_judge_every_token_once_within_a_context(length):
 
 
 def test_a_table_row_for_each_case_beside_what_flexgen_published(results):
-    head, rule, *lines = accuracy.markdown_table(list(results.values())).splitlines()
+    head, rule, *lines = measured.accuracy(list(results.values())).splitlines()
     assert len(lines) == len(accuracy.CASES)
     assert {line.count("|") for line in (head, rule, *lines)} == {7}
     (line,) = [line for line in lines if line.startswith("| 4-bit weights, G=64, and cache |")]

@@ -1,4 +1,4 @@
-"""What the scripts that judge predictions and the automatic policy make of runs; and one real run of their worker."""
+"""The scripts that judge predictions and the automatic policy, on made-up runs; and one real run of their worker."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ def commands(directory: Path, machine: Path, *, is_tokenizer: bool) -> dict[str,
 
 
 def sentences(root: Path, name: str, refuse: Callable[..., str]) -> dict[str, str]:
-    """What each command says of a bad model."""
+    """The sentence with which each command refuses a bad model."""
     directory, machine = bad_model(root, name), profile_file(root)
     line = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "Return", "max_tokens": 2}}
     (root / "in.jsonl").write_text(json.dumps(line) + "\n")

@@ -122,7 +122,7 @@ def bench(*args: str, cwd: Path, module: str = "bench") -> subprocess.CompletedP
 
 
 def in_folder(cwd: Path) -> tuple[str, ...]:
-    """What every run is told: where to work, and what machine this is."""
+    """Options of every run: the folder to work in, and the machine's profile."""
     if not (cwd / "machine.json").exists():
         profile_file(cwd)
     return "--offload-dir", str(cwd / "offload"), "--hardware", "machine.json"

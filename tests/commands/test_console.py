@@ -1,4 +1,4 @@
-"""What is printed is never cut: every cell of every table is there whole, at any width, on a terminal or off it."""
+"""Nothing printed is cut: every cell of every table is there whole, at any width, on a terminal or off it."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def offload(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def texts(offload, one_thread) -> list[str]:
-    """What the library says to the prompts."""
+    """The library's answers to the prompts."""
     with LLM("demo", policy=Policy(gpu_batch_size=4), offload_dir=offload) as llm:
         outputs = llm.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=8))
     return [o.outputs[0].text for o in outputs]

@@ -39,7 +39,7 @@ USER = {"role": "user", "content": "Hello"}
 
 
 def request(url: str = COMPLETIONS, **body: object) -> CompletionRequest | ChatRequest:
-    """What is made of a line with this body, on its way through JSON."""
+    """Read a line with this body, sent through JSON."""
     line = {"custom_id": "a", "method": "POST", "url": url, "body": body}
     return read_request(read_object(json.dumps(line).encode()))
 

@@ -53,7 +53,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the machine code shows. `loop` is the inner loop with the most matrix instructions, then the largest."""
+    """Facts read from machine code. `loop` is the inner loop with the most matrix instructions, then the largest."""
 
     registers: int  # a thread
     stack: int  # bytes

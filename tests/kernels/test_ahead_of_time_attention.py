@@ -118,7 +118,7 @@ def counted() -> Iterator[Case]:
 
 
 def greedy() -> Case:
-    """What must not pass: a tile four times too large for a warp, its codes unpacked in portable Triton."""
+    """A kernel that must not pass: a tile four times too large for a warp, its codes unpacked in portable Triton."""
     case = attention("decode_q4", "sm_80", "fp16", 128, 1, 64)
     return replace(case, label="greedy", constexprs={**case.constexprs, "BLOCK_T": 128, "ASM": False})
 
@@ -133,7 +133,7 @@ def compiled() -> dict[str, Compiled]:
 
 
 def judge(case: Case, result: Compiled) -> list[str]:
-    """What is wrong with a kernel, nothing if all is well."""
+    """List what is wrong with a kernel; empty if all is well."""
     chip = CHIPS[case.chip]
     wrong = []
     if result.stack or result.spills:

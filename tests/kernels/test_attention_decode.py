@@ -64,7 +64,7 @@ def made(case: tuple, dtype: torch.dtype, spare: int = 1) -> tuple[Tensor, list[
 
 
 def plain(q: Tensor, segments: list[KVSegment]) -> Tensor:
-    """What a few lines of torch give in this precision: K and V dequantised, products and softmax rounded to it.
+    """Attend by a few lines of torch in this precision: K and V dequantised, products and softmax rounded to it.
 
     In fp32 a product with codes and one with minima, as in the kernel: they cancel, which rounds more than all else.
     """

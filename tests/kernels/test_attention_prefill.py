@@ -33,7 +33,7 @@ def fused(lens: tuple[int, ...], heads: int, kv_heads: int, dim: int, dtype: tor
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, lens: tuple[int, ...]) -> Tensor:
-    """What a few lines of torch give in this precision: every product and the softmax rounded to it."""
+    """Attend by a few lines of torch in this precision: every product and the softmax rounded to it."""
     repeat = q.shape[1] // k.shape[1]
     parts = []
     for qs, ks, vs in zip(*(x.transpose(0, 1).split(list(lens), 1) for x in (q, k, v)), strict=True):

@@ -144,7 +144,7 @@ def test_a_workspace_of_the_stated_size_is_enough(shape, dtype):
 
 
 def check_workspace(size: int, q: Tensor, attend: Callable[..., Tensor]) -> None:
-    """What it held does not matter, what lies behind it stays, and `out` gets the result that a new tensor would."""
+    """Check that old contents do not matter, bytes behind it stay, and `out` gets what a new tensor would."""
     workspace, out = torch.full((size // 4 + 16,), NAN), torch.full_like(q, NAN)
     workspace[size // 4 :] = 7
     assert attend(out=out, workspace=workspace[: size // 4]) is out

@@ -41,7 +41,7 @@ def make(shape: tuple[int, int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def grouped_product(x: Tensor, codes: Tensor, scales: Tensor, rows: int) -> Tensor:
-    """What the kernel computes in plain fp32: sums over groups, times the scale, plus the minimum's part."""
+    """Compute the kernel's result in plain fp32: sums over groups, times the scale, plus the minimum's part."""
     groups = scales.shape[1]
     plain = torch.tensor([1.0, 0.0], dtype=torch.float16).view(1, 1, 2, 1).expand(scales.shape)
     q = dequantize_weight(codes, plain, rows, 4 * codes.shape[1], torch.float32).view(rows, groups, -1)

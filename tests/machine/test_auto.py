@@ -144,7 +144,7 @@ def test_what_it_does_not_choose_is_as_told(tiny, tmp_path):
 
 
 def test_a_stream_whose_short_prompts_ask_for_most_has_a_policy(tiny, tmp_path, monkeypatch):
-    """What is typical of lengths and of tokens asked for need not fit the model's positions together."""
+    """The typical length and the typical number of tokens asked for need not fit the model's positions together."""
     monkeypatch.setattr("flexgen_triton.llm.MIN_WAITING", 5)
     pairs = [([5] * length, SamplingParams(max_tokens=120 - length, temperature=0)) for length in (1, 100) * 6]
     with automatic(tiny, tmp_path) as llm:

@@ -79,7 +79,7 @@ class Case:
         return [t[:NEW] for t in self.tiny.tokens[:4]]
 
     def outcome(self, place: str) -> str:
-        """How a run ends; whatever it is, no other tokens come out, now or later."""
+        """Run, and say how it ended; however it did, no other tokens come out, now or later."""
         try:
             opened = self.open(place)
         except (StoreError, CheckpointError) as error:
@@ -251,7 +251,7 @@ def test_rows_on_disk_cost_each_chunk_once(
 
 
 def test_a_wrong_chunk_is_not_taken_for_a_right_one(converted: dict[str, Case]) -> None:
-    """What was wrong once stays so for this engine, and the bytes put right are right for the next one."""
+    """A chunk that was wrong once stays so for this engine, and the bytes put right are right for the next one."""
     case = converted[TIED]
     victim = store_of(case) / "attention.1.safetensors"
     flip(victim, 10_000, 3)

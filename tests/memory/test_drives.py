@@ -1,4 +1,4 @@
-"""What a directory lies on, told from trees as /proc and /sys have them, and from this machine's own."""
+"""The drives under a directory, found in trees as /proc and /sys have them, and in this machine's own."""
 
 from __future__ import annotations
 

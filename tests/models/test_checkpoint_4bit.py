@@ -30,7 +30,7 @@ def spec_of(path: Path):
 @pytest.mark.parametrize("name", SIZES)
 @pytest.mark.parametrize(("group", "limit"), [(32, 0.626), (64, 0.5635), (128, 0.532)])
 def test_bytes_per_weight(name, group, limit):
-    """Of every published size, embeddings and norms aside."""
+    """Every published size is checked, embeddings and norms aside."""
     spec = pack(model_spec(SIZES[name], name, "float16"), FourBit(group))
     packed = [t for m in spec.modules for t in m.tensors if t.packed]
     weights = sum(t.num_parameters for t in packed)
@@ -39,7 +39,7 @@ def test_bytes_per_weight(name, group, limit):
 
 
 def test_the_files_hold_the_references_codes_and_scales(tiny_models, tmp_path):
-    """Of every architecture, opened by the format's own library."""
+    """Every architecture is checked, its files opened by the format's own library."""
     for tiny in tiny_models.values():
         spec = pack(spec_of(tiny.path), FourBit(64))
         store = open_store(spec, tiny.path, tmp_path)

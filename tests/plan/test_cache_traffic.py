@@ -1,4 +1,4 @@
-"""What attention moves: of the host's sequences K alone where sparse attention fetches V itself; all else whole."""
+"""Attention's transfers: K alone of the host's sequences where sparse attention fetches V itself; all else whole."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_v_at_home_is_the_last_steps_under_any_legal_interleaving(monkeypatch, c
 
 
 def test_attention_waits_for_the_store_before_it_and_the_store_for_attention():
-    """Of its own accord, not only because the load of K does."""
+    """They wait for each other directly, not only by way of the load of K."""
     plan = plan_of(HOST, 0.1, batches=3)
     stored: dict[tuple[int, int, int], int] = {}
     computed: dict[tuple[int, int, int], int] = {}

@@ -246,7 +246,7 @@ class Memory:
         self._check_hidden(op)
 
     def _check_hidden(self, op: Op) -> None:
-        """What enters and what leaves: by way of a home, or from one computation to the next."""
+        """Check that hidden states are loaded and stored, or handed from one computation to the next."""
         if not op.loads_hidden:
             assert self.passed == (op.i, op.j - 1, op.k), op
         away = self.plan.hidden_traffic(op.i, op.j - 1, op.k) if op.j and op.loads_hidden else None

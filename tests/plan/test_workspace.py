@@ -1,4 +1,4 @@
-"""What the plan sets aside for computations is what they ask for, and what it counts as free is free."""
+"""The plan sets aside for computations exactly what they ask for, and memory that it counts as free is free."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ GROWTH = 16 << 10  # bytes of Python's objects from step to step: none stay, som
 
 
 def excused() -> bool:
-    """Whether this call comes from what allocates still."""
+    """Return True if the call comes from code that may still allocate."""
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_filename.endswith(INTERPRETER) or frame.f_code.co_name in FUNCTIONS:
@@ -61,7 +61,7 @@ def storages(tree: object) -> Iterator[int]:
 
 @dataclass
 class Seen:
-    """What the watched ops called, by op, and of that what allocates."""
+    """Calls of the watched ops, by op, and those among them that allocate."""
 
     arenas: set[int] = field(default_factory=set)
     calls: Counter[str] = field(default_factory=Counter)
@@ -86,7 +86,7 @@ class Watch(TorchDispatchMode):
 
 
 def python_bytes() -> int:
-    """Of objects made in the engine's own files, but for its records of what ran when."""
+    """Bytes of objects made in the engine's own files, but for its records of what ran when."""
     package = str(Path(ops.__file__).parents[1])
     wanted = [tracemalloc.Filter(True, f"{package}/{name}") for name in ("models/*", "memory/*", "run/actions.py")]
     return sum(t.size for t in tracemalloc.take_snapshot().filter_traces(wanted).traces)

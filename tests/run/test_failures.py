@@ -1,4 +1,4 @@
-"""What goes wrong in any lane ends the run at once, with the op's name, and leaves nothing behind."""
+"""Failures in any lane end the run at once, with the op's name, and leave nothing behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run says of itself: lanes, bound, bytes moved."""
+"""A run's own figures: lanes, bound, bytes moved."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def test_as_many_bytes_are_copied_as_planned(tmp_path, percent, is_4bit, sparsit
 @FORMATS
 @HOMES
 def test_attention_is_handed_k_from_the_ring_and_v_at_home(tmp_path, percent, is_4bit):
-    """Of the host's sequences; the disk's come from the ring, the newest token of all from the way out."""
+    """The host's sequences are; the disk's come from the ring, the newest token of each from the slot `cache_out`."""
     plan = plan_of(percent, 0.1, is_4bit=is_4bit)
     op = op_named(plan, "compute")
     with filled(plan, tmp_path) as (cache, buffers):

@@ -1,4 +1,4 @@
-"""Of prompts whose lengths differ, nothing is padded: what is computed and moved is what is needed, nearly."""
+"""Prompts whose lengths differ are not padded: what is computed and moved is what is needed, nearly."""
 
 from __future__ import annotations
 

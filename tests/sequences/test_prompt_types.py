@@ -1,4 +1,4 @@
-"""What may be given to a model, and the one sentence that answers everything else."""
+"""Prompts of every type that a model takes, and the one sentence that answers everything else."""
 
 from __future__ import annotations
 

@@ -255,7 +255,7 @@ def test_frequencies_are_those_of_the_softmax(fields):
 
 
 def test_a_filter_does_not_move_the_draw_to_another_token_that_it_keeps():
-    """Where the token that an unfiltered row draws survives the filter, the filtered row draws it too."""
+    """A filtered row draws the token that an unfiltered one draws, if that one survives the filter."""
     num = 200
     logits = (random_logits(1, VOCAB) / 4).repeat(num, 1)
     free = sampler([SamplingParams()] * num).sample(logits.clone()).tokens

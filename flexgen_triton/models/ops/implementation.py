@@ -11,13 +11,13 @@ from ...memory.scratch import Scratch
 
 
 def uses_triton(x: Tensor) -> bool:
-    """Whether operations on x run as Triton kernels."""
+    """Return True if operations on x run as Triton kernels."""
     return x.device.type == "cuda"
 
 
 @lru_cache(maxsize=1)
 def cpu_has_bf16() -> bool:
-    """Whether this processor multiplies bf16 natively (AVX-512 BF16 or AMX); torch's own probes, where it has them."""
+    """Ask torch, where it has the probes, for native products of bf16 on this processor (AVX-512 BF16 or AMX)."""
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, name)() for name in probes if hasattr(torch.cpu, name))
 

@@ -277,7 +277,10 @@ def linear(
 
 
 def _finish(out: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None) -> None:
-    """All of one dtype: on the CPU torch would widen a narrower operand in memory of its own."""
+    """Apply bias, activation and residual in place.
+
+    All are of one dtype: on the CPU torch would widen a narrower operand in memory of its own.
+    """
     if bias is not None:
         out += bias
     if activation is not None:
@@ -300,7 +303,7 @@ def crossover_rows(device: torch.device) -> int:
 
 @lru_cache(maxsize=8)
 def _workspace(device: torch.device, stream: int) -> Any:
-    """What the 4-bit products of one stream share: they follow one another."""
+    """The workspace that the 4-bit products of one stream share: they follow one another."""
     from ...kernels.matmul_q4 import Workspace
 
     return Workspace(device)
