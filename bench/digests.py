@@ -89,10 +89,11 @@ class Numbers:
 
 def op_rows(ops: Iterable[Op], hardware: Hardware) -> Iterator[tuple[object, ...]]:
     """Yield all that each op's execution depends on, without names."""
-    lane, layer, ring = Numbers(), Numbers(), Numbers()
+    lane, ring, slot = Numbers(), Numbers(), Numbers()
     for op in ops:
-        slots = ([(ring(s.ring), s.number, s.at, s.nbytes) for s in g] for g in (op.reads, op.writes, op.overwrites))
-        where = (lane(op.lane), layer((op.name, op.j)), op.i, op.k, op.part)
+        groups = (op.reads, op.writes, op.overwrites)
+        slots = ([(ring(s.ring), slot((s.ring, s.number)), s.at, s.nbytes) for s in group] for group in groups)
+        where = (lane(op.lane), op.i, op.k, op.part)
         yield (*where, *slots, op.bytes, op.pageable, f"{seconds(op, hardware):.9g}")
 
 

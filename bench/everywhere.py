@@ -35,7 +35,8 @@ def machines() -> Iterator[Run]:
     """Every instruction set that torch may be told to use, with one thread and with more than there are cores."""
     for threads, capability in product(THREADS, CAPABILITIES):
         env = {"ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": str(threads)}
-        yield f"{capability}, {threads} threads", (*COMPUTING, "--ignore-glob=*ahead_of_time*"), env
+        arguments = (*COMPUTING, "-m", "slow or not slow", "--ignore-glob=*ahead_of_time*")
+        yield f"{capability}, {threads} threads", arguments, env
 
 
 def draws() -> Iterator[Run]:

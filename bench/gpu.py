@@ -39,8 +39,9 @@ from flexgen_triton.memory.arena import Arena
 from flexgen_triton.memory.stripes import Folders
 from flexgen_triton.plan.hardware import Hardware
 from flexgen_triton.plan.placement import Tier
-from flexgen_triton.plan.schedule import Op
-from flexgen_triton.run.actions import Round
+from flexgen_triton.plan.schedule import COMPUTE, Op
+from flexgen_triton.plan.spec import HEAD
+from flexgen_triton.run.actions import ACTIONS, Round
 from flexgen_triton.sequences.sequence import TokenSequence
 
 if TYPE_CHECKING:
@@ -227,7 +228,7 @@ def allocations(scratch: Path) -> Iterator[rows.Row]:
 
     tiny = make_tiny(scratch / "allocations", next(iter(MODELS.values())))
     greedy = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True, temperature=0)
-    compute = Round._compute
+    compute = ACTIONS[COMPUTE]
     for fmt, (weights, cache, sparsity) in {"16 bits": (False, False, 1.0), **FORMATS}.items():
         if sparsity < 1:
             continue
@@ -236,12 +237,12 @@ def allocations(scratch: Path) -> Iterator[rows.Row]:
         def counted(round_: Round, op: Op, layers: Counter[int] = layers, heads: Counter[int] = heads) -> None:
             before = torch.cuda.memory_stats().get("allocation.all.allocated", 0)
             compute(round_, op)
-            counts = heads if round_._plan.layers[op.j].is_head else layers
+            counts = heads if round_._plan.stages[op.j].spec.kind == HEAD else layers
             counts[op.i] += torch.cuda.memory_stats()["allocation.all.allocated"] - before
 
         policy = Policy(3, 2, 20, 30, 25, 30, 40, 30, compress_weight=weights, compress_cache=cache)
         with (
-            patch.object(Round, "_compute", counted),
+            patch.dict(ACTIONS, {COMPUTE: counted}),
             LLM(str(tiny.path), policy=policy, dtype="float16", offload_dir=scratch, device="cuda") as llm,
         ):
             llm.generate(tiny.prompts, greedy)

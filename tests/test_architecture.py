@@ -67,7 +67,7 @@ def test_only_the_arena_allocates_large_buffers():
     assert found <= {"memory/arena.py", "memory/disk.py", "memory/store.py", "memory/device.py"}
     assert users(r"torch\.empty\(", sources("memory", "run")) <= {
         "memory/arena.py",
-        "memory/cache.py",  # a few counts of each sequence that the host attends to
+        "memory/cache_places.py",  # a few counts of each sequence that the host attends to
         "memory/disk.py",  # rows gathered from a table
         "memory/store.py",
         "memory/scratch.py",  # prompts' temporaries

@@ -316,6 +316,7 @@ next(left)
 """
 
 
+@pytest.mark.slow
 def test_forks_are_refused_and_harmless(tiny, tmp_path):
     """Forks made after a model was at work are refused; a model made before, but used in the fork alone, works."""
     code = FORKS.format(
@@ -370,6 +371,7 @@ def test_a_run_is_asked_at_every_op_whether_to_go_on(tiny, tmp_path, streamed):
     assert threading.active_count() == before
 
 
+@pytest.mark.slow
 def test_a_hundred_engines_leave_no_threads_files_or_memory(tiny, tmp_path):
     def held() -> tuple[int, int, int]:
         gc.collect()

@@ -30,6 +30,10 @@ def test_the_two_commands_are_what_ci_runs():
     assert all(command in lines for command in commands)
 
 
+def test_ci_runs_the_tests_that_they_leave_out():
+    assert "python -m pytest -m slow" in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_files_that_a_page_links_to_exist(page):
     links = re.findall(r"\]\(((?!http)[^)]+)\)", (ROOT / page).read_text())

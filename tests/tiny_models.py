@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from made_once import made_once
+from safetensors.torch import load_file, save_file
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel
 
 PROMPT_LENS = (33, 1, 17, 70, 5, 12, 9)
@@ -56,6 +59,11 @@ class Tiny:
     logits: list[torch.Tensor]  # [NEW_TOKENS, V] of each prompt
 
 
+def make_prompts(vocab_size: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(4, vocab_size, (n,), generator=generator).tolist() for n in PROMPT_LENS]
+
+
 def make_tiny(path: Path, fields: dict[str, object]) -> Tiny:
     torch.manual_seed(7)
     base = {"num_hidden_layers": 3, "max_position_embeddings": 128, "word_embed_proj_dim": fields["hidden_size"]}
@@ -66,8 +74,7 @@ def make_tiny(path: Path, fields: dict[str, object]) -> Tiny:
             if name.endswith("bias"):
                 parameter.normal_(0, 0.1)
     model.save_pretrained(path)
-    generator = torch.Generator().manual_seed(3)
-    prompts = [torch.randint(4, config.vocab_size, (n,), generator=generator).tolist() for n in PROMPT_LENS]
+    prompts = make_prompts(config.vocab_size)
     return Tiny(path, prompts, *answers(model, prompts))
 
 
@@ -88,3 +95,35 @@ def answers(model: PreTrainedModel, prompts: list[list[int]]) -> tuple[list[list
         tokens.append(out.sequences[0, len(prompt) :].tolist())
         logits.append(torch.cat(out.logits).float())
     return tokens, logits
+
+
+class TinyModels(Mapping[str, Tiny]):
+    """Every architecture of MODELS, made when first asked for, in a folder that other processes may share."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._found: dict[str, Tiny] = {}
+
+    def __getitem__(self, name: str) -> Tiny:
+        if name not in self._found:
+            self._found[name] = self._find(name)
+        return self._found[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(MODELS)
+
+    def __len__(self) -> int:
+        return len(MODELS)
+
+    def _find(self, name: str) -> Tiny:
+        number, fields = list(MODELS).index(name), MODELS[name]
+
+        def make(folder: Path) -> None:
+            tiny = make_tiny(folder / f"opt-{number}", fields)
+            reference = {"tokens": torch.tensor(tiny.tokens), "logits": torch.stack(tiny.logits)}
+            save_file(reference, folder / "reference.safetensors")
+
+        folder = made_once(self._root / f"tiny-{number}", make)
+        reference = load_file(folder / "reference.safetensors")
+        prompts = make_prompts(fields["vocab_size"])
+        return Tiny(folder / f"opt-{number}", prompts, reference["tokens"].tolist(), list(reference["logits"]))

@@ -89,7 +89,7 @@ def print_plan(console: Console, plan: Plan) -> None:
     """Print what goes where, before anything is touched: the memory to set aside, which adds up to its peak."""
     policy, workload = plan.policy, plan.workload
     console.print(
-        f"[bold]{escape(plan.model.name)}[/] {plan.model.dtype}, {len(plan.layers)} layers, "
+        f"[bold]{escape(plan.model.name)}[/] {plan.model.dtype}, {plan.model.num_decoder_layers} decoder layers, "
         f"{policy.gpu_batch_size} x {policy.num_gpu_batches} sequences ({policy.strategy}), "
         f"percent {percent_text(plan)}, {workload.steps} token steps{formats_text(plan)}"
     )

@@ -206,8 +206,8 @@ def _overheads(hardware: Hardware, device: torch.device, folders: Folders, *, qu
     lanes = [lane for lane in Lane if lane is not Lane.COMPUTE]
     found = {lane.value: _excess((s for s in moved.timeline.spans if s.op.lane is lane), hardware) for lane in lanes}
     decoded = [s for s in alone.timeline.spans if s.op.i > 0]
-    layers = alone.plans[0].layers
-    kinds = [[s for s in decoded if layers[s.op.j].modules[0].kind == kind] for kind in ("attention", "mlp")]
+    stages = alone.plans[0].stages
+    kinds = [[s for s in decoded if stages[s.op.j].module.kind == kind] for kind in ("attention", "mlp")]
     found[Lane.COMPUTE.value] = mean(_excess(spans, hardware) for spans in kinds)
     return {lane: sweeps.rounded(excess) for lane, excess in found.items()}
 

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from ..memory.arena import Arena, host_available
-from ..memory.cache import Fields, Segment
+from ..memory.cache_homes import page_fields
+from ..memory.cache_places import Segment, segment
 from ..memory.device import current_stream, gpu_capability, gpu_memory, synchronize
 from ..memory.disk import DiskQueue, Read, Readable, Write
 from ..memory.stripes import Folders
@@ -36,6 +37,7 @@ from ..plan.spec import ModelSpec, Workload
 CPU = torch.device("cpu")
 MIB = 1 << 20
 PACKED = FourBit(64)
+ATTENTION_STAGES = 3  # projection, attention and its end; the probe's stage 0 is the embedding, its fifth the MLP
 TIMED_S = 1e-3  # shorter runs are timed several at once
 SLOWEST_S = 1.0  # larger sizes than the first that takes so long are left out
 
@@ -223,7 +225,7 @@ def prompt_attention(bench: Workbench, clock: Clock, budget_s: float) -> Curve:
 def _prompt_task(bench: Workbench, length: int, sequences: int) -> Task:
     qkv = bench.view(bench.half, length * sequences, 3, bench.heads, bench.hidden // bench.heads)
     q, k, v = qkv.unbind(1)
-    work = _one_batch(bench, bench.half, length, sequences).work(0, 1, 0)
+    work = _one_batch(bench, bench.half, length, sequences).work(0, 1, 0, ATTENTION_STAGES)
     return Task(length, work.prompt_flops, lambda: ops.prefill_attention(q, k, v, [length] * sequences))
 
 
@@ -261,20 +263,8 @@ def _context_task(bench: Workbench, spec: ModelSpec, layout: CacheLayout, sequen
 
 
 def cached_segment(layout: CacheLayout, buffer: Tensor, lens: Tensor) -> Segment:
-    """A resident home of the cache of sequences with `lens` [n] tokens, as memory/cache.py lays it out."""
-    halves = buffer.view(-1, 2, len(lens), layout.half)  # [pages, K and V, n, half]
-    return Segment(_fields(layout, halves[:, 0]), _fields(layout, halves[:, 1]), lens)
-
-
-def _fields(layout: CacheLayout, halves: Tensor) -> Fields:
-    """K's or V's fields of pages [pages, n, half]: each [pages, n, Hkv, tokens, width]."""
-    heads, tokens, views, at = layout.num_kv_heads, layout.page_tokens, [], 0
-    for field in layout.fields:
-        nbytes = heads * tokens * field.nbytes
-        numbers = halves[..., at : at + nbytes].view(getattr(torch, field.dtype))
-        views.append(numbers.view(*numbers.shape[:-1], heads, tokens, field.width))
-        at += nbytes
-    return tuple(views)
+    """A resident home of the cache of sequences with `lens` [n] tokens, as memory/cache_homes.py lays it out."""
+    return segment(page_fields(layout, buffer, len(lens)), lens)
 
 
 def passes(bench: Workbench, clock: Clock, budget_s: float) -> Curve:
@@ -288,7 +278,7 @@ def _passes_task(bench: Workbench, rows: int) -> Task:
     x, inner = bench.view(bench.half, rows, bench.hidden), bench.view(bench.half, rows, bench.ffn)
     norm = bench.view(bench.half, bench.hidden)
     plan = _one_batch(bench, bench.half, rows, 1)
-    nbytes = sum(plan.work(0, j, 0).hidden_bytes for j in (1, 2))
+    nbytes = plan.work(0, 1, 0, ATTENTION_STAGES).hidden_bytes + plan.work(0, 1 + ATTENTION_STAGES, 0).hidden_bytes
 
     def run() -> None:
         for _ in ("attention", "mlp"):

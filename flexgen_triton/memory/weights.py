@@ -49,7 +49,7 @@ class Weights:
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self._dtype, self._device = dtype, device
-        self._dtypes = {t.name: getattr(torch, t.dtype) for layer in plan.layers for t in layer.tensors}
+        self._dtypes = {t.name: getattr(torch, t.dtype) for bundle in plan.bundles for t in bundle.tensors}
         self._placements, self._tables, self._copies = plan.placements, plan.tables, plan.host_is_apart
         pin = device.type == "cuda" and plan.policy.pin_weight
         cpu, on_gpu = torch.device("cpu"), device.type == "cuda"

@@ -6,14 +6,13 @@ A layer is a function of hidden states and weights; it owns nothing, and takes i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from ..memory.scratch import Scratch
 from ..plan.json_file import kind_of
-from ..plan.spec import ModuleSpec, State
+from ..plan.spec import EMBED, MLP, ModuleSpec, StageSpec, State
 from . import config as checks
 from . import ops, parts
 from .config import Check, ModelConfig, ModelError, flag, tokens, whole, word
@@ -74,42 +73,34 @@ def modules(config: ModelConfig, itemsize: int) -> list[ModuleSpec]:
 def _embed(config: ModelConfig, itemsize: int) -> ModuleSpec:
     shape = (config.vocab, config.hidden)
     tensors = () if config.tied else (parts.table("tokens.weight", shape, "embed_tokens.weight"),)
-    results = parts.result_numbers(tensors, config.hidden)
-    return ModuleSpec("embed", 0, tensors, passes=2 * config.hidden * itemsize, results=results, lookups=("tokens",))
+    results = parts.result_numbers(tensors, 2 * config.hidden)
+    stage = StageSpec(EMBED, tensors, 2 * config.hidden * itemsize, results, lookups=("tokens",))
+    return parts.module(EMBED, 0, stage)
 
 
 def _attention(config: ModelConfig, n: int, itemsize: int) -> ModuleSpec:
     hidden, dim, at = config.hidden, config.head_dim, f"layers.{n}"
     rows = (config.heads * dim, config.kv_heads * dim, config.kv_heads * dim)
+    qkv = (f"{at}.self_attn.{p}_proj.weight" for p in "qkv")
     before = [
         parts.vector("attention_norm.weight", hidden, f"{at}.input_layernorm.weight"),
-        parts.matrix("qkv.weight", (sum(rows), hidden), *(f"{at}.self_attn.{p}_proj.weight" for p in "qkv"), rows=rows),
+        parts.matrix("qkv.weight", (sum(rows), hidden), *qkv, rows=rows),
     ]
-    after = parts.matrix("out.weight", (hidden, rows[0]), f"{at}.self_attn.o_proj.weight")
-    tensors = (*(replace(t, projects=True) for t in before), after)
-    return ModuleSpec(
-        "attention",
-        n,
-        tensors,
-        passes=(6 * hidden + 4 * sum(rows)) * itemsize,
-        passes_before=(3 * hidden + 4 * sum(rows)) * itemsize,
-        results=parts.result_numbers(tensors, hidden),
-        positions=True,
-        state=State(config.kv_heads, dim),
-    )
+    after = [parts.matrix("out.weight", (hidden, rows[0]), f"{at}.self_attn.o_proj.weight")]
+    passes = (3 * hidden + 4 * sum(rows)) * itemsize, 3 * hidden * itemsize
+    state = State(config.kv_heads, dim)
+    return parts.attention(n, before, after, passes=passes, hidden=hidden, state=state, positions=True)
 
 
 def _mlp(config: ModelConfig, n: int, itemsize: int) -> ModuleSpec:
     hidden, ffn, at = config.hidden, config.ffn, f"layers.{n}.mlp"
-    sources = (f"{at}.gate_proj.weight", f"{at}.up_proj.weight")
     tensors = (
         parts.vector("mlp_norm.weight", hidden, f"layers.{n}.post_attention_layernorm.weight"),
-        parts.matrix("gate_up.weight", (2 * ffn, hidden), *sources),
+        parts.matrix("gate_up.weight", (2 * ffn, hidden), f"{at}.gate_proj.weight", f"{at}.up_proj.weight"),
         parts.matrix("down.weight", (hidden, ffn), f"{at}.down_proj.weight"),
     )
-    results = parts.result_numbers(tensors, hidden) + ffn
-    passes = (6 * hidden + 6 * ffn) * itemsize
-    return ModuleSpec("mlp", n, tensors, passes=passes, results=results, widest=3 * ffn)
+    results = parts.result_numbers(tensors, 2 * hidden) + ffn
+    return parts.module(MLP, n, StageSpec(MLP, tensors, (6 * hidden + 6 * ffn) * itemsize, results, widest=3 * ffn))
 
 
 class Llama:

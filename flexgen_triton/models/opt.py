@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from ..memory.scratch import Scratch
-from ..plan.spec import ModuleSpec, State, TensorSpec
+from ..plan.spec import EMBED, MLP, ModuleSpec, StageSpec, State, TensorSpec
 from . import ops, parts
 from .config import (
     MAX_FFN,
@@ -161,14 +161,9 @@ def _embed(config: ModelConfig, itemsize: int) -> ModuleSpec:
         tensors.append(parts.table("tokens.weight", (config.vocab, width), "decoder.embed_tokens.weight"))
     if config.embed_dim:
         tensors.append(parts.matrix("project_in.weight", (hidden, width), "decoder.project_in.weight"))
-    return ModuleSpec(
-        "embed",
-        0,
-        tuple(tensors),
-        passes=6 * hidden * itemsize,
-        results=parts.result_numbers(tensors, hidden),
-        lookups=("positions", "tokens"),
-    )
+    results = parts.result_numbers(tensors, 2 * hidden)
+    stage = StageSpec(EMBED, tuple(tensors), 6 * hidden * itemsize, results, lookups=("positions", "tokens"))
+    return parts.module(EMBED, 0, stage)
 
 
 def _attention(config: ModelConfig, n: int, itemsize: int) -> ModuleSpec:
@@ -178,33 +173,20 @@ def _attention(config: ModelConfig, n: int, itemsize: int) -> ModuleSpec:
         *_linear(config, "qkv", (3 * hidden, hidden), *(f"{at}.self_attn.{p}_proj" for p in "qkv")),
     ]
     after = _linear(config, "out", (hidden, hidden), f"{at}.self_attn.out_proj")
-    tensors = (*(replace(t, projects=True) for t in before), *after)
-    return ModuleSpec(
-        "attention",
-        n,
-        tensors,
-        passes=12 * hidden * itemsize,
-        passes_before=8 * hidden * itemsize,
-        results=parts.result_numbers(tensors, hidden),
-        state=State(config.kv_heads, config.head_dim),
-    )
+    passes = 8 * hidden * itemsize, 4 * hidden * itemsize
+    state = State(config.kv_heads, config.head_dim)
+    return parts.attention(n, before, after, passes=passes, hidden=hidden, state=state)
 
 
 def _mlp(config: ModelConfig, n: int, itemsize: int) -> ModuleSpec:
     hidden, ffn, at = config.hidden, config.ffn, f"decoder.layers.{n}"
-    tensors = [
+    tensors = (
         *_norm(config, "mlp_norm", f"{at}.final_layer_norm"),
         *_linear(config, "fc1", (ffn, hidden), f"{at}.fc1"),
         *_linear(config, "fc2", (hidden, ffn), f"{at}.fc2"),
-    ]
-    return ModuleSpec(
-        "mlp",
-        n,
-        tuple(tensors),
-        passes=(6 * hidden + 4 * ffn) * itemsize,
-        results=parts.result_numbers(tensors, hidden),
-        widest=ffn,
     )
+    passes = (6 * hidden + 4 * ffn) * itemsize
+    return parts.module(MLP, n, StageSpec(MLP, tensors, passes, parts.result_numbers(tensors, 2 * hidden), widest=ffn))
 
 
 class OPT:

@@ -8,7 +8,7 @@ from itertools import pairwise
 from torch import Tensor
 
 from ..memory.scratch import Scratch
-from ..plan.spec import ModuleSpec, TensorSpec
+from ..plan.spec import ATTEND, FINISH, HEAD, PROJECT, ModuleSpec, StageSpec, State, TensorSpec
 from . import ops
 from .config import ModelConfig
 from .ops import PlainWeight, Weight
@@ -34,10 +34,34 @@ def table(name: str, shape: tuple[int, int], source: str) -> TensorSpec:
     return TensorSpec(name, shape, (source,), shape[:1], gathered=True, exact=True)
 
 
-def result_numbers(tensors: Sequence[TensorSpec], hidden: int) -> int:
-    """Numbers for a row of what a module's operations result in: products, lookups (twice: on their way), norms."""
+def result_numbers(tensors: Sequence[TensorSpec], norms: int) -> int:
+    """Numbers for a row of what a stage's operations result in: products, lookups (twice: on their way), norms."""
     products = sum(t.source_shape[0] for t in tensors if len(t.shape) == 2 and not t.gathered and not t.exact)
-    return products + 2 * sum(t.shape[1] for t in tensors if t.gathered) + 2 * hidden
+    return products + 2 * sum(t.shape[1] for t in tensors if t.gathered) + norms
+
+
+def module(kind: str, index: int, *stages: StageSpec) -> ModuleSpec:
+    return ModuleSpec(kind, index, stages)
+
+
+def attention(
+    index: int,
+    before: Sequence[TensorSpec],
+    after: Sequence[TensorSpec],
+    *,
+    passes: tuple[int, int],
+    hidden: int,
+    state: State,
+    positions: bool = False,
+) -> ModuleSpec:
+    """The module of attention, from its tensors before and after attention and the bytes passed over in both."""
+    return module(
+        "attention",
+        index,
+        StageSpec(PROJECT, tuple(before), passes[0], result_numbers(before, 0), positions=positions),
+        StageSpec(ATTEND, state=state),
+        StageSpec(FINISH, tuple(after), passes[1], result_numbers(after, 2 * hidden)),
+    )
 
 
 def head_name(config: ModelConfig) -> str:
@@ -60,7 +84,7 @@ def head(config: ModelConfig, itemsize: int, first: Sequence[TensorSpec], tokens
         rows = TensorSpec(name, (high - low, width), (source,), (high - low,), row=low, exact=True)
         tensors = (*(first if n == 0 else ()), rows)
         passes = 12 * (high - low)  # fp32 logits are written once and read twice, to be sampled
-        modules.append(ModuleSpec("head", n, tensors, passes=passes, results=result_numbers(tensors, config.hidden)))
+        modules.append(module(HEAD, n, StageSpec(HEAD, tensors, passes, result_numbers(tensors, 2 * config.hidden))))
     return modules
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from .formats import WeightFormat
 from .hardware import Curve, Hardware, HardwareError
-from .schedule import Lane, Op, Work
+from .schedule import Cost, Lane, Op, Work
 
 DENSE_BYTES = 2  # of a weight that was dequantised
 
@@ -14,7 +14,8 @@ DENSE_BYTES = 2  # of a weight that was dequantised
 def seconds(op: Op, hardware: Hardware) -> float:
     """Time of one op alone on its lane: what any op costs there, and its bytes or its arithmetic at their rates."""
     lane = op.lane.value
-    if op.work is not None:
+    if op.kind.cost is Cost.WORK:
+        assert op.work is not None, op
         cost = _compute_seconds(op.work, hardware, on_host=op.lane is Lane.HOST_ATTENTION)
     elif op.bytes:
         cost = _transfer(op, hardware).seconds(op.bytes)

@@ -5,13 +5,13 @@ What is allocated, refused, printed and searched for adds up from the same rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from .layout import pad
 from .placement import Tier
-from .schedule import CacheTraffic
+from .schedule import CacheTraffic, Handoff
 from .spec import Batch
 from .temporaries import head_bytes, logits_bytes, prompt_bytes, temporaries
 from .traffic import Traffic
@@ -105,16 +105,13 @@ def _rooms(traffic: Traffic, needed: Mapping[str, int]) -> Iterator[Room]:
 
 
 def _cache_homes(traffic: Traffic) -> dict[Tier, int]:
-    layout, total = traffic.cache_layout, dict.fromkeys(Tier, 0)
-    layers = sum(layer.has_cache for layer in traffic.layers)
+    total = dict.fromkeys(Tier, 0)
+    layers = len(traffic.cached_stages)
     for k, groups in enumerate(traffic.groups):
-        pages = traffic.cache_home_pages(k)
-        gpu, attended, host, disk = groups.cache
-        kept = layout.dense(1, host.size + disk.size) if traffic.keeps_open else 0
-        total[Tier.GPU] += layers * (layout.dense(pages, gpu.size) + kept)
-        on_host = layout.dense(pages, attended.size) + layout.dense(pages, host.size)
-        total[Tier.HOST] += layers * (on_host + layout.dense(1, disk.size))
-        total[Tier.DISK] += layers * layout.dense(layout.full(traffic.workload.batches[k].max_len), disk.size)
+        for group in groups.cache:
+            total[group.tier] += layers * traffic.home_bytes(k, group)
+            total[Tier.HOST] += layers * traffic.open_home_bytes(group)
+        total[Tier.GPU] += layers * traffic.device_open_bytes(k)
     return total
 
 
@@ -132,25 +129,34 @@ def _rings(traffic: Traffic) -> dict[str, int]:
     hidden = [traffic.hidden_traffic(0, 0, k) for k in range(len(traffic.workload.batches))]
     hidden_slot = max(h.host + h.disk for h in hidden)
     hidden_disk = max(h.disk for h in hidden)
-    disk_part = max(max(traffic.weight_traffic(j).disk_parts) for j in set(traffic.first_alike))
+    disk_part = max(max(traffic.weight_traffic(n).disk_parts) for n in set(traffic.first_alike))
     apart = traffic.host_is_apart
     staged_in = max(disk_part, *(c.read_slot for c in caches), hidden_disk) if apart else 0
     staged_out = max(*(c.write_slot for c in caches), hidden_disk) if apart else 0
-    split = [traffic.split_traffic(1, k) for k in range(len(traffic.workload.batches) if traffic.host_attends else 0)]
-    row = len(split) + 1  # what is handed from one row of the schedule to the next, and one more
+    batches = range(len(traffic.workload.batches) if traffic.host_attends else 0)
+    projected, attended = _handoffs(traffic, batches)
+    row = len(batches) + 1  # what is handed from one row of the schedule to the next, and one more
     return {
         "weight": _weight_ring(traffic),
         "cache": ahead * pad(max(c.slot for c in caches)),
         "hidden": ahead * pad(hidden_slot),
         "cache_out": ahead * pad(max(c.out for c in caches)),
         "hidden_out": ahead * pad(hidden_slot),
-        "projected": ahead * pad(max((s.projected for s in split), default=0)),
-        "result": row * pad(max((s.result for s in split), default=0)),
+        "projected": ahead * pad(projected.device),
+        "result": row * pad(attended.device),
         "stage_in": ahead * pad(staged_in),
         "stage_out": ahead * pad(staged_out),
-        "query": row * pad(max((s.query for s in split), default=0)),
-        "answer": row * pad(max((s.answer for s in split), default=0)),
+        "query": row * pad(projected.host),
+        "answer": row * pad(attended.host),
     }
+
+
+def _handoffs(traffic: Traffic, batches: Sequence[int]) -> tuple[Handoff, Handoff]:
+    """The largest that projection and attention hand on, of these GPU batches."""
+    attend = traffic.cached_stages[0]
+    stages = ([traffic.handoff(j, k) for k in batches] for j in (attend - 1, attend))
+    projected, attended = (Handoff(*(max(sizes) for sizes in zip((0, 0), *found, strict=True))) for found in stages)
+    return projected, attended
 
 
 def _largest_caches(traffic: Traffic) -> Iterator[CacheTraffic]:
@@ -167,13 +173,13 @@ def _extreme_steps(batch: Batch) -> set[int]:
 
 
 def _weight_ring(traffic: Traffic) -> int:
-    """Room for the layers in use at once and, with overlap, for one more, wherever the first of them lies."""
-    slots = [pad(traffic.weight_traffic(j).slot) for j in range(len(traffic.layers))]
+    """Room for the bundles in use at once and, with overlap, for one more, wherever the first of them lies."""
+    slots = [pad(traffic.weight_traffic(n).slot) for n in range(len(traffic.bundles))]
     if not traffic.host_attends and not traffic.policy.overlap:
         return max(slots)
     if not traffic.host_attends:
         return max(a + 2 * b for a, b in zip(slots, slots[1:] + slots[:1], strict=True))
-    count = traffic.layers_in_use + traffic.policy.overlap
+    count = traffic.bundles_in_use + traffic.policy.overlap
     turns = slots + slots[: count - 1]
     windows = [turns[j : j + count] for j in range(len(slots))]
     return max(sum(w) + max(w) for w in windows)  # an end of the ring too short for the largest stays empty

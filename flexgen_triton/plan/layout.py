@@ -1,20 +1,20 @@
 """The division of a GPU batch's KV cache and hidden states over the tiers, and their layout in memory.
 
 Sequences of a batch stand longest first: the first ones on the GPU, the next on the host (first those that it attends
-to itself), the last on disk. A group of n sequences keeps its cache as `[pages, 2, n, half]`: of every page of tokens K
-of all sequences, then V of all. So any number of leading pages is one contiguous range, and a page's K of the longest
-sequences is one too. A half is K or V of `page_tokens` tokens of one sequence, one field after another,
-`[KV heads, page_tokens, width]`: a 16-bit cache has one field, the head's numbers; a 4-bit one has two, codes and
-scales (kernels/formats.py).
+to itself), the last on disk. Those that share a home are a group. A group of n sequences keeps its cache as
+`[pages, 2, n, half]`: of every page of tokens K of all sequences, then V of all. So any number of leading pages is one
+contiguous range, and a page's K of the longest sequences is one too. A half is K or V of `page_tokens` tokens of one
+sequence, one field after another, `[KV heads, page_tokens, width]`: a 16-bit cache has one field, the head's numbers; a
+4-bit one has two, codes and scales (kernels/formats.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 from itertools import accumulate, groupby, pairwise
 from operator import itemgetter
-from typing import NamedTuple
 
 from .formats import Field
 from .placement import ALIGN, Tier
@@ -75,12 +75,13 @@ def _split_totals(ends: Sequence[int], shares: Sequence[float]) -> list[tuple[in
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The sequences `[first, first + size)` of a GPU batch, which share a tier."""
+    """The sequences `[first, first + size)` of a GPU batch, which share a home: a tier, and who attends to them."""
 
     tier: Tier
     first: int
     prompt_lens: tuple[int, ...]
     asked: tuple[int, ...]  # new tokens of each
+    attended_by_host: bool = False  # in place; all others are attended to by the device
 
     @property
     def size(self) -> int:
@@ -95,35 +96,101 @@ class Group:
         """The places of its sequences in their GPU batch."""
         return slice(self.first, self.stop)
 
+    @property
+    def is_sent(self) -> bool:
+        """True if its K and V are sent to the device, where host memory is apart from the device's."""
+        return self.tier is not Tier.GPU and not self.attended_by_host
+
     def cached(self, step: int) -> tuple[int, ...]:
         """Cached tokens of each sequence when token step `step` begins; none of one that has ended."""
         return cached(self.prompt_lens, self.asked, step)
+
+    def held(self, step: int) -> tuple[int, ...]:
+        """Tokens of each sequence whose K and V move as a whole in a token step: the prompts, then what is cached."""
+        return self.cached(step) if step else self.prompt_lens
+
+    def live(self, counts: Sequence[int], ended: Sequence[bool]) -> list[int]:
+        """The counts of its sequences, 0 for those that have ended, as `ended` says of its whole GPU batch."""
+        return [0 if gone else n for n, gone in zip(counts, ended[self.rows], strict=True)]
 
     def tokens(self, step: int) -> int:
         return sum(self.prompt_lens) if step == 0 else self.size
 
 
-class CacheGroups(NamedTuple):
-    """A GPU batch's sequences by where their K and V are and who attends to them, in this order."""
+class Groups(tuple[Group, ...]):
+    """Groups of one GPU batch in the order of their sequences, none of them empty; chosen by their homes."""
 
-    gpu: Group
-    attended: Group  # at home on the host, and attended to by it
-    host: Group  # at home on the host, sent to the device
-    disk: Group
+    __slots__ = ()
+
+    @property
+    def size(self) -> int:
+        """Sequences of all of them."""
+        return sum(g.size for g in self)
+
+    @property
+    def first(self) -> int:
+        """The first sequence's place in their GPU batch."""
+        return self[0].first if self else 0
+
+    @property
+    def rows(self) -> slice:
+        """The places of the sequences, which must be neighbours, in their GPU batch."""
+        return slice(self.first, self.first + self.size)
+
+    def cached(self, step: int) -> tuple[int, ...]:
+        """Cached tokens of each sequence when token step `step` begins; none of one that has ended."""
+        return tuple(n for g in self for n in g.cached(step))
+
+    @property
+    def attended_by_host(self) -> Groups:
+        return Groups(g for g in self if g.attended_by_host)
+
+    @property
+    def sent(self) -> Groups:
+        """The host's and the disk's that the device attends to."""
+        return Groups(g for g in self if g.is_sent)
+
+    @property
+    def sent_by_host(self) -> Groups:
+        return Groups(g for g in self if g.is_sent and g.tier is Tier.HOST)
+
+    @property
+    def on_disk(self) -> Groups:
+        return Groups(g for g in self if g.tier is Tier.DISK)
 
 
-def make_groups(batch: Batch, counts: Sequence[int], tiers: Sequence[Tier] = tuple(Tier)) -> list[Group]:
-    """Split a batch over the tiers by counts of sequences."""
-    ends = list(accumulate(counts))
+CACHE_HOMES = ((Tier.GPU, False), (Tier.HOST, True), (Tier.HOST, False), (Tier.DISK, False))  # and: host attends
+HIDDEN_HOMES = tuple((tier, False) for tier in Tier)
+
+
+def make_groups(batch: Batch, counts: Sequence[int], homes: Sequence[tuple[Tier, bool]]) -> Iterator[Group]:
+    """Divide a batch's sequences: yield a group for each of the homes, of as many sequences as `counts` say."""
     asked = batch.new_tokens_each
-    return [
-        Group(tier, end - n, batch.prompt_lens[end - n : end], asked[end - n : end])
-        for tier, n, end in zip(tiers, counts, ends, strict=True)
-    ]
+    for (tier, attended_by_host), n, end in zip(homes, counts, accumulate(counts), strict=True):
+        yield Group(tier, end - n, batch.prompt_lens[end - n : end], asked[end - n : end], attended_by_host)
 
 
-def cache_groups(batch: Batch, counts: Sequence[int]) -> CacheGroups:
-    return CacheGroups(*make_groups(batch, counts, (Tier.GPU, Tier.HOST, Tier.HOST, Tier.DISK)))
+def cache_groups(batch: Batch, counts: Sequence[int]) -> Groups:
+    """Divide a batch's sequences over the homes of K and V: on the GPU, attended by the host, sent by it, on disk."""
+    return Groups(g for g in make_groups(batch, counts, CACHE_HOMES) if g.size)
+
+
+def hidden_groups(batch: Batch, counts: Sequence[int]) -> tuple[Group, ...]:
+    """Divide a batch's sequences by the tier of their hidden state."""
+    return tuple(make_groups(batch, counts, HIDDEN_HOMES))
+
+
+class Count(Enum):
+    """The numbers that the device may be handed of a sequence in a token step, each at most once."""
+
+    PLACE = auto()  # where its new token goes: in a home, in an open page or in a slot of new tokens
+    PAGES = auto()  # valid tokens in its pages: at home, or in what is sent of them
+    OPEN = auto()  # valid tokens in its open page, where that is sent
+    NEWEST = auto()  # valid tokens where its new token is, apart from its pages
+    KEPT = auto()  # earlier tokens whose V sparse attention reads
+
+
+COUNT_BYTES = 4  # int32
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +241,26 @@ class CacheLayout:
                     end = low + n * self.half
         if end > start:
             yield start, end
+
+
+@dataclass(frozen=True, slots=True)
+class SlotPages:
+    """Pages of one group in a slot of a ring: room for as many of each sequence as any has, `counts` of them valid."""
+
+    group: Group
+    counts: tuple[int, ...]  # pages of each sequence
+    halves: int  # K and V, or one alone
+    are_open: bool
+    at: slice  # bytes of the slot
+
+    @property
+    def room(self) -> int:
+        return int(self.at.stop - self.at.start)
+
+    @property
+    def pass_disk(self) -> bool:
+        """True if the disk reads or writes them, and not the host: they stand first in a slot."""
+        return self.group.tier is Tier.DISK and not self.are_open
 
 
 def page_runs(counts: Sequence[int]) -> Iterator[tuple[int, int, int]]:

@@ -12,7 +12,7 @@ from .footprint import Footprint, footprint
 from .generator import Generator
 from .policy import Policy, PolicyError
 from .schedule import Program, Work
-from .spec import ModelSpec, Workload
+from .spec import ATTEND, ModelSpec, Workload
 from .traffic import Extents, Traffic
 from .work import Arithmetic
 
@@ -27,19 +27,22 @@ class Plan(Traffic):
 
     @cached_property
     def work(self) -> Callable[..., Work]:
-        """The arithmetic of a computation: (i, j, k, name of the op) -> Work."""
+        """The arithmetic of a computation: (i, j, k, stages, kind) -> Work."""
         return Arithmetic(self).work
 
     @cached_property
     def program(self) -> Program:
         return Program(
-            weights=tuple(self.weight_traffic(j) for j in range(len(self.layers))),
-            has_cache=tuple(layer.has_cache for layer in self.layers),
+            weights=tuple(self.weight_traffic(n) for n in range(len(self.bundles))),
+            bundles=tuple(stage.bundle for stage in self.stages),
+            attends=tuple(stage.spec.kind == ATTEND for stage in self.stages),
             batch_steps=tuple(b.new_tokens for b in self.workload.batches),
             cache=self.cache_traffic,
             hidden=self.hidden_traffic,
             work=self.work,
-            split=self.split_traffic if self.host_attends else None,
+            handoff=self.handoff,
+            host_attends=self.host_attends,
+            device_attends=self.device_attends,
             rings=self.footprint.rings,
             host_is_apart=self.host_is_apart,
             keeps_open=self.keeps_open,

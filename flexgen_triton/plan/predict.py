@@ -77,13 +77,11 @@ def sampled(program: Program, steps: Iterable[int]) -> Program:
     chosen = sorted(steps)
     counts = tuple(sum(i < n for i in chosen) for n in program.batch_steps)
     chosen.append(chosen[-1] + 1)  # loads look one step ahead
-    split = program.split
     return program._replace(
         batch_steps=counts,
         cache=lambda i, k: program.cache(chosen[i], k),
         hidden=lambda i, j, k: program.hidden(chosen[i], j, k),
-        work=lambda i, j, k, name: program.work(chosen[i], j, k, name),
-        split=split and (lambda i, k: split(chosen[i], k)),
+        work=lambda i, *others: program.work(chosen[i], *others),
     )
 
 

@@ -89,7 +89,7 @@ class Relaxation:
         """Seconds by phase and lane; the last decoder layer's layers count `times`."""
         steps = sorted(sample_steps(plan.workload.steps, SHORT_STEPS).items())
         last = plan.model.num_decoder_layers - 1
-        repeated = [any(m.is_decoder and m.index == last for m in layer.modules) for layer in plan.layers]
+        repeated = [stage.module.is_decoder and stage.module.index == last for stage in plan.stages]
         found: Amounts = {}
         for op in Generator(sampled(plan.program, dict(steps))):
             key = (DECODE if op.i else PREFILL, op.lane.value)

@@ -1,7 +1,7 @@
 """The schedule of a round as data: what moves, what computes, on which lane.
 
-Indices as in the FlexGen paper (section 4.2): i token step, j layer, k GPU batch. A plan says what each visit moves and
-computes (`Program`); the generator makes ops of it; nobody writes a dependency by hand (link.py).
+Indices as in the FlexGen paper (section 4.2): i token step, j layer, here its stages, k GPU batch. A plan says what
+each visit moves and computes (`Program`); the generator makes ops of it; nobody writes a dependency by hand (link.py).
 """
 
 from __future__ import annotations
@@ -12,9 +12,6 @@ from enum import Enum
 from typing import NamedTuple
 
 from .formats import WeightFormat
-
-# what a layer computes: whole, or cut at its attention
-COMPUTE, PROJECT, ATTEND, ATTEND_HOST, FINISH = "compute", "project", "attend", "attend_host", "finish"
 
 
 class Lane(Enum):
@@ -62,14 +59,47 @@ class Work:
         return sum(flops for _, flops in self.products) + self.prompt_flops + self.cache_flops
 
 
+class Cost(Enum):
+    """The measure of an op's time: its bytes at a transfer's rate, or its work at the arithmetic's."""
+
+    BYTES = "bytes"
+    WORK = "work"
+
+
+class Kind(NamedTuple):
+    """A kind of op: its name, the lane that runs it and what it costs there."""
+
+    name: str
+    lane: Lane
+    cost: Cost = Cost.BYTES
+
+
+# every op there is: run/actions.py has an action for each
+OPS = (
+    READ_WEIGHT := Kind("read_weight", Lane.DISK_IN),
+    LOAD_WEIGHT := Kind("load_weight", Lane.H2D),
+    READ_CACHE := Kind("read_cache", Lane.DISK_IN),
+    LOAD_CACHE := Kind("load_cache", Lane.H2D),
+    STORE_CACHE := Kind("store_cache", Lane.D2H),
+    WRITE_CACHE := Kind("write_cache", Lane.DISK_OUT),
+    READ_HIDDEN := Kind("read_hidden", Lane.DISK_IN),
+    LOAD_HIDDEN := Kind("load_hidden", Lane.H2D),
+    STORE_HIDDEN := Kind("store_hidden", Lane.D2H),
+    WRITE_HIDDEN := Kind("write_hidden", Lane.DISK_OUT),
+    STORE_QUERY := Kind("store_query", Lane.D2H),
+    ATTEND_HOST := Kind("attend_host", Lane.HOST_ATTENTION, Cost.WORK),
+    LOAD_ATTENDED := Kind("load_attended", Lane.H2D),
+    COMPUTE := Kind("compute", Lane.COMPUTE, Cost.WORK),
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Op:
     """One transfer or one computation. `overwrites` are slots whose memory it takes over."""
 
-    lane: Lane
-    name: str
+    kind: Kind
     i: int
-    j: int
+    j: int  # the first stage that it computes; of a transfer, the stage that it is for
     k: int
     part: int = 0
     reads: tuple[Slot, ...] = ()
@@ -77,9 +107,23 @@ class Op:
     overwrites: tuple[Slot, ...] = ()
     bytes: int = 0
     work: Work | None = None  # of a computation
+    stages: int = 1  # that it computes, one after another
     pageable: bool = False  # a transfer from memory that is not pinned
     loads_hidden: bool = True  # the hidden state comes from where it was kept, else from the computation before
     stores_hidden: bool = True  # its result is kept for a later row, else only handed to the next computation
+
+    @property
+    def name(self) -> str:
+        return self.kind.name
+
+    @property
+    def lane(self) -> Lane:
+        return self.kind.lane
+
+    @property
+    def last(self) -> int:
+        """The last stage that it computes."""
+        return self.j + self.stages - 1
 
     @property
     def flops(self) -> float:
@@ -90,12 +134,13 @@ class Op:
         return next((s for s in (*self.reads, *self.writes) if s.ring == ring), None)
 
     def __str__(self) -> str:
-        return f"{self.name}(i={self.i}, j={self.j}, k={self.k}, part={self.part})"
+        stages = f"{self.j}" if self.stages == 1 else f"{self.j}..{self.last}"
+        return f"{self.name}(i={self.i}, j={stages}, k={self.k}, part={self.part})"
 
 
 @dataclass(frozen=True, slots=True)
 class WeightTraffic:
-    """Bytes that one use of a layer's weights moves, in parts of nearly equal size."""
+    """Bytes that one use of a bundle's weights moves, in parts of nearly equal size."""
 
     disk_parts: tuple[int, ...]
     host_parts: tuple[int, ...]  # all zero where host bytes are used in place
@@ -117,15 +162,12 @@ class CacheTraffic:
     write_slot: int = 0  # room on the way to disk: prefill writes through the out ring, decode the open page's home
 
 
-@dataclass(frozen=True, slots=True)
-class SplitTraffic:
-    """Bytes that move where the host attends to some of a GPU batch's sequences and the device to the others."""
+class Handoff(NamedTuple):
+    """Bytes that a stage hands to the next one where they are computed apart: of all sequences on the device, and of
+    those that the host attends to."""
 
-    projected: int  # Q, K and V of the new tokens of all sequences, on the device
-    query: int  # the host's part of them
-    answer: int  # attention's result for those
-    result: int  # and for all sequences, on the device
-    attends: bool  # the device has sequences of its own to attend to
+    device: int
+    host: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,13 +181,16 @@ class HiddenTraffic:
 class Program(NamedTuple):
     """All that the generator asks about a plan."""
 
-    weights: tuple[WeightTraffic, ...]  # by layer
-    has_cache: tuple[bool, ...]  # by layer
+    weights: tuple[WeightTraffic, ...]  # by bundle
+    bundles: tuple[int, ...]  # by stage: whose weights it needs
+    attends: tuple[bool, ...]  # by stage: it is attention
     batch_steps: tuple[int, ...]  # token steps of each GPU batch
     cache: Callable[[int, int], CacheTraffic]  # (i, k)
-    hidden: Callable[[int, int, int], HiddenTraffic]  # (i, j, k): the state that layer j hands to layer j+1
-    work: Callable[[int, int, int, str], Work]  # (i, j, k, name of the op)
-    split: Callable[[int, int], SplitTraffic] | None  # (i, k), in decode: a layer's computation is cut at its attention
+    hidden: Callable[[int, int, int], HiddenTraffic]  # (i, j, k): the state that stage j hands to stage j + 1
+    work: Callable[..., Work]  # (i, j, k, stages, kind)
+    handoff: Callable[[int, int], Handoff]  # (j, k): of projection and of attention
+    host_attends: bool  # in decode, to some sequences: attention is computed apart from its neighbours
+    device_attends: Callable[[int], bool]  # (k): to some sequences too
     rings: dict[str, int]  # capacity in bytes
     host_is_apart: bool  # host memory is apart from the device's: h2d and d2h lanes exist
     keeps_open: bool  # there, the device keeps the pages of the cache that are being filled

@@ -55,6 +55,8 @@ class Problem:
     base: Policy = field(default_factory=Policy)  # what the search does not choose
     alignment: int = 0  # bytes more than planned that a store of another layout may take of a tier
     in_place: bool = True  # weights of the model's own dtype are read where they lie; others from a store of our own
+    gpu_batch_sizes: tuple[int, ...] = GPU_BATCH_SIZES  # to try
+    gpu_batches: tuple[int, ...] = GPU_BATCHES  # numbers of them to try
 
     def __post_init__(self) -> None:
         unknown = sorted(self.allow - set(LOSSY))
@@ -226,13 +228,13 @@ def modest(searched: Searched, share: float = MODEST) -> Found:
 
 def _sizes(problem: Problem) -> Iterator[tuple[int, list[int]]]:
     """GPU batch sizes, and with each the numbers of GPU batches to try."""
-    prompts = problem.num_prompts
+    prompts, counts = problem.num_prompts, problem.gpu_batches
     if prompts is None:
-        yield from ((size, list(GPU_BATCHES)) for size in GPU_BATCH_SIZES)
+        yield from ((size, list(counts)) for size in problem.gpu_batch_sizes)
         return
-    exact = {-(-prompts // count) for count in GPU_BATCHES}  # sizes that divide the prompts evenly
-    for size in sorted(exact.union(s for s in GPU_BATCH_SIZES if s <= prompts)):
-        yield size, sorted({min(count, -(-prompts // size)) for count in GPU_BATCHES})
+    exact = {-(-prompts // count) for count in counts}  # sizes that divide the prompts evenly
+    for size in sorted(exact.union(s for s in problem.gpu_batch_sizes if s <= prompts)):
+        yield size, sorted({min(count, -(-prompts // size)) for count in counts})
 
 
 def _candidates(problem: Problem, hardware: Hardware, free: Mapping[Tier, float]) -> Iterator[Candidate]:

@@ -5,12 +5,15 @@ Knows shapes, bytes and floating-point operations. Does not know where anything 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
+from typing import NamedTuple
 
 from .formats import DTYPE_BYTES, STORED_BYTES, FourBit, Plain, WeightFormat
 from .policy import Policy
+
+STAGES = EMBED, PROJECT, ATTEND, FINISH, MLP, HEAD = "embed", "project", "attend", "finish", "mlp", "head"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +44,6 @@ class TensorSpec:
     exact: bool = False
     dtype: str = ""  # as stored; a model's tensors have one
     packed: Packed | None = None  # of a matrix that is stored as several tensors
-    projects: bool = False  # has to do with Q, K and V, before attention
 
     @property
     def format(self) -> WeightFormat:
@@ -85,23 +87,36 @@ class State:
 
 
 @dataclass(frozen=True, slots=True)
-class ModuleSpec:
-    """A function of the model with its own weights, and what it costs: "embed", "attention", "mlp" or "head".
+class StageSpec:
+    """A step of a model's computation with its own weights, and what it costs: for one row, a token.
 
-    A head too large to stream at once is several modules of kind "head", each with some rows of the projection. Costs
-    are for one row, a token.
+    An attention module is three: Q, K and V are projected, attended with, and projected back (`FINISH`).
     """
 
     kind: str
-    index: int  # which decoder layer, or which part of the head
-    tensors: tuple[TensorSpec, ...]
+    tensors: tuple[TensorSpec, ...] = ()
     passes: int = 0  # bytes read and written apart from products: norms, biases, activations, residuals
-    passes_before: int = 0  # those of them before attention
     results: int = 0  # numbers of its operations' results, which are kept to the computation's end
     widest: int = 0  # numbers of the widest intermediate, where that is wider than a hidden state
     lookups: tuple[str, ...] = ()  # "tokens", "positions": the tables that it looks up
     positions: bool = False  # it needs the tokens' positions on the device
     state: State | None = None  # what it keeps of every token
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleSpec:
+    """Stages whose weights are kept together, in a file of a store of our own: "embed", "attention", "mlp" or "head".
+
+    A head too large to stream at once is several modules of kind "head", each with some rows of the projection.
+    """
+
+    kind: str
+    index: int  # which decoder layer, or which part of the head
+    stages: tuple[StageSpec, ...]
+
+    @property
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        return tuple(t for stage in self.stages for t in stage.tensors)
 
     @property
     def is_decoder(self) -> bool:
@@ -112,14 +127,19 @@ class ModuleSpec:
     def name(self) -> str:
         return "embed" if self.kind == "embed" else f"{self.kind}.{self.index}"
 
+    def with_tensors(self, change: Callable[[TensorSpec], Iterable[TensorSpec]]) -> ModuleSpec:
+        """The module with each tensor in the place of which `change` puts others."""
+        stages = (replace(s, tensors=tuple(new for t in s.tensors for new in change(t))) for s in self.stages)
+        return replace(self, stages=tuple(stages))
+
     def stored_as(self, dtype: str) -> ModuleSpec:
-        """The same module with all tensors in `dtype`."""
-        return replace(self, tensors=tuple(replace(t, dtype=dtype) for t in self.tensors))
+        """With all tensors in `dtype`."""
+        return self.with_tensors(lambda t: (replace(t, dtype=dtype),))
 
 
 @dataclass(frozen=True, slots=True)
-class LayerSpec:
-    """A layer of the schedule: one module, or attention and MLP of a decoder layer together."""
+class Bundle:
+    """Modules whose weights are placed, loaded and released together: one, or a whole decoder layer."""
 
     modules: tuple[ModuleSpec, ...]
 
@@ -128,27 +148,24 @@ class LayerSpec:
         return "+".join(m.name for m in self.modules)
 
     @property
-    def tensors(self) -> tuple[TensorSpec, ...]:
-        return tuple(t for m in self.modules for t in m.tensors)
+    def stages(self) -> tuple[StageSpec, ...]:
+        return tuple(s for m in self.modules for s in m.stages)
 
     @property
-    def has_cache(self) -> bool:
-        return any(m.state for m in self.modules)
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        return tuple(t for m in self.modules for t in m.tensors)
 
     @property
     def is_head(self) -> bool:
         return any(m.kind == "head" for m in self.modules)
 
-    def cut_at_attention(self) -> tuple[tuple[ModuleSpec, ...], tuple[ModuleSpec, ...]]:
-        """The modules computed before attention and those after it, of kinds of their own."""
-        attention, *others = self.modules
-        before, after = (tuple(t for t in attention.tensors if t.projects is first) for first in (True, False))
-        passes = attention.passes_before, attention.passes - attention.passes_before
-        first, second = (
-            replace(attention, kind=kind, tensors=tensors, passes=nbytes)
-            for kind, tensors, nbytes in zip(("project", "output"), (before, after), passes, strict=True)
-        )
-        return (first,), (second, *others)
+
+class Stage(NamedTuple):
+    """A stage in its place: j counts them over the whole model."""
+
+    spec: StageSpec
+    module: ModuleSpec
+    bundle: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +189,7 @@ class ModelSpec:
     @property
     def state(self) -> State:
         """The state of its layers, which is the same in all that have one."""
-        (found,) = {m.state for m in self.modules if m.state}
+        (found,) = {s.state for m in self.modules for s in m.stages if s.state}
         return found
 
     @property
@@ -201,17 +218,18 @@ class ModelSpec:
         """True where matrices are not stored as a checkpoint has them."""
         return any(t.packed for m in self.modules for t in m.tensors)
 
-    def layers(self, sep_layer: bool) -> tuple[LayerSpec, ...]:
-        """The schedule's layers: attention and MLP apart (`sep_layer`) or one per decoder layer."""
+    def bundles(self, sep_layer: bool) -> tuple[Bundle, ...]:
+        """Its modules in bundles: attention and MLP apart (`sep_layer`), or those of a decoder layer together."""
         if sep_layer:
-            return tuple(LayerSpec((m,)) for m in self.modules)
-        layers: list[LayerSpec] = []
+            return tuple(Bundle((m,)) for m in self.modules)
+        bundles: list[Bundle] = []
         for module in self.modules:
-            if module.kind == "mlp":
-                layers[-1] = LayerSpec((*layers[-1].modules, module))
+            last = bundles[-1].modules[-1] if bundles else None
+            if last and module.is_decoder and last.is_decoder and module.index == last.index:
+                bundles[-1] = Bundle((*bundles[-1].modules, module))
             else:
-                layers.append(LayerSpec((module,)))
-        return tuple(layers)
+                bundles.append(Bundle((module,)))
+        return tuple(bundles)
 
 
 def pack(spec: ModelSpec, form: FourBit) -> ModelSpec:
@@ -220,14 +238,10 @@ def pack(spec: ModelSpec, form: FourBit) -> ModelSpec:
     Embeddings and the output projection, which often are one table, keep their 16 bits.
     """
 
-    def tensors(module: ModuleSpec) -> Iterator[TensorSpec]:
-        for t in module.tensors:
-            if len(t.shape) == 2 and not t.exact:
-                yield from _parts(t, form)
-            else:
-                yield t
+    def parts(tensor: TensorSpec) -> Iterable[TensorSpec]:
+        return _parts(tensor, form) if len(tensor.shape) == 2 and not tensor.exact else (tensor,)
 
-    return replace(spec, modules=tuple(replace(m, tensors=tuple(tensors(m))) for m in spec.modules))
+    return replace(spec, modules=tuple(m.with_tensors(parts) for m in spec.modules))
 
 
 def stored_as(spec: ModelSpec, policy: Policy) -> ModelSpec:

@@ -12,7 +12,8 @@ from ..kernels.sizes import (
     gpu_decode_bytes,
     gpu_sparse_bytes,
 )
-from .layout import pad
+from .layout import COUNT_BYTES, Count, pad
+from .placement import Tier
 from .spec import TensorSpec
 from .traffic import Traffic
 
@@ -41,8 +42,8 @@ def temporaries(traffic: Traffic) -> dict[str, int]:
     the device in a token step. `token_staging`: new tokens of the host's and the disk's sequences, on their way home.
     """
     rows = max(b.size for b in traffic.workload.batches)
-    hosted = max(g.cache.attended.size for g in traffic.groups)
-    matrices = [t for layer in traffic.distinct_layers for t in layer.tensors if t.is_matrix]
+    hosted = max(g.cache.attended_by_host.size for g in traffic.groups)
+    matrices = [t for bundle in traffic.distinct_bundles for t in bundle.tensors if t.is_matrix]
     sizes = {
         "decode": (rows + 1) * _row_bytes(traffic)
         + max(_attention_bytes(traffic, rows), _product_bytes(traffic, rows, matrices))
@@ -67,15 +68,15 @@ def _shape(matrix: TensorSpec) -> tuple[int, int]:
 
 def _row_bytes(traffic: Traffic) -> int:
     """The results, for one row, of all computations that hand them on to each other."""
-    layers = _layer_bytes(traffic)
-    return max(sum(layers[j : j + traffic.layers_in_use]) for j in range(len(layers)))
+    bundles = _bundle_bytes(traffic)
+    return max(sum(bundles[n : n + traffic.bundles_in_use]) for n in range(len(bundles)))
 
 
-def _layer_bytes(traffic: Traffic) -> list[int]:
-    """Each layer's results for one row, all kept to its end, with its entry and attention's result."""
+def _bundle_bytes(traffic: Traffic) -> list[int]:
+    """Each bundle's results for one row, all kept to its end, with its entry and attention's result."""
     model = traffic.model
     others = 3 * model.hidden + model.num_heads * model.head_dim
-    return [model.itemsize * (sum(m.results for m in layer.modules) + others) for layer in traffic.layers]
+    return [model.itemsize * (sum(s.results for s in bundle.stages) + others) for bundle in traffic.bundles]
 
 
 def _product_bytes(traffic: Traffic, rows: int, matrices: list[TensorSpec]) -> int:
@@ -113,18 +114,18 @@ def _places(traffic: Traffic) -> int:
 
 
 def _upload_bytes(traffic: Traffic) -> int:
-    """A token step's embeddings looked up on the host, their places, positions, and five counts of each sequence."""
+    """A token step's embeddings looked up on the host, their places, positions, and the counts of each sequence."""
     model = traffic.model
-    gathered = sum(t.shape[1] for layer in traffic.layers for t in layer.tensors if t.gathered)
-    positions = any(m.positions for m in model.modules)
-    row = (gathered + model.hidden) * model.itemsize + 4 * 8 + (5 + positions) * 4
+    gathered = sum(t.shape[1] for bundle in traffic.bundles for t in bundle.tensors if t.gathered)
+    positions = any(s.spec.positions for s in traffic.stages)
+    row = (gathered + model.hidden) * model.itemsize + 4 * 8 + (len(Count) + positions) * COUNT_BYTES
     return sum(b.size * row + ALIGNMENT for b in traffic.workload.batches)
 
 
 def _token_staging_bytes(traffic: Traffic) -> int:
-    if not traffic.host_is_apart or traffic.keeps_open:
+    if not traffic.hands_over_tokens:
         return 0
-    return max(g.cache.host.size + g.cache.disk.size for g in traffic.groups) * traffic.cache_layout.token_bytes
+    return max(g.cache.sent.size for g in traffic.groups) * traffic.cache_layout.token_bytes
 
 
 def _rows_bytes(traffic: Traffic, rows: int) -> int:
@@ -135,7 +136,7 @@ def _rows_bytes(traffic: Traffic, rows: int) -> int:
     """
     model, itemsize = traffic.model, traffic.model.itemsize
     on_gpu, form = traffic.host_is_apart, traffic.model.format
-    inner = max(m.widest for m in model.modules) * (2 * itemsize if on_gpu else form.inner_bytes)
+    inner = max(s.spec.widest for s in traffic.stages) * (2 * itemsize if on_gpu else form.inner_bytes)
     mlp = inner + model.hidden * (4 * itemsize + 4)
     quantising = 0 if on_gpu else traffic.policy.cache_format.quantising_bytes
     attention = max(model.hidden, model.num_heads * model.head_dim) * (5 * itemsize + 16 + quantising)
@@ -144,7 +145,7 @@ def _rows_bytes(traffic: Traffic, rows: int) -> int:
 
 def head_bytes(traffic: Traffic) -> int:
     """The largest part of the output projection's product, where it is not made in place."""
-    parts = (t.shape[0] for layer in traffic.layers if layer.is_head for t in layer.tensors if t.exact)
+    parts = (t.shape[0] for bundle in traffic.bundles if bundle.is_head for t in bundle.tensors if t.exact)
     in_place = not traffic.host_is_apart and traffic.model.itemsize == 2
     largest, batches = max(parts), traffic.workload.batches
     sampled = 0 if in_place else largest * max(b.size for b in batches) * traffic.model.itemsize
@@ -154,15 +155,15 @@ def head_bytes(traffic: Traffic) -> int:
 
 
 def unfilled_bytes(traffic: Traffic) -> int:
-    """Bytes of the cache's homes in memory that are certainly first written after the prompts.
+    """Bytes of the cache's homes on the device that are certainly first written after the prompts.
 
     Of a layer's home the pages behind its longest prompt, without the huge pages that also hold what is written
     earlier: they become resident as a whole.
     """
-    layout, layers, total = traffic.cache_layout, sum(layer.has_cache for layer in traffic.layers), 0
+    layout, layers, total = traffic.cache_layout, len(traffic.cached_stages), 0
     for batch, groups in zip(traffic.workload.batches, traffic.groups, strict=True):
         pages = layout.pages(batch.max_len)
-        for group in groups.cache[:2]:
+        for group in (g for g in groups.cache if g.tier is Tier.GPU):
             filled = max(map(layout.pages, group.prompt_lens), default=pages)
             huge = layout.dense(pages - filled, group.size) // HUGE_PAGE
             total += max(huge - 1, 0) * HUGE_PAGE
@@ -170,11 +171,11 @@ def unfilled_bytes(traffic: Traffic) -> int:
 
 
 def _dense_bytes(traffic: Traffic) -> int:
-    """Packed layers dequantised, which a GPU keeps for all GPU batches that use this load of them."""
+    """Packed bundles dequantised, which a GPU keeps for all GPU batches that use this load of them."""
     if not traffic.host_is_apart or not traffic.model.is_packed:
         return 0
-    parameters = (sum(t.num_parameters for t in layer.tensors if t.packed) for layer in traffic.distinct_layers)
-    return traffic.layers_in_use * pad(max(parameters) * traffic.model.itemsize + ALIGNMENT)
+    parameters = (sum(t.num_parameters for t in bundle.tensors if t.packed) for bundle in traffic.distinct_bundles)
+    return traffic.bundles_in_use * pad(max(parameters) * traffic.model.itemsize + ALIGNMENT)
 
 
 def logits_bytes(traffic: Traffic) -> int:

@@ -6,17 +6,18 @@ takes nor what is computed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from itertools import pairwise
 
 from .layout import (
-    CacheGroups,
     CacheLayout,
     Group,
+    Groups,
+    SlotPages,
     cache_groups,
-    make_groups,
+    hidden_groups,
     pad,
     page_tokens_for,
     split_counts,
@@ -25,8 +26,8 @@ from .placement import LayerPlacement, Run, Share, Tier
 from .placements import Extents as Extents
 from .placements import Placements, packed_placements
 from .policy import Policy
-from .schedule import CacheTraffic, HiddenTraffic, SplitTraffic, WeightTraffic
-from .spec import Batch, LayerSpec, ModelSpec, Workload
+from .schedule import CacheTraffic, Handoff, HiddenTraffic, WeightTraffic
+from .spec import ATTEND, HEAD, Batch, Bundle, ModelSpec, Stage, Workload
 
 PART_BYTES = 64 << 20  # a streamed layer is cut at least this fine, so that disk and link overlap within it
 
@@ -48,7 +49,7 @@ class Part:
 class BatchGroups:
     """One GPU batch's sequences divided twice: by the tier of their cache, and by that of their hidden state."""
 
-    cache: CacheGroups
+    cache: Groups
     hidden: tuple[Group, ...]  # on the GPU, the host and the disk
 
 
@@ -69,9 +70,15 @@ class Traffic:
         self.host_is_apart, self.align = host_is_apart, align
         weights = model, policy.sep_layer, (policy.w_gpu_percent, policy.w_cpu_percent), align
         self._placements = packed_placements(*weights) if extents is None else Placements(*weights, extents)
-        self.layers: tuple[LayerSpec, ...] = self._placements.layers
-        self.first_alike: tuple[int, ...] = self._placements.first_alike  # of each layer, the first that is like it
+        self.bundles: tuple[Bundle, ...] = self._placements.bundles
+        self.first_alike: tuple[int, ...] = self._placements.first_alike  # of each bundle, the first that is like it
         self.tables: LayerPlacement = self._placements.tables
+        self.stages = tuple(
+            Stage(stage, module, n)
+            for n, bundle in enumerate(self.bundles)
+            for module in bundle.modules
+            for stage in module.stages
+        )
         self.parts = cache(self._cut_parts)
         self._weight_traffic = cache(self._traffic_of_weights)
         batches = workload.batches
@@ -85,38 +92,39 @@ class Traffic:
         cache_counts = split_counts(sizes, (policy.cache_gpu_percent, attended, sent))
         hidden_counts = split_counts(sizes, (policy.act_gpu_percent, policy.act_cpu_percent))
         self.groups: tuple[BatchGroups, ...] = tuple(
-            BatchGroups(cache_groups(b, c), tuple(make_groups(b, h)))
+            BatchGroups(cache_groups(b, c), hidden_groups(b, h))
             for b, c, h in zip(batches, cache_counts, hidden_counts, strict=True)
         )
-        self.host_attends = any(g.cache.attended.size for g in self.groups)  # on a lane of its own
-        away = any(g.cache.host.size or g.cache.disk.size for g in self.groups)
-        self.keeps_open = host_is_apart and policy.keep_open_pages and away  # the device keeps the pages being filled
+        self.host_attends = any(g.cache.attended_by_host for g in self.groups)  # on a lane of its own
+        # the device keeps the open pages of what is sent to it
+        self.keeps_open = host_is_apart and policy.keep_open_pages and any(g.cache.sent for g in self.groups)
 
         # asked several times per op, by neighbours in the schedule
         self.cache_traffic = lru_cache(maxsize=64)(self._cache_traffic)
+        self.slot_pages = lru_cache(maxsize=64)(self._slot_pages)
         self.hidden_traffic = lru_cache(maxsize=1024)(self._hidden_traffic)
 
     # Weights
 
     @property
     def placements(self) -> tuple[LayerPlacement, ...]:
-        """Every layer's own placement, with its tensors' names and its places in files."""
-        return tuple(map(self._placements.layer, range(len(self.layers))))
+        """Every bundle's own placement, with its tensors' names and its places in files."""
+        return tuple(map(self._placements.place, range(len(self.bundles))))
 
     @property
-    def distinct_layers(self) -> tuple[LayerSpec, ...]:
-        """One of each kind of layer, the first."""
-        return tuple(self.layers[j] for j in dict.fromkeys(self.first_alike))
+    def distinct_bundles(self) -> tuple[Bundle, ...]:
+        """One of each kind of bundle, the first."""
+        return tuple(self.bundles[n] for n in dict.fromkeys(self.first_alike))
 
     def weight_shares(self, tier: Tier) -> Iterator[Share]:
-        """Yield a tier's share of each layer, of one that is like it, and of the tables: for their sizes."""
-        for j in self.first_alike:
-            yield self._placements.layer(j).share(tier)
+        """Yield a tier's share of each bundle, of one that is like it, and of the tables: for their sizes."""
+        for n in self.first_alike:
+            yield self._placements.place(n).share(tier)
         yield self.tables.share(tier)
 
-    def _cut_parts(self, j: int) -> tuple[Part, ...]:
-        """Layer j's streamed share in parts."""
-        placement = self._placements.layer(j)
+    def _cut_parts(self, bundle: int) -> tuple[Part, ...]:
+        """Cut a bundle's streamed share in parts."""
+        placement = self._placements.place(bundle)
         host = placement.host.nbytes if self.host_is_apart else 0
         streamed = placement.disk.nbytes + host
         count = max(len(self.workload.batches), -(-streamed // PART_BYTES))
@@ -126,11 +134,11 @@ class Traffic:
             for disk, (low, high) in zip(placement.disk.parts(count, self.align), pairwise(bounds), strict=True)
         )
 
-    def weight_traffic(self, j: int) -> WeightTraffic:
-        return self._weight_traffic(self.first_alike[j])
+    def weight_traffic(self, bundle: int) -> WeightTraffic:
+        return self._weight_traffic(self.first_alike[bundle])
 
-    def _traffic_of_weights(self, j: int) -> WeightTraffic:
-        parts, placement = self.parts(j), self._placements.layer(j)
+    def _traffic_of_weights(self, bundle: int) -> WeightTraffic:
+        parts, placement = self.parts(bundle), self._placements.place(bundle)
         host = placement.host.nbytes if self.host_is_apart else 0
         return WeightTraffic(
             tuple(p.disk_bytes for p in parts), tuple(p.host_bytes for p in parts), placement.disk.nbytes + host
@@ -140,42 +148,73 @@ class Traffic:
 
     def _cache_traffic(self, i: int, k: int) -> CacheTraffic:
         """Bytes that attention of GPU batch k moves in token step i, in any one layer."""
-        layout = self.cache_layout
-        _, attended, host, disk = self.groups[k].cache
-        batch = self.workload.batches[k]
-        last = i == batch.new_tokens - 1
+        last = i == self.workload.batches[k].new_tokens - 1
         if i == 0:
-            return self._prefill_cache_traffic(attended, host, disk, last=last)
-        full = [layout.full(n) for n in disk.cached(i)]
-        used = self.host_pages(host.cached(i))
-        read, read_slot = layout.dense(sum(full), 1), layout.dense(max(full, default=0), disk.size)
-        filled = len(layout.filled(disk.cached(i)))
-        written = 0 if last else layout.dense(filled, 1)
-        if not self.host_is_apart:
-            return CacheTraffic(disk_read=read, read_slot=read_slot, slot=read_slot, disk_write=written)
-        opened = self.open_bytes(disk)
-        out = 0 if self.keeps_open else (host.size + disk.size) * layout.token_bytes  # attention reads it there
-        stored = written + layout.dense(len(layout.filled(host.cached(i))), 1) if self.keeps_open else out
+            return self._prefill_cache_traffic(k, last=last)
+        layout, groups, pages = self.cache_layout, self.groups[k].cache, self.slot_pages(i, k)
+        read = self._moved(p for p in pages if p.pass_disk)
+        written = 0 if last else layout.dense(len(layout.filled(groups.on_disk.cached(i))), 1)
+        out = groups.sent.size * layout.token_bytes if self.hands_over_tokens else 0
+        filled = layout.dense(len(layout.filled(groups.sent_by_host.cached(i))), 1)
         return CacheTraffic(
             disk_read=read,
-            read_slot=read_slot,
-            host_load=layout.dense(sum(used), 1, self.host_halves) + opened,
-            slot=read_slot + opened + layout.dense(max(used, default=0), host.size, self.host_halves),
-            gathered=self._gathered(host, i),
+            read_slot=sum(p.room for p in pages if p.pass_disk),
+            host_load=self._moved(pages) - read,
+            slot=sum(p.room for p in pages),
+            gathered=self._gathered(groups.sent_by_host, i),
             out=out,
-            host_store=0 if last else stored,
+            host_store=0 if last else written + filled if self.keeps_open else out,
             disk_write=written,
         )
+
+    def _prefill_cache_traffic(self, k: int, *, last: bool) -> CacheTraffic:
+        if last:  # one token asked: its K and V are never read again
+            return CacheTraffic()
+        pages = self.slot_pages(0, k)
+        return CacheTraffic(
+            out=sum(p.room for p in pages),
+            host_store=self._moved(pages) if self.host_is_apart else 0,
+            disk_write=self._moved(p for p in pages if p.pass_disk),
+            write_slot=sum(p.room for p in pages if p.pass_disk),
+        )
+
+    def _moved(self, pages: Iterable[SlotPages]) -> int:
+        return sum(self.cache_layout.dense(sum(p.counts), 1, p.halves) for p in pages)
+
+    def _slot_pages(self, i: int, k: int) -> tuple[SlotPages, ...]:
+        """Lay out the slot that K and V enter the device in before token step i, or in step 0 leave it in."""
+        slot, end = [], 0
+        for group, counts, halves, are_open in self._moving_pages(i, self.groups[k].cache):
+            room = self.cache_layout.dense(max(counts), group.size, halves)
+            if room:
+                slot.append(SlotPages(group, tuple(counts), halves, are_open, slice(end, end + room)))
+                end += room
+        return tuple(slot)
+
+    def _moving_pages(self, i: int, groups: Groups) -> Iterator[tuple[Group, Sequence[int], int, bool]]:
+        """Yield groups with their pages that move, in the order of a slot: the disk's full ones, open ones, others."""
+        layout = self.cache_layout
+        for g in groups.on_disk:
+            yield g, [layout.full(n) for n in g.held(i)], 2, False
+        if not self.host_is_apart:
+            return
+        for g in () if self.keeps_open else groups.on_disk:  # at home on the host
+            yield g, [1] * g.size, 2, True
+        for g in groups.sent_by_host:
+            yield g, self.host_pages(g.held(i)), self.host_halves if i else 2, False
+        for g in () if i else groups.attended_by_host:
+            yield g, [layout.pages(n) for n in g.held(i)], 2, False
+
+    @property
+    def hands_over_tokens(self) -> bool:
+        """True if new tokens of the sequences that are sent go home one by one."""
+        return self.host_is_apart and not self.keeps_open
 
     def host_pages(self, cached: Sequence[int]) -> list[int]:
         """Count the pages that the host holds of sequences with these numbers of cached tokens: all or full ones."""
         return [self.cache_layout.full(n) if self.keeps_open else self.cache_layout.pages(n) for n in cached]
 
-    def open_bytes(self, disk: Group) -> int:
-        """Bytes that the open pages of the disk's sequences, which lie on the host, add to a transfer of full ones."""
-        return 0 if self.keeps_open else self.cache_layout.dense(1, disk.size)
-
-    def _gathered(self, host: Group, i: int) -> int:
+    def _gathered(self, host: Groups, i: int) -> int:
         """Bytes of V that sparse attention fetches from the host's home: for every query head the rows it keeps."""
         if self.host_halves == 2:
             return 0
@@ -186,50 +225,62 @@ class Traffic:
         """Number of earlier tokens whose V sparse attention reads, per head, of this many cached ones."""
         return int(self.policy.attn_sparsity * cached)
 
-    def _prefill_cache_traffic(self, attended: Group, host: Group, disk: Group, *, last: bool) -> CacheTraffic:
-        if last:  # one token asked: its K and V are never read again
-            return CacheTraffic()
-        layout = self.cache_layout
-        full = [layout.full(n) for n in disk.prompt_lens]
-        written, write_slot = layout.dense(sum(full), 1), layout.dense(max(full, default=0), disk.size)
-        if not self.host_is_apart:
-            return CacheTraffic(out=write_slot, disk_write=written, write_slot=write_slot)
-        at_home = self.host_pages(host.prompt_lens), [layout.pages(n) for n in attended.prompt_lens]
-        opened = self.open_bytes(disk)
-        return CacheTraffic(
-            out=write_slot + opened + sum(layout.dense(max(used, default=0), len(used)) for used in at_home),
-            host_store=written + opened + sum(layout.dense(sum(used), 1) for used in at_home),
-            disk_write=written,
-            write_slot=write_slot,
-        )
+    @cached_property
+    def cached_stages(self) -> tuple[int, ...]:
+        """The stages that keep K and V."""
+        return tuple(j for j, stage in enumerate(self.stages) if stage.spec.state)
 
-    def split_traffic(self, i: int, k: int) -> SplitTraffic:
-        """Bytes that move for attention of GPU batch k in a token step after the first, in any one layer."""
-        model, groups = self.model, self.groups[k].cache
-        size = self.workload.batches[k].size
-        result = model.num_heads * model.head_dim * model.itemsize  # of one sequence
-        projected = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim * model.itemsize
-        asked = groups.attended.size
-        return SplitTraffic(size * projected, asked * projected, asked * result, size * result, attends=asked < size)
+    @cached_property
+    def _attentions(self) -> dict[int, int]:
+        stages = {id(self.stages[n].module): n for n in self.cached_stages}
+        return {j: stages[id(s.module)] for j, s in enumerate(self.stages) if id(s.module) in stages}
+
+    def attention_of(self, j: int) -> int:
+        """The stage of attention in the module of stage j."""
+        return self._attentions[j]
+
+    def handoff(self, j: int, k: int) -> Handoff:
+        """Bytes that projection or attention hands on for GPU batch k in decode, where they are computed apart."""
+        model = self.model
+        keys = 0 if self.stages[j].spec.kind == ATTEND else 2 * model.num_kv_heads
+        row = (model.num_heads + keys) * model.head_dim * model.itemsize
+        return Handoff(self.workload.batches[k].size * row, self.groups[k].cache.attended_by_host.size * row)
+
+    def device_attends(self, k: int) -> bool:
+        """True where the device attends to sequences of GPU batch k itself."""
+        return self.groups[k].cache.attended_by_host.size < self.workload.batches[k].size
 
     def cache_home_pages(self, k: int) -> int:
         return self.cache_layout.pages(self.workload.batches[k].max_len)
 
+    def home_bytes(self, k: int, group: Group) -> int:
+        """Bytes that a layer keeps of a group's K and V on its tier; on disk full pages alone."""
+        longest = self.workload.batches[k].max_len
+        pages = self.cache_layout.full(longest) if group.tier is Tier.DISK else self.cache_home_pages(k)
+        return self.cache_layout.dense(pages, group.size)
+
+    def open_home_bytes(self, group: Group) -> int:
+        """Bytes that a layer keeps of a group's open pages on the host: the disk's, wherever they are filled."""
+        return self.cache_layout.dense(1, group.size) if group.tier is Tier.DISK else 0
+
+    def device_open_bytes(self, k: int) -> int:
+        """Bytes that a layer keeps of open pages on the device."""
+        return self.cache_layout.dense(1, self.groups[k].cache.sent.size) if self.keeps_open else 0
+
     # Hidden states
 
     def _hidden_traffic(self, i: int, j: int, k: int) -> HiddenTraffic:
-        """Bytes that take layer j's result of GPU batch k to layer j+1; the head's parts hand theirs on in place."""
-        if self.layers[j].is_head:
+        """Bytes that stage j's result of GPU batch k moves to reach stage j + 1; the head's parts keep theirs."""
+        if self.stages[j].spec.kind == HEAD:
             return HiddenTraffic()
         row = self.model.hidden * self.model.itemsize
-        _, host, disk = self.groups[k].hidden
-        on_host = host.tokens(i) * row if self.host_is_apart else 0
-        return HiddenTraffic(on_host, pad(disk.tokens(i) * row))
+        nbytes = {g.tier: g.tokens(i) * row for g in self.groups[k].hidden}
+        return HiddenTraffic(nbytes[Tier.HOST] if self.host_is_apart else 0, pad(nbytes[Tier.DISK]))
 
     @cached_property
-    def layers_in_use(self) -> int:
-        """Layers whose weights a row of the schedule uses: one, or those from one attention to the next."""
-        attentions = [j for j, layer in enumerate(self.layers) if layer.has_cache]
+    def bundles_in_use(self) -> int:
+        """Bundles whose weights a row of the schedule uses: one, or those from one attention to the next."""
+        attentions = [self.stages[j].bundle for j in self.cached_stages]
         return 1 + max((b - a for a, b in pairwise(attentions)), default=1) if self.host_attends else 1
 
     @cached_property
@@ -238,7 +289,7 @@ class Traffic:
         weights, cache, hidden = dict.fromkeys(Tier, 0), dict.fromkeys(Tier, 0), dict.fromkeys(Tier, 0)
         for tier in Tier:
             weights[tier] = sum(share.useful for share in self.weight_shares(tier))
-        attention_layers = sum(layer.has_cache for layer in self.layers)
+        attention_layers = len(self.cached_stages)
         for groups in self.groups:
             for g in groups.cache:
                 tokens = sum(p + n - 1 for p, n in zip(g.prompt_lens, g.asked, strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from typing import NamedTuple
@@ -13,7 +14,9 @@ from torch import Tensor
 
 from ..memory.activations import Activations
 from ..memory.buffers import Buffers
-from ..memory.cache import Cache, Segment
+from ..memory.cache import Cache
+from ..memory.cache_homes import CacheHomes
+from ..memory.cache_places import CachePlaces, Segment
 from ..memory.disk import DiskQueue
 from ..memory.scratch import Scratch
 from ..memory.weights import Segments, Weights
@@ -23,12 +26,22 @@ from ..models.inputs import Positions
 from ..models.ops import Weight, read_weight
 from ..plan.layout import Group
 from ..plan.plan import Plan
-from ..plan.schedule import Op, Slot
-from ..plan.spec import ModuleSpec
+from ..plan.schedule import OPS, Kind, Op, Slot
+from ..plan.spec import ATTEND, EMBED, HEAD, PROJECT, STAGES
 from ..plan.temporaries import SCORED_ROWS
 from ..sequences.sampler import Sampler
 from ..sequences.scorer import PromptScorer
 from ..sequences.sequence import NOT_FINITE, TokenSequence
+
+
+@dataclass(slots=True)
+class _Work:
+    """An op's computation on its way from stage to stage."""
+
+    op: Op
+    hidden: Tensor
+    projected: Tensor | None = None
+    attended: Tensor | None = None
 
 
 class Round:
@@ -51,7 +64,9 @@ class Round:
         keep_logits: Callable[[int, Tensor], None] | None = None,
     ) -> None:
         self._plan, self._batches, self._model, self._weights, self._buffers = plan, batches, model, weights, buffers
-        self._cache = Cache(plan, buffers, disk, lambda k: [s.finished for s in batches[k]])
+        homes = CacheHomes(plan, buffers)
+        self._cache = Cache(plan, homes, buffers, disk, self._ended)
+        self._cache_places = CachePlaces(plan, homes, buffers.uploads, self._ended)
         self._activations = Activations(plan, buffers, disk, dtype)
         self._device, self._dtype, self._work = buffers.device, dtype, buffers.work
         self._on_step, self._keep_logits = on_step, keep_logits
@@ -61,8 +76,7 @@ class Round:
         self._logits: dict[int, Tensor] = {}
         self._scorers: dict[int, list[_Scored]] = {}
         self._views: dict[int, Mapping[str, Weight]] = {}  # by layer, counted on from token step to token step
-        self._dense = [Scratch(room) for room in buffers.dense.chunk(plan.layers_in_use)]
-        self._keep: dict[tuple[int, int], tuple[Tensor, int]] = {}
+        self._dense = [Scratch(room) for room in buffers.dense.chunk(plan.bundles_in_use)]
         self._places: dict[int, Positions] = {}
         self._step = -1
         self._nothing = self._passed = torch.empty(0)
@@ -78,29 +92,13 @@ class Round:
         )
 
     @property
-    def actions(self) -> dict[str, Callable[[Op], int | None]]:
-        """The functions that run ops, by the ops' names; a transfer of fewer bytes than planned returns how many."""
-        return {
-            "read_weight": self._read_weight,
-            "load_weight": self._load_weight,
-            "read_cache": lambda op: self._cache.read(op, self._into(op)),
-            "load_cache": lambda op: self._cache.load(op, self._slot(op, "stage_in"), self._bytes(op, "cache")),
-            "store_cache": lambda op: self._cache.store(op, self._slot(op, "cache_out"), self._slot(op, "stage_out")),
-            "write_cache": lambda op: self._cache.write(op, self._staged_out(op, "cache_out")),
-            "read_hidden": lambda op: self._activations.read(op, self._into(op)),
-            "load_hidden": lambda op: self._activations.load(op, self._slot(op, "stage_in"), self._bytes(op, "hidden")),
-            "store_hidden": lambda op: self._activations.store(
-                op, self._bytes(op, "hidden_out"), self._slot(op, "stage_out")
-            ),
-            "write_hidden": self._write_hidden,
-            "compute": self._compute,
-            "project": self._project,
-            "store_query": self._store_query,
-            "attend": self._attend_on_device,
-            "attend_host": self._attend_on_host,
-            "load_attended": self._load_attended,
-            "finish": self._finish,
-        }
+    def actions(self) -> dict[str, Action]:
+        """The action of each kind of op, by its name; a transfer of fewer bytes than planned returns how many."""
+        return {kind.name: partial(action, self) for kind, action in ACTIONS.items()}
+
+    def _ended(self, k: int) -> list[bool]:
+        """Tell which sequences of GPU batch k are finished."""
+        return [s.finished for s in self._batches[k]]
 
     def alive(self, i: int, k: int) -> bool:
         """Return True if GPU batch k still has an unfinished sequence."""
@@ -126,41 +124,89 @@ class Round:
         staged = self._slot(op, "stage_out")
         return staged if staged is not None else self._slot(op, direct)
 
-    # Weights and hidden states
+    # Transfers
 
-    def _read_weight(self, op: Op) -> None:
-        part = self._plan.parts(op.j)[op.part]
+    def read_weight(self, op: Op) -> None:
+        part = self._plan.parts(self._bundle(op))[op.part]
         self._weights.read(part, self._into(op), staged=self._plan.host_is_apart)
 
-    def _load_weight(self, op: Op) -> None:
-        part = self._plan.parts(op.j)[op.part]
-        self._weights.load(op.j, part, self._slot(op, "stage_in"), self._bytes(op, "weight"))
+    def load_weight(self, op: Op) -> None:
+        bundle = self._bundle(op)
+        part = self._plan.parts(bundle)[op.part]
+        self._weights.load(bundle, part, self._slot(op, "stage_in"), self._bytes(op, "weight"))
 
-    def _write_hidden(self, op: Op) -> None:
+    def read_cache(self, op: Op) -> int | None:
+        return self._cache.read(op, self._into(op))
+
+    def load_cache(self, op: Op) -> int | None:
+        return self._cache.load(op, self._slot(op, "stage_in"), self._bytes(op, "cache"))
+
+    def store_cache(self, op: Op) -> None:
+        self._cache.store(op, self._slot(op, "cache_out"), self._slot(op, "stage_out"))
+
+    def write_cache(self, op: Op) -> None:
+        self._cache.write(op, self._staged_out(op, "cache_out"))
+
+    def read_hidden(self, op: Op) -> None:
+        self._activations.read(op, self._into(op))
+
+    def load_hidden(self, op: Op) -> None:
+        self._activations.load(op, self._slot(op, "stage_in"), self._bytes(op, "hidden"))
+
+    def store_hidden(self, op: Op) -> None:
+        self._activations.store(op, self._bytes(op, "hidden_out"), self._slot(op, "stage_out"))
+
+    def write_hidden(self, op: Op) -> None:
         staged = self._staged_out(op, "hidden_out")
         assert staged is not None
         self._activations.write(op, staged)
 
+    def _bundle(self, op: Op) -> int:
+        return self._plan.stages[op.j].bundle
+
     # Arithmetic
 
     @torch.inference_mode()
-    def _compute(self, op: Op) -> None:
-        """A whole layer."""
+    def compute(self, op: Op) -> None:
+        """Stages one after another; the first takes what was kept for it, the last keeps what it made."""
         self._start(op)
-        self._leave(op, self._run(op, self._tensors(op), self._enter(op), self._plan.layers[op.j].modules))
+        work = _Work(op, self._enter(op))
+        for j in range(op.j, op.last + 1):
+            COMPUTATIONS[self._plan.stages[j].spec.kind](self, work, j)
+        self._leave(op, work.hidden)
 
-    def _run(self, op: Op, w: Mapping[str, Weight], x: Tensor, modules: Sequence[ModuleSpec]) -> Tensor:
-        for module in modules:
-            if module.kind == "embed":
-                x = self._embed(op, w)
-            elif module.kind == "attention":
-                attended = self._attend(op, *self._qkv(self._model.project(w, x, self._positions(op), self._work)))
-                x = self._model.output(w, x, attended, self._work)
-            elif module.kind == "mlp":
-                x = self._model.mlp(w, x, self._work)
-            else:
-                self._head(op, w, x, part=module.index)
-        return x
+    def embed(self, work: _Work, j: int) -> None:
+        op, w = work.op, self._tensors(work.op)
+        rows = partial(self._weights.rows, scratch=self._work, uploads=self._buffers.uploads)
+        ids = np.array(self._next[op.k])
+        work.hidden = self._model.embed(w, rows, ids, self._positions(op), self._work)
+
+    def project(self, work: _Work, j: int) -> None:
+        """Q, K and V of all new tokens; where attention is apart, those of the device's sequences to their cache."""
+        op = work.op
+        work.projected = self._model.project(self._tensors(op), work.hidden, self._positions(op), self._work)
+        if j == op.last:
+            handed = self._rows(op, "projected").copy_(work.projected)
+            _, k, v = self._qkv(handed)
+            self._write_tokens(op, k, v)
+
+    def attend(self, work: _Work, j: int) -> None:
+        """Attention of the sequences that the device attends to."""
+        op = work.op
+        if work.projected is not None:
+            work.attended = self._attend(op, *self._qkv(work.projected))
+        else:
+            self._attend_groups(op, self._qkv(self._rows(op, "projected"))[0], self._rows(op, "result"))
+
+    def finish(self, work: _Work, j: int) -> None:
+        attended = self._rows(work.op, "result") if work.attended is None else work.attended
+        work.hidden = self._model.output(self._tensors(work.op), work.hidden, attended, self._work)
+
+    def mlp(self, work: _Work, j: int) -> None:
+        work.hidden = self._model.mlp(self._tensors(work.op), work.hidden, self._work)
+
+    def head(self, work: _Work, j: int) -> None:
+        self._head(work.op, self._tensors(work.op), work.hidden, part=self._plan.stages[j].module.index)
 
     def _start(self, op: Op) -> None:
         """Take temporaries back, but for what the computation before hands on; at a token step all that it was sent."""
@@ -169,43 +215,42 @@ class Round:
         if op.i != self._step:
             self._step = op.i
             self._buffers.uploads.begin(planned=op.i > 0)
-            self._cache.start_step()
-            self._keep.clear()
+            self._cache_places.start_step()
             self._places.clear()
 
     def _tensors(self, op: Op) -> Mapping[str, Weight]:
-        """Layer j's weights, made once for all GPU batches that use this load of them."""
-        n = op.i * len(self._plan.layers) + op.j
+        """A bundle's weights, made once for all GPU batches that use this load of them."""
+        bundle, in_use = self._bundle(op), self._plan.bundles_in_use
+        n = op.i * len(self._plan.bundles) + bundle
         if n not in self._views:
-            for old in [m for m in self._views if m <= n - self._plan.layers_in_use]:
+            for old in [m for m in self._views if m <= n - in_use]:
                 del self._views[old]
-            room = self._dense[n % self._plan.layers_in_use]
-            room.begin()  # what the layer before there may have dequantised
-            self._views[n] = dict(self._named(op.j, self._weights.view(op.j, self._slot(op, "weight")), room))
+            room = self._dense[n % in_use]
+            room.begin()  # what the bundle before there may have dequantised
+            self._views[n] = dict(self._named(bundle, self._weights.view(bundle, self._slot(op, "weight")), room))
         return self._views[n]
 
-    def _named(self, j: int, found: Segments, room: Scratch) -> Iterator[tuple[str, Weight]]:
-        for name, parts in groupby(self._plan.layers[j].tensors, key=lambda t: t.weight):
+    def _named(self, bundle: int, found: Segments, room: Scratch) -> Iterator[tuple[str, Weight]]:
+        for name, parts in groupby(self._plan.bundles[bundle].tensors, key=lambda t: t.weight):
             tensors = list(parts)
             if all(t.name in found for t in tensors):  # not an embedding's table
                 yield name, read_weight(tensors, found, room)
 
     def _enter(self, op: Op) -> Tensor:
-        """The hidden state that enters this layer; the parts of the head after the first share one input."""
-        layer = self._plan.layers[op.j]
-        if op.j == 0 or (layer.is_head and layer.modules[0].index > 0):
+        """The hidden state that enters; the parts of the head after the first share one input."""
+        stage = self._plan.stages[op.j]
+        if stage.spec.kind == EMBED or (stage.spec.kind == HEAD and stage.module.index > 0):
             return self._nothing
         return self._activations.get(op, self._slot(op, "hidden"), self._work) if op.loads_hidden else self._passed
 
     def _leave(self, op: Op, x: Tensor) -> None:
-        """Keep a layer's result, or hand it to the next computation, or both."""
+        """Keep a result, or hand it to the next computation, or both."""
+        kind = self._plan.stages[op.last].spec.kind
+        if kind in (PROJECT, ATTEND):  # handed on by rings
+            return
         self._passed = x
-        if op.stores_hidden and not self._plan.layers[op.j].is_head:
+        if op.stores_hidden and kind != HEAD:
             self._activations.put(op, x, self._slot(op, "hidden_out"))
-
-    def _embed(self, op: Op, w: Mapping[str, Weight]) -> Tensor:
-        rows = partial(self._weights.rows, scratch=self._work, uploads=self._buffers.uploads)
-        return self._model.embed(w, rows, np.array(self._next[op.k]), self._positions(op), self._work)
 
     def _positions(self, op: Op) -> Positions:
         """Positions of the tokens that a token step computes, the same in all layers."""
@@ -225,7 +270,7 @@ class Round:
     def _attend(self, op: Op, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = self._slot(op, "cache_out")
         if op.i == 0:
-            for target in self._cache.prompt_targets(op, out):
+            for target in self._cache_places.prompt_targets(op, out):
                 ops.write_prompt(k, v, target)
             return ops.prefill_attention(q, k, v, self._plan.workload.batches[op.k].prompt_lens)
         self._write_tokens(op, k, v)
@@ -234,78 +279,53 @@ class Round:
         return result
 
     def _write_tokens(self, op: Op, k: Tensor, v: Tensor) -> None:
-        for place in self._cache.token_targets(op, self._slot(op, "cache_out")):
+        for place in self._cache_places.token_targets(op, self._slot(op, "cache_out")):
             ops.write_tokens(k, v, place)
 
     def _attend_groups(self, op: Op, q: Tensor, out: Tensor) -> None:
         """Decode attention of the sequences that the device attends to: their rows of q [B, H, D] to those of out."""
-        for group, segments in self._cache.segments(op, self._slot(op, "cache"), self._slot(op, "cache_out")):
+        slot, out_slot = self._slot(op, "cache"), self._slot(op, "cache_out")
+        for group, segments in self._cache_places.segments(op, slot, out_slot):
             self._attend_group(op, group, q[group.rows], segments, out[group.rows])
 
     def _attend_group(self, op: Op, group: Group, q: Tensor, segments: Sequence[Segment], out: Tensor) -> None:
         if self._plan.policy.attn_sparsity == 1:
             ops.decode_attention(q, segments, out=out, scratch=self._work)
             return
-        tag = op.k, group.first
-        if tag not in self._keep:
-            counts = [self._plan.kept(n) for n in self._cache.cached(op, group)]
-            self._keep[tag] = self._buffers.uploads.numbers(counts, torch.int32), max(counts)
-        ops.sparse_decode_attention(q, segments, *self._keep[tag], out=out, scratch=self._work)
+        keep = self._cache_places.kept(op, group)
+        ops.sparse_decode_attention(q, segments, *keep, out=out, scratch=self._work)
 
-    # Attention on two lanes: a layer's computation up to it, attention here and there, and what follows
+    # Attention on the host's lane
 
-    @torch.inference_mode()
-    def _project(self, op: Op) -> None:
-        """Q, K and V of all new tokens, those of the device's sequences to their cache."""
-        self._start(op)
-        self._rows(op, "projected").copy_(
-            self._model.project(self._tensors(op), self._enter(op), self._positions(op), self._work)
-        )
-        _, k, v = self._qkv(self._rows(op, "projected"))
-        self._write_tokens(op, k, v)
-
-    def _store_query(self, op: Op) -> None:
+    def store_query(self, op: Op) -> None:
         """d2h: Q, K and V of the sequences that the host attends to."""
-        rows = self._plan.groups[op.k].cache.attended.rows
+        rows = self._plan.groups[op.k].cache.attended_by_host.rows
         self._rows(op, "query").copy_(self._rows(op, "projected")[rows], non_blocking=True)
 
     @torch.inference_mode()
-    def _attend_on_device(self, op: Op) -> None:
-        self._attend_groups(op, self._qkv(self._rows(op, "projected"))[0], self._rows(op, "result"))
-
-    @torch.inference_mode()
-    def _attend_on_host(self, op: Op) -> None:
+    def attend_host(self, op: Op) -> None:
         """Append the new tokens at their home on the host and attend there, in place."""
         q, k, v = self._qkv(self._rows(op, "query"))
-        attended, answer, scratch = self._cache.attended(op), self._rows(op, "answer"), self._buffers.hosted
-        ops.write_tokens(k, v, attended.target)
-        scratch.begin()
-        if self._plan.policy.attn_sparsity == 1:
-            ops.decode_attention(q, attended.segments, out=answer, scratch=scratch)
-        else:
-            keep = attended.keep
-            ops.sparse_decode_attention(
-                q, attended.segments, keep, int(keep.numpy().max()), out=answer, scratch=scratch
-            )
+        answer, scratch = self._rows(op, "answer"), self._buffers.hosted
+        for rows, target, segments, keep in self._cache_places.attended(op):
+            ops.write_tokens(k, v, target)
+            scratch.begin()
+            if self._plan.policy.attn_sparsity == 1:
+                ops.decode_attention(q[rows], segments, out=answer[rows], scratch=scratch)
+            else:
+                most = int(keep.numpy().max())
+                ops.sparse_decode_attention(q[rows], segments, keep, most, out=answer[rows], scratch=scratch)
 
-    def _load_attended(self, op: Op) -> None:
-        """h2d: what the host made of them."""
-        rows = self._plan.groups[op.k].cache.attended.rows
+    def load_attended(self, op: Op) -> None:
+        """h2d: the host's results of them."""
+        rows = self._plan.groups[op.k].cache.attended_by_host.rows
         self._rows(op, "result")[rows].copy_(self._rows(op, "answer"), non_blocking=True)
-
-    @torch.inference_mode()
-    def _finish(self, op: Op) -> None:
-        """Compute the part of a layer that follows attention."""
-        self._start(op)
-        w, layer = self._tensors(op), self._plan.layers[op.j]
-        x = self._model.output(w, self._enter(op), self._rows(op, "result"), self._work)
-        self._leave(op, self._run(op, w, x, layer.modules[1:]))
 
     def _rows(self, op: Op, ring: str) -> Tensor:
         """A ring's slot as rows of heads [n, H, D]: of all sequences, or in host memory of those it attends to."""
         model, batch = self._plan.model, self._plan.workload.batches[op.k]
         heads = model.num_heads + (2 * model.num_kv_heads if ring in ("projected", "query") else 0)
-        size = batch.size if ring in ("projected", "result") else self._plan.groups[op.k].cache.attended.size
+        size = batch.size if ring in ("projected", "result") else self._plan.groups[op.k].cache.attended_by_host.size
         numbers = self._bytes(op, ring).view(self._dtype)
         return numbers[: size * heads * model.head_dim].view(size, heads, model.head_dim)
 
@@ -324,7 +344,7 @@ class Round:
         self._model.logits(w, self._head_input[op.k], self._logits[op.k][:, columns], self._work)
         for scored in self._scorers[op.k] if op.i == 0 else ():
             self._score(scored, w, columns)
-        if op.j + 1 == len(self._plan.layers):
+        if op.last + 1 == len(self._plan.stages):
             self._finish_step(op)
 
     def _finish_step(self, op: Op) -> None:
@@ -387,3 +407,9 @@ class _Scored(NamedTuple):
             self.sequence.fail(f"the output projection's logits of the prompt are not all numbers: {wrong}", NOT_FINITE)
         else:
             self.sequence.prompt_logprobs = self.scorer.result()
+
+
+Action = Callable[..., int | None]
+
+ACTIONS: Mapping[Kind, Action] = {kind: getattr(Round, kind.name) for kind in OPS}  # an op without one fails here
+COMPUTATIONS: Mapping[str, Callable[[Round, _Work, int], None]] = {kind: getattr(Round, kind) for kind in STAGES}

@@ -43,6 +43,7 @@ def refused(tmp_path, monkeypatch, capsys) -> Callable[..., str]:
     return refuse
 
 
+@pytest.mark.slow
 def test_measured_kept_and_corrected(tmp_path, refused):
     """`measure` writes the profile that `--refine` corrects in place."""
     at = ("--offload-dir", str(tmp_path / "offload"), "--device", "cpu")

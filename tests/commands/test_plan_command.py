@@ -86,6 +86,7 @@ def test_memory_adds_up_and_fits(tmp_path):
             assert min(parts) >= 0 and sum(parts) == tier["need"] <= tier["available"]
 
 
+@pytest.mark.grid(cover=[])
 @pytest.mark.parametrize("args", [(), ("--allow", "4bit,4bit-cache,sparse", "--dtype", "float32")])
 def test_the_printed_command_runs_the_best_policy(tmp_path, args):
     file = tmp_path / "plan.json"
@@ -149,6 +150,7 @@ def test_without_matplotlib_the_plot_says_what_to_install(tmp_path, monkeypatch)
         planned(*SMALL, "--plot", str(tmp_path / "plan.png"))
 
 
+@pytest.mark.grid(cover=[])
 @pytest.mark.parametrize(
     ("args", "words"),
     [

@@ -426,6 +426,7 @@ def test_a_models_digest_is_of_its_bytes_not_of_its_place(chatty, tmp_path):
     assert files_digest(copy) != files_digest(chatty)
 
 
+@pytest.mark.slow
 def test_killed_at_any_instant_it_ends_as_if_it_never_was(tmp_path, offload):
     """SIGKILL at random instants of start, work and end, and a SIGINT and a SIGTERM among them."""
     lines = sampled(KILL_LINES)

@@ -25,6 +25,7 @@ from flexgen_triton.kernels.chips import CHIPS
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKERS = 2
+CASES = 8  # of a process at least: its start takes as long as two or three of them
 
 NVIDIA_MATRIX = re.compile(r"^(HMMA|HGMMA|QGMMA|UTC\w*MMA)")
 AMD_MATRIX = re.compile(r"^v_mfma")
@@ -70,7 +71,8 @@ class Compiled:
 
 
 def compile_cases(cases: Sequence[Case], workers: int = WORKERS) -> list[Compiled]:
-    """Compile and disassemble, in `workers` processes that share the cases alternately."""
+    """Compile and disassemble, in at most `workers` processes that share the cases alternately."""
+    workers = min(workers, -(-len(cases) // CASES))
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), str(ROOT)])
     env |= {
@@ -80,7 +82,7 @@ def compile_cases(cases: Sequence[Case], workers: int = WORKERS) -> list[Compile
     results: list[Compiled | None] = [None] * len(cases)
     with tempfile.TemporaryDirectory() as folder:
         running = []
-        for worker in range(min(workers, len(cases))):
+        for worker in range(workers):
             given, answer = Path(folder, f"given-{worker}"), Path(folder, f"answer-{worker}")
             given.write_bytes(pickle.dumps(list(cases[worker::workers])))
             command = [sys.executable, "-c", "import ahead_of_time; ahead_of_time.work()", str(given), str(answer)]

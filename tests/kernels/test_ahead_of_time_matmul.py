@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
-from ahead_of_time import Case, Compiled, compile_cases
+from ahead_of_time import Case, Compiled
 
 from flexgen_triton.kernels.chips import CHIPS
 from flexgen_triton.kernels.matmul_q4 import Tile, configurations, groups_per_step
@@ -94,11 +94,11 @@ SLOW = replace(SLOW, label="portable", constexprs={**SLOW.constexprs, "ASM": Fal
 
 
 @pytest.fixture(scope="module")
-def compiled() -> dict[str, Compiled]:
-    cases = [*PRODUCTS, *HELPERS, FAT, SLOW]
-    return dict(zip(map(str, cases), compile_cases(cases), strict=True))
+def compiled(compile_for) -> dict[str, Compiled]:
+    return compile_for([*PRODUCTS, *HELPERS], [FAT, SLOW])
 
 
+@pytest.mark.grid(cover=["case.kernel"])
 @pytest.mark.parametrize("case", PRODUCTS + HELPERS, ids=str)
 def test_no_spills_and_shared_memory_within_the_chip(case, compiled):
     code = compiled[str(case)]
@@ -106,12 +106,14 @@ def test_no_spills_and_shared_memory_within_the_chip(case, compiled):
     assert code.shared <= CHIPS[case.chip].shared_bytes
 
 
+@pytest.mark.grid(cover=["case.kernel"])
 @pytest.mark.parametrize("case", PRODUCTS, ids=str)
 def test_products_use_matrix_instructions(case, compiled):
     """In the loop; and what the chip's own table says of those without is so."""
     assert bool(compiled[str(case)].loop_matrix) == CHIPS[case.chip].has_mma
 
 
+@pytest.mark.grid(cover=["case.kernel"])
 @pytest.mark.parametrize(
     "case", [c for c in PRODUCTS if c.chip in COUNTED and c.constexprs["BLOCK_M"] == 16 and not c.unaligned], ids=str
 )

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from ahead_of_time import Case, Compiled, compile_cases
+from ahead_of_time import Case, Compiled
 
 from flexgen_triton.kernels.attention_prefill import shape_of
 from flexgen_triton.kernels.chips import CHIPS, Chip
@@ -100,10 +100,11 @@ CASES = list(cases())
 
 
 @pytest.fixture(scope="module")
-def compiled() -> dict[str, Compiled]:
-    return dict(zip(map(str, CASES), compile_cases(CASES), strict=True))
+def compiled(compile_for) -> dict[str, Compiled]:
+    return compile_for(CASES)
 
 
+@pytest.mark.grid(cover=["case.kernel"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_fits_its_chip(compiled, case):
     found = compiled[str(case)]
@@ -111,6 +112,7 @@ def test_fits_its_chip(compiled, case):
     assert found.shared <= CHIPS[case.chip].shared_bytes
 
 
+@pytest.mark.grid(cover=["case.kernel"])
 @pytest.mark.parametrize(
     "case", [case for case in CASES if case.label.startswith("prefill") and "fp32" not in case.label], ids=str
 )

@@ -98,6 +98,7 @@ def poison(monkeypatch):
     monkeypatch.setattr(attention_decode.torch, "empty", lambda *a, **k: empty(*a, **k).fill_(NAN))
 
 
+@pytest.mark.grid
 @RUNS
 @pytest.mark.parametrize("case", CASES)
 def test_no_further_from_the_truth_than_twice_plain_torch(monkeypatch, case, splits, dtype):

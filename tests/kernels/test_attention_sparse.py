@@ -46,6 +46,7 @@ def poison(monkeypatch):
     monkeypatch.setattr(attention_sparse.torch, "empty", lambda *a, **k: spoilt(empty(*a, **k)))
 
 
+@pytest.mark.grid
 @RUNS
 @pytest.mark.parametrize("case", CASES)
 def test_no_further_from_the_truth_than_twice_plain_torch(monkeypatch, case, splits, dtype):

@@ -56,6 +56,7 @@ def assert_same(got: tuple[Fields, Fields], want: tuple[Fields, Fields]) -> None
         torch.testing.assert_close(g, w, rtol=0, atol=0)
 
 
+@pytest.mark.grid
 @DTYPES
 @KINDS
 @pytest.mark.parametrize("case", HEADS)
@@ -72,6 +73,7 @@ def test_append(case, kind, dtype):
 PROMPTS = {"one token": (1,), "odd": (9, 0, 24, 5), "no tokens": (), "only empty ones": (0, 0)}
 
 
+@pytest.mark.grid
 @DTYPES
 @KINDS
 @pytest.mark.parametrize("case", PROMPTS)

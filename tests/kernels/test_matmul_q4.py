@@ -62,6 +62,7 @@ def assert_as_good_as_plain(found, given, **extra):
     assert error <= allowed, (error.item(), allowed.item())
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_error_is_within_twice_that_of_a_plain_product(shape, dtype):

@@ -44,6 +44,7 @@ def poison(monkeypatch):
     monkeypatch.setattr(norm.torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
 
 
+@pytest.mark.grid
 @DTYPES
 @pytest.mark.parametrize(("kind", "extras"), CASES)
 @pytest.mark.parametrize("shape", SHAPES)

@@ -26,7 +26,7 @@ from flexgen_triton.memory.stripes import Folders
 from flexgen_triton.plan.cost import seconds
 from flexgen_triton.plan.hardware import Curve, HardwareError, load_profile
 from flexgen_triton.plan.link import Span
-from flexgen_triton.plan.schedule import Lane, Op
+from flexgen_triton.plan.schedule import LOAD_WEIGHT, Op
 
 CPU = torch.device("cpu")
 MIB = 1 << 20
@@ -101,7 +101,7 @@ def test_what_is_no_rate(machine, directory):
 def test_an_overhead_is_what_an_op_takes_beyond_its_bytes():
     """The median of them, for now and then something else comes between; never below nothing."""
     hardware = replace(load_profile("t4"), overhead={}, correction={})
-    ops = [Op(Lane.H2D, "load_weight", 1, 0, n, bytes=n << 20) for n in (1, 2, 4)]
+    ops = [Op(LOAD_WEIGHT, 1, 0, n, bytes=n << 20) for n in (1, 2, 4)]
     more = (3e-5, 5e-5, 4e-3)
     spans = [Span(op, 2.0, 2.0 + seconds(op, hardware) + extra) for op, extra in zip(ops, more, strict=True)]
     assert module._excess(spans, hardware) == pytest.approx(5e-5, rel=1e-6)

@@ -25,10 +25,10 @@ from torch import Tensor
 
 from flexgen_triton.memory.arena import peak_rss, reset_peak_rss, rss
 from flexgen_triton.memory.store import MANIFEST, Store
-from flexgen_triton.models import checkpoint, sources
+from flexgen_triton.models import checkpoint, parts, sources
 from flexgen_triton.models.checkpoint import CheckpointError, open_store
 from flexgen_triton.plan.placement import ALIGN, packed_layout
-from flexgen_triton.plan.spec import ModelSpec, ModuleSpec, State, TensorSpec
+from flexgen_triton.plan.spec import ModelSpec, ModuleSpec, StageSpec, State, TensorSpec
 
 HIDDEN, FFN, VOCAB = 48, 80, 101
 
@@ -39,6 +39,10 @@ def matrix(name: str, rows: int, columns: int, *sources: str, row: int = 0) -> T
 
 def vector(name: str, *sources: str) -> TensorSpec:
     return TensorSpec(name, (HIDDEN * len(sources),), sources, (HIDDEN,) * len(sources))
+
+
+def one_stage(kind: str, index: int, *tensors: TensorSpec) -> ModuleSpec:
+    return parts.module(kind, index, StageSpec(kind, tensors))
 
 
 def block(n: int) -> list[ModuleSpec]:
@@ -53,16 +57,17 @@ def block(n: int) -> list[ModuleSpec]:
         matrix("fc1.weight", FFN, HIDDEN, f"{at}.fc1.weight"),
         matrix("fc2.weight", HIDDEN, FFN, f"{at}.fc2.weight"),
     )
-    return [ModuleSpec("attention", n, attention, state=State(3, 16)), ModuleSpec("mlp", n, mlp)]
+    stage = StageSpec("project", attention, state=State(3, 16))
+    return [parts.module("attention", n, stage), one_stage("mlp", n, *mlp)]
 
 
 def make_spec(dtype: str = "float16", blocks: int = 2) -> ModelSpec:
     """An embedding, decoder layers, and an output projection cut over two modules."""
     head = [
-        ModuleSpec("head", n, (matrix("tokens.weight", high - low, HIDDEN, "decoder.tokens.weight", row=low),))
+        one_stage("head", n, matrix("tokens.weight", high - low, HIDDEN, "decoder.tokens.weight", row=low))
         for n, (low, high) in enumerate(pairwise((0, 60, VOCAB)))
     ]
-    embed = ModuleSpec("embed", 0, (matrix("positions.weight", 30, HIDDEN, "decoder.positions.weight"),))
+    embed = one_stage("embed", 0, matrix("positions.weight", 30, HIDDEN, "decoder.positions.weight"))
     modules = [m.stored_as(dtype) for m in (embed, *(m for n in range(blocks) for m in block(n)), *head)]
     return ModelSpec("someone/Tiny model", "opt", dtype, HIDDEN, blocks, 3, VOCAB, 28, tuple(modules))
 
@@ -241,7 +246,7 @@ def test_safetensors_are_preferred_to_bin(tmp_path: Path) -> None:
 
 def test_a_module_of_many_tensors_has_a_header_of_several_pages(tmp_path: Path) -> None:
     tensors = tuple(matrix(f"a rather long name of tensor {n}.weight", 2, 3, f"t{n}") for n in range(60))
-    spec = replace(make_spec(), modules=(ModuleSpec("embed", 0, tensors).stored_as("float16"),))
+    spec = replace(make_spec(), modules=(one_stage("embed", 0, *tensors).stored_as("float16"),))
     source, weights = make_checkpoint(tmp_path, spec, save_bin)
     store = open_store(spec, source, tmp_path / "offload")
     assert store.extents["embed"][0].offset > ALIGN
@@ -287,7 +292,7 @@ def test_random_weights_are_random_repeatable_and_stored_alike(tmp_path: Path) -
 def test_rows_of_a_random_table_do_not_depend_on_how_it_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "PIECE", 1000)
     spec = make_spec()
-    whole_head = ModuleSpec("head", 0, (matrix("tokens.weight", VOCAB, HIDDEN, "decoder.tokens.weight"),))
+    whole_head = one_stage("head", 0, matrix("tokens.weight", VOCAB, HIDDEN, "decoder.tokens.weight"))
     whole = replace(spec, modules=(*spec.modules[:-2], whole_head.stored_as(spec.dtype)))
     cut, uncut = contents(spec, open_store(spec, None, tmp_path)), contents(whole, open_store(whole, None, tmp_path))
     parts = torch.cat([cut["head.0", "tokens.weight"], cut["head.1", "tokens.weight"]])
@@ -373,6 +378,7 @@ def convert_in_child(ready: Any, source: Path, offload: Path, locks: bool, answe
     answers.put((len(calls), [str(f) for f in store.files]))
 
 
+@pytest.mark.grid(cover=[])
 @pytest.mark.parametrize("locks", [True, False], ids=["locks", "no locks"])
 def test_processes_that_convert_at_once_agree(tmp_path: Path, locks: bool) -> None:
     """With locks one converts and the other waits; without, both do and the first to be done wins."""
@@ -633,7 +639,7 @@ def test_no_code_of_a_pickle_runs(tmp_path: Path, zipped: bool) -> None:
 def test_memory_stays_at_a_few_pieces(tmp_path: Path, save: Callable[[Path, dict[str, Tensor]], None]) -> None:
     """A checkpoint of 96 MiB in one tensor, read through mappings of at most 8 MiB."""
     shape = (6 << 10, 4 << 10)
-    table = ModuleSpec("embed", 0, (matrix("table.weight", *shape, "table.weight"),))
+    table = one_stage("embed", 0, matrix("table.weight", *shape, "table.weight"))
     spec = replace(make_spec(), modules=(table.stored_as("float16"),))
     source = tmp_path / "checkpoint"
     source.mkdir()

@@ -9,7 +9,7 @@ import pytest
 import test_schedule
 from hypothesis import given
 from hypothesis import strategies as st
-from test_schedule import CONFIG, Memory, interleave, linked
+from test_schedule import CONFIG, Memory, interleave, linked, stage_kinds
 
 from flexgen_triton.models.family import model_spec
 from flexgen_triton.plan.layout import CacheLayout, Field
@@ -32,8 +32,9 @@ def plan_of(cache: tuple[int, int], sparsity: float, *, is_4bit: bool = False, c
 
 
 def loaded(plan: Plan) -> dict[int, int]:
-    """Bytes that layer 1's attention of batch 0 is sent, by token step."""
-    return {op.i: op.bytes for op in plan.generator if op.name == "load_cache" and (op.j, op.k) == (1, 0)}
+    """Bytes that the first layer's attention of batch 0 is sent, by token step."""
+    first = (plan.cached_stages[0], 0)
+    return {op.i: op.bytes for op in plan.generator if op.name == "load_cache" and (op.j, op.k) == first}
 
 
 @FORMATS
@@ -59,7 +60,7 @@ def test_the_ring_holds_only_what_travels(is_4bit):
 @FORMATS
 def test_disk_and_open_blocks_travel_whole(is_4bit):
     sparse, dense = (plan_of(SPREAD, s, is_4bit=is_4bit) for s in (0.1, 1.0))
-    host = dense.groups[0].cache.host
+    host = dense.groups[0].cache.sent_by_host
     assert host.size == 2
     for step in range(1, STEPS):
         a, b = sparse.cache_traffic(step, 0), dense.cache_traffic(step, 0)
@@ -89,9 +90,9 @@ class GatheringMemory(Memory):
 
     def compute(self, op: Op) -> None:
         super().compute(op)
-        if self.plan.program.has_cache[op.j] and self.plan.cache_traffic(op.i, op.k).gathered:
+        if "attend" in stage_kinds(self.plan, op) and self.plan.cache_traffic(op.i, op.k).gathered:
             home = op.slot("cache_host")
-            assert home == Slot("cache_host", op.j * len(self.plan.groups) + op.k), op
+            assert home == Slot("cache_host", self.plan.attention_of(op.j) * len(self.plan.groups) + op.k), op
             assert self.homes[home] == op.i - 1, op
 
 
@@ -112,17 +113,18 @@ def test_attention_waits_for_the_store_before_it_and_the_store_for_attention():
     counts = dict.fromkeys(Lane, 0)
     checked = 0
     for op, waits in linked(plan):
-        block = (op.i, op.j, op.k)
         if op.name == "store_cache":
-            stored[block] = counts[op.lane]
-            assert dict(waits)[Lane.COMPUTE] >= computed[block], op
-        if op.name == "compute":
-            computed[block] = counts[op.lane]
-            if op.i and plan.program.has_cache[op.j]:
-                assert dict(waits)[Lane.D2H] >= stored[op.i - 1, op.j, op.k], op
+            visit = (op.i, op.j, op.k)
+            stored[visit] = counts[op.lane]
+            assert dict(waits)[Lane.COMPUTE] >= computed[visit], op
+        if op.name == "compute" and "attend" in stage_kinds(plan, op):
+            attention = plan.attention_of(op.j)
+            computed[op.i, attention, op.k] = counts[op.lane]
+            if op.i:
+                assert dict(waits)[Lane.D2H] >= stored[op.i - 1, attention, op.k], op
                 checked += 1
         counts[op.lane] += 1
-    assert checked == (STEPS - 1) * 3 * sum(plan.program.has_cache)
+    assert checked == (STEPS - 1) * 3 * len(plan.cached_stages)
 
 
 def test_attention_that_does_not_wait_for_the_store_is_noticed(monkeypatch):
@@ -144,7 +146,7 @@ def test_attention_that_does_not_wait_for_the_store_is_noticed(monkeypatch):
     noticed = 0
     for n in positions:
         op = [op for op, _ in ops if op.lane is Lane.D2H][n]
-        until = next(m for m, c in enumerate(computes) if (c.i, c.j, c.k) == (2, op.j, op.k))
+        until = next(m for m, c in enumerate(computes) if c.j <= op.j <= c.last and (c.i, c.k) == (2, op.k))
         try:
             interleave(plan, loose, random.Random(n), (Lane.D2H, n), (Lane.COMPUTE, until))
         except AssertionError:

@@ -40,10 +40,10 @@ def test_asked_and_given_differ_by_at_most_one_percent(name, sep_layer):
 def test_every_layer_is_within_one_row_of_its_share(gpu):
     spec = model_spec(SIZES["opt-30b"], "opt-30b", "float16")
     plan = make_plan(spec, Policy(1, 1, gpu, (100 - gpu) // 2), Workload.uniform(8, 4, 1, 1))
-    for layer, placement in zip(plan.layers, plan.placements, strict=True):
+    for bundle, placement in zip(plan.bundles, plan.placements, strict=True):
         extents = [e for tier in Tier for e in placement.share(tier).extents]
         total, row = sum(e.nbytes for e in extents), max((e.row_bytes for e in extents), default=0)
-        assert abs(placement.gpu.useful - total * gpu / 100) <= row, layer.name
+        assert abs(placement.gpu.useful - total * gpu / 100) <= row, bundle.name
 
 
 @settings(max_examples=100, deadline=None)
@@ -81,13 +81,13 @@ SMALL = replace(SIZES["opt-125m"], layers=5, hidden=64, ffn=128, vocab=300)
 
 @pytest.mark.parametrize("sep_layer", [True, False])
 @pytest.mark.parametrize("compressed", [False, True])
-def test_of_layers_that_are_alike_one_is_placed_and_costed(sep_layer, compressed):
+def test_of_bundles_that_are_alike_one_is_placed_and_costed(sep_layer, compressed):
     policy = Policy(1, 1, 20, 30, sep_layer=sep_layer, compress_weight=compressed)
     spec = stored_as(model_spec(SIZES["opt-175b"], "opt-175b", "float16"), policy)
     plan = make_plan(spec, policy, Workload.uniform(8, 4, 1, 1))
-    heads = {layer.tensors for layer in plan.layers if layer.is_head}
-    assert len(plan.distinct_layers) <= 1 + (2 if sep_layer else 1) + len(heads)
-    assert len(plan.layers) == len(plan.placements) > 96
+    heads = {bundle.tensors for bundle in plan.bundles if bundle.is_head}
+    assert len(plan.distinct_bundles) <= 1 + (2 if sep_layer else 1) + len(heads)
+    assert len(plan.bundles) == len(plan.placements) > 96
 
 
 @settings(max_examples=100, deadline=None)
@@ -99,8 +99,8 @@ def test_of_layers_that_are_alike_one_is_placed_and_costed(sep_layer, compressed
     policy=st.sampled_from([Policy(2, 3), Policy(1, 1, compress_weight=True)]),
     is_packed=st.booleans(),
 )
-def test_what_is_planned_of_a_layer_is_its_own(data, gpu, cpu, sep_layer, policy, is_packed):
-    """Wherever a checkpoint has a layer's tensors, sizes and transfers are those of that layer placed by itself."""
+def test_what_is_planned_of_a_bundle_is_its_own(data, gpu, cpu, sep_layer, policy, is_packed):
+    """Wherever a checkpoint has a bundle's tensors, sizes and transfers are those of that bundle placed by itself."""
     policy = replace(policy, w_gpu_percent=gpu, w_cpu_percent=min(cpu, 100 - gpu), sep_layer=sep_layer)
     spec = stored_as(model_spec(SMALL, "small", "float16"), policy)
     if is_packed:
@@ -116,17 +116,17 @@ def test_what_is_planned_of_a_layer_is_its_own(data, gpu, cpu, sep_layer, policy
     workload = Workload.uniform(8, 4, policy.gpu_batch_size, policy.num_gpu_batches)
     plan = make_plan(spec, policy, workload, extents=None if is_packed else stored)
     gathered = {t.name for m in spec.modules for t in m.tensors if t.gathered}
-    for j, layer in enumerate(plan.layers):
-        extents = [e for m in layer.modules for e in stored[m.name] if e.tensor not in gathered]
-        own, traffic = place_layer(extents, gpu, policy.w_cpu_percent), plan.weight_traffic(j)
-        assert plan.placements[j] == own
+    for n, bundle in enumerate(plan.bundles):
+        extents = [e for m in bundle.modules for e in stored[m.name] if e.tensor not in gathered]
+        own, traffic = place_layer(extents, gpu, policy.w_cpu_percent), plan.weight_traffic(n)
+        assert plan.placements[n] == own
         for tier in Tier:
-            planned = list(plan.weight_shares(tier))[j]
+            planned = list(plan.weight_shares(tier))[n]
             assert (planned.useful, planned.nbytes) == (own.share(tier).useful, own.share(tier).nbytes)
-        assert traffic.disk_parts == tuple(p.disk_bytes for p in plan.parts(j))
-        assert traffic.host_parts == tuple(p.host_bytes for p in plan.parts(j))
+        assert traffic.disk_parts == tuple(p.disk_bytes for p in plan.parts(n))
+        assert traffic.host_parts == tuple(p.host_bytes for p in plan.parts(n))
         assert sum(traffic.disk_parts) == own.disk.nbytes and sum(traffic.host_parts) == own.host.nbytes
-        read = [r for p in plan.parts(j) for r in p.disk]
+        read = [r for p in plan.parts(n) for r in p.disk]
         assert {r.file for r in read} <= {e.file for e in extents}
 
 

@@ -27,6 +27,11 @@ MIB = 1 << 20
 TINY = model_spec(opt_config(256, 6, 4, 1024, vocab=2000, positions=512), "tiny", "float16")
 SLOW = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
+FEW_SIZES = {"gpu_batch_sizes": (1, 4, 32, 256), "gpu_batches": (1, 3, 12)}
+TRIED = pytest.mark.parametrize(
+    "tried", [FEW_SIZES, pytest.param({}, marks=pytest.mark.slow)], ids=["a few sizes", "every size"]
+)
+
 rates = st.floats(1e8, 1e11)
 sizes = st.integers(8 * MIB, 512 * MIB)
 
@@ -92,23 +97,27 @@ def possible(problem: Problem, hardware: Hardware):
         assume(False)
 
 
+@TRIED
 @SLOW
 @given(problems, machines())
-def test_every_plan_that_is_returned_fits(problem, hardware):
+def test_every_plan_that_is_returned_fits(tried, problem, hardware):
+    problem = replace(problem, **tried)
     for found in possible(problem, hardware).found:
         assert fits(found.plan, available(hardware, problem))
         assert found.plan.policy == found.policy
         assert found.prediction.total_s > 0
 
 
+@TRIED
 @SLOW
 @given(
     problems, machines(), st.sampled_from(["gpu", "host", "disk", "h2d", "d2h", "disk_read", "disk_write", "matmul"])
 )
-def test_more_memory_or_bandwidth_never_lowers_the_predicted_throughput(problem, hardware, what):
+def test_more_memory_or_bandwidth_never_lowers_the_predicted_throughput(tried, problem, hardware, what):
     """Exactly so for the bound of all policies and for any one policy, every token step of which is simulated (of a
     sample some steps count more than others); for the best one that is found within `gap`, the share of the bound that
     the search says it leaves open."""
+    problem = replace(problem, **tried)
     less = possible(problem, hardware)
     better = search(problem, improved(hardware, what))
     assert better.bound_tokens_per_s >= less.bound_tokens_per_s * (1 - 1e-6)
@@ -130,11 +139,12 @@ def improved(hardware: Hardware, what: str) -> Hardware:
 shares = st.tuples(st.integers(0, 100), st.integers(0, 100)).map(lambda p: (p[0], min(p[1], 100 - p[0])))
 
 
+@TRIED
 @settings(SLOW, max_examples=20)
 @given(
     st.integers(1, 40), st.integers(1, 4), shares, shares, shares, st.booleans(), st.integers(1, 90), st.integers(1, 20)
 )
-def test_what_is_feasible_is_never_called_infeasible(size, count, w, cache, act, copies, prompt_len, gen_len):
+def test_what_is_feasible_is_never_called_infeasible(tried, size, count, w, cache, act, copies, prompt_len, gen_len):
     """Any policy, on a machine with not one byte more than it needs."""
     policy = Policy(size, count, *w, *cache, *act)
     plan = make_plan(TINY, policy, Workload.uniform(prompt_len, gen_len, size, count), host_is_apart=copies)
@@ -144,7 +154,7 @@ def test_what_is_feasible_is_never_called_infeasible(size, count, w, cache, act,
         needs[Tier.HOST] + TWO_CORES.process_bytes,
         needs[Tier.DISK],
     )
-    found = search(Problem(TINY, prompt_len, gen_len), hardware)
+    found = search(Problem(TINY, prompt_len, gen_len, **tried), hardware)
     assert fits(found.best.plan, {t: float(n) for t, n in needs.items()})
 
 
@@ -230,20 +240,22 @@ def test_where_everything_fits_nothing_is_offloaded():
     assert policy.w_gpu_percent == policy.cache_gpu_percent == policy.act_gpu_percent == 100
 
 
-def test_lossy_formats_are_used_only_where_allowed():
+@TRIED
+def test_lossy_formats_are_used_only_where_allowed(tried):
     model = model_spec(SIZES["opt-6.7b"], "opt-6.7b", "float16")
     t4 = load_profile("t4")
-    exact = search(Problem(model, 512, 32), t4).best
+    exact = search(Problem(model, 512, 32, **tried), t4).best
     assert not exact.policy.compress_weight and not exact.policy.compress_cache and exact.policy.attn_sparsity == 1
-    lossy = search(Problem(model, 512, 32, allow=frozenset({"4bit"})), t4).best
+    lossy = search(Problem(model, 512, 32, allow=frozenset({"4bit"}), **tried), t4).best
     assert lossy.policy.compress_weight and not lossy.policy.compress_cache
     assert lossy.tokens_per_s > exact.tokens_per_s
     with pytest.raises(PolicyError, match="8bit cannot be allowed; what can is 4bit, 4bit-cache, sparse"):
         Problem(model, 512, 32, allow=frozenset({"8bit"}))
 
 
-def test_a_latency_limit_is_kept_or_refused():
-    problem = Problem(TINY, 64, 16)
+@TRIED
+def test_a_latency_limit_is_kept_or_refused(tried):
+    problem = Problem(TINY, 64, 16, **tried)
     best = search(problem, SMALL_GPU).best
     limited = search(replace(problem, max_latency=best.latency_s / 4), SMALL_GPU).best
     assert limited.latency_s <= best.latency_s / 4

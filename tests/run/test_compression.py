@@ -71,6 +71,7 @@ def store(tmp_path_factory):
     return tmp_path_factory.mktemp("offload")
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("copies", [False, True], ids=["in place", "copied"])
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("percent", PERCENTS)
@@ -78,6 +79,7 @@ def test_every_tier(tiny, store, percent, fmt, copies):
     check(tiny, make_policy((2, 2, *PERCENTS[percent]), fmt), store, copies=copies)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("fmt", ["weights and cache", "all"])
 def test_every_strategy(tiny, store, strategy, fmt):
@@ -85,6 +87,7 @@ def test_every_strategy(tiny, store, strategy, fmt):
     check(tiny, make_policy((2, num_batches, *PERCENTS["a bit of each"]), fmt, overlap=overlap), store, copies=True)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(("sep_layer", "copies"), list(itertools.product([True, False], repeat=2)))
 def test_every_architecture(tiny_models, store, name, sep_layer, copies):
@@ -100,6 +103,7 @@ def test_heads_narrower_than_a_group_are_padded(tmp_path):
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     weights=shares(),

@@ -105,7 +105,8 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Seen:
     def watch(act: Action, op: Op) -> int | None:
         if op.i == 0:
             return act(op)
-        with Watch(seen, op.name):
+        stage = act.args[0]._plan.stages[op.j].spec.kind  # of a computation, the first
+        with Watch(seen, stage if op.name == "compute" else op.name):
             return act(op)
 
     monkeypatch.setattr(Arena, "__init__", make_and_note)
@@ -144,6 +145,7 @@ def run(
         llm.engine.generate(requests, progress=on_step)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("copies", [False, True], ids=["in place", "copied"])
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_a_token_step_allocates_no_tensor(tiny, tmp_path, watched, fmt, copies):
@@ -151,6 +153,7 @@ def test_a_token_step_allocates_no_tensor(tiny, tmp_path, watched, fmt, copies):
     assert watched.calls and not watched.found
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("strategy", ["sequential", "single batch"])
 @pytest.mark.parametrize("place", PLACES)
 def test_under_any_strategy_and_anywhere(tiny, tmp_path, watched, strategy, place):
@@ -158,6 +161,7 @@ def test_under_any_strategy_and_anywhere(tiny, tmp_path, watched, strategy, plac
     assert watched.calls and not watched.found
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("share", [50, 100])
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_nor_where_the_host_attends(tiny, tmp_path, watched, fmt, share):
@@ -178,6 +182,7 @@ def test_nor_does_any_architecture(tiny_models, tmp_path, watched, name):
     assert watched.calls and not watched.found
 
 
+@pytest.mark.grid(cover=[])
 @pytest.mark.parametrize("fmt", ["fp32", "4-bit weights", "4-bit cache", "sparse"])
 def test_nor_do_the_triton_kernels(tiny, tmp_path, watched, monkeypatch, fmt):
     monkeypatch.setattr(implementation, "uses_triton", lambda x: True)
@@ -186,6 +191,7 @@ def test_nor_do_the_triton_kernels(tiny, tmp_path, watched, monkeypatch, fmt):
     assert watched.calls and not watched.found
 
 
+@pytest.mark.grid(cover=[])
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_nor_do_pythons_objects_grow_in_number(tiny, tmp_path, fmt):
     sizes: list[int] = []

@@ -6,6 +6,7 @@ import os
 import subprocess
 import threading
 import time
+from functools import partial
 
 import pytest
 
@@ -30,28 +31,29 @@ OPS = {
     "write_cache": (True, "disk_out"),
 }
 HOSTED_OPS = {  # of a policy that has the host attend
-    "project": "compute",
     "store_query": "d2h",
     "attend_host": "host_attention",
-    "attend": "compute",
     "load_attended": "h2d",
-    "finish": "compute",
 }
+HOSTED_STAGES = ("project", "attend", "finish")  # which it has the device compute apart
 
 
-@pytest.mark.parametrize("name", [*OPS, *HOSTED_OPS])
+@pytest.mark.parametrize("name", [*OPS, *HOSTED_OPS, *HOSTED_STAGES])
 def test_an_error_in_any_lane_ends_the_run_and_names_its_op(tiny, tmp_path, monkeypatch, name):
-    copies, lane = OPS.get(name) or (True, HOSTED_OPS[name])
+    copies, lane = OPS.get(name) or (True, HOSTED_OPS.get(name, "compute"))
+    stage, name = (name, "compute") if name in HOSTED_STAGES else (None, name)
     failed_at: list[float] = []
     actions = Round.actions.fget
 
-    def failing(op):
+    def failing(own, op):
+        if stage and not (op.i and op.stages == 1 and own._plan.stages[op.j].spec.kind == stage):
+            return actions(own)[name](op)
         failed_at.append(time.perf_counter())
         raise OSError(5, "the device is gone")
 
-    monkeypatch.setattr(Round, "actions", property(lambda block: {**actions(block), name: failing}))
+    monkeypatch.setattr(Round, "actions", property(lambda own: {**actions(own), name: partial(failing, own)}))
     threads = threading.active_count()
-    policy = HOSTED if name in HOSTED_OPS else Policy(3, 2, 0, 0, 0, 0, 0, 0)
+    policy = HOSTED if stage or name in HOSTED_OPS else Policy(3, 2, 0, 0, 0, 0, 0, 0)
     with LLM(str(tiny.path), policy=policy, dtype="float32", offload_dir=tmp_path, copies=copies) as llm:
         with pytest.raises(OSError, match="the device is gone") as caught:
             llm.generate(tiny.prompts, GREEDY)

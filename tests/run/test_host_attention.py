@@ -12,7 +12,7 @@ from test_policies import STRATEGIES, check
 from tiny_models import MODELS
 
 from flexgen_triton import LLM, Policy, SamplingParams
-from flexgen_triton.memory.cache import Cache
+from flexgen_triton.memory.cache_places import CachePlaces
 from flexgen_triton.plan.schedule import Lane
 
 PERCENTS = {
@@ -33,6 +33,7 @@ def store(tmp_path_factory):
     return tmp_path_factory.mktemp("offload")
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("percent", PERCENTS)
@@ -42,6 +43,7 @@ def test_tokens_are_transformers_tokens(tiny, tmp_path, percent, strategy, share
     check(tiny, attending(policy, share), tmp_path, copies=True)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("percent", PERCENTS)
@@ -49,6 +51,7 @@ def test_every_format(tiny, store, percent, fmt, share):
     check_format(tiny, attending(make_policy((2, 2, *PERCENTS[percent]), fmt), share), store, copies=True)
 
 
+@pytest.mark.grid(cover=["attended"])
 @pytest.mark.parametrize("attended", [False, True], ids=["sent", "a share attended"])
 @pytest.mark.parametrize("fmt", ["plain", "cache", "sparse", "all"])
 @pytest.mark.parametrize("percent", PERCENTS)
@@ -60,6 +63,7 @@ def test_open_blocks_may_stay_on_the_device(tiny, store, percent, fmt, attended)
     check_format(tiny, attending(policy, 40) if attended else policy, store, copies=True, new_tokens=40)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("sep_layer", [True, False])
 def test_every_architecture(tiny_models, tmp_path, name, sep_layer):
@@ -84,7 +88,7 @@ def test_a_query_goes_down_and_an_answer_up_and_no_cache_moves(tiny, tmp_path):
     (plan,) = report.plans
     model = plan.model
     row = model.hidden * model.itemsize
-    steps, layers = 5, sum(layer.has_cache for layer in plan.layers)
+    steps, layers = 5, len(plan.cached_stages)
     decode = [s.op for s in report.timeline.spans if s.op.i]
     down, up = (sum(op.bytes for op in decode if op.lane is lane) for lane in (Lane.D2H, Lane.H2D))
     assert (down, up) == tuple(steps * layers * len(tiny.prompts) * n * row for n in (3, 1))
@@ -100,8 +104,8 @@ def test_decode_stores_only_whole_blocks(tiny, tmp_path, percent):
     report = run(tiny, tmp_path, policy)
     (plan,) = report.plans
     layout, groups = plan.cache_layout, plan.groups[0].cache
-    layers = sum(layer.has_cache for layer in plan.layers)
-    away = [len(p) for p in sorted(tiny.prompts, key=len, reverse=True)][groups.host.first :]
+    layers = len(plan.cached_stages)
+    away = [len(p) for p in sorted(tiny.prompts, key=len, reverse=True)][groups.sent.first :]
     filled = {i: sum((n + i) % layout.page_tokens == 0 for n in away) for i in range(1, 5)}  # the sixth token's is not
     stored = [s.op for s in report.timeline.spans if s.op.i and s.op.lane is Lane.D2H]
     assert sum(filled.values()) > 0
@@ -111,34 +115,37 @@ def test_decode_stores_only_whole_blocks(tiny, tmp_path, percent):
 
 def test_of_the_hosts_sequences_the_share_is_attended_there(tiny, tmp_path):
     report = run(tiny, tmp_path, attending(Policy(7, 1, 100, 0, 0, 100, 100, 0), 43))
-    assert report.plans[0].groups[0].cache.attended.size == 3
-    names = {s.op.name for s in report.timeline.spans if s.op.i}
-    assert {"attend", "attend_host", "load_cache", "load_attended"} <= names
+    assert report.plans[0].groups[0].cache.attended_by_host.size == 3
+    decode = [s.op for s in report.timeline.spans if s.op.i]
+    assert {"attend_host", "load_cache", "load_attended"} <= {op.name for op in decode}
+    attends = {op.j for op in decode if op.name == "compute" and op.stages == 1} & set(report.plans[0].cached_stages)
+    assert attends == set(report.plans[0].cached_stages), "the device attends to the others, apart"
 
 
 def test_the_home_is_what_the_host_attends_to(tiny, tmp_path, monkeypatch):
     """With the home wiped before each use, tokens are no longer the reference's: no other copy is read."""
-    whole = Cache.attended
+    whole = CachePlaces.attended
 
     def wipe(self, op):
-        self._attended[op.j, op.k].zero_()
+        (group,) = self._plan.groups[op.k].cache.attended_by_host
+        self._homes[op, group].memory.zero_()
         return whole(self, op)
 
-    monkeypatch.setattr(Cache, "attended", wipe)
+    monkeypatch.setattr(CachePlaces, "attended", wipe)
     with pytest.raises(AssertionError):
         check(tiny, attending(Policy(2, 2, 100, 0, 0, 100, 100, 0), 100), tmp_path, copies=True)
 
 
 def test_sequences_that_end_sooner_than_planned_are_no_longer_read(tiny, tmp_path, monkeypatch):
     lens: list[torch.Tensor] = []
-    whole = Cache.attended
+    whole = CachePlaces.attended
 
     def watched(self, op):
         found = whole(self, op)
-        lens.append(found.segments[0].lens.clone())
+        lens.append(found[0].segments[0].lens.clone())
         return found
 
-    monkeypatch.setattr(Cache, "attended", watched)
+    monkeypatch.setattr(CachePlaces, "attended", watched)
     policy = attending(Policy(7, 1, 100, 0, 0, 100, 100, 0), 100)
     stop = tiny.tokens[3][2]
     with LLM(str(tiny.path), policy=policy, dtype="float32", offload_dir=tmp_path, copies=True) as llm:

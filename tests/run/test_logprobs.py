@@ -31,7 +31,7 @@ def test_they_are_those_of_transformers(tiny_models, tmp_path, copies, head):
         for n in range(len(tiny.prompts))
     ]  # fmt: skip
     with LLM(str(tiny.path), policy=Policy(3, 2, *SPREAD), dtype="float32", offload_dir=tmp_path, copies=copies) as llm:
-        assert sum(layer.is_head for layer in llm.engine.spec.layers(False)) > 1 or not head
+        assert sum(bundle.is_head for bundle in llm.engine.spec.bundles(False)) > 1 or not head
         outputs = llm.generate(tiny.prompts, params)
     model = OPTForCausalLM.from_pretrained(tiny.path, dtype=torch.float32).eval()
     for output, asked, prompt in zip(outputs, params, tiny.prompts, strict=True):

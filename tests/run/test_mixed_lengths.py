@@ -77,6 +77,7 @@ def check(mixed: Mixed, outputs: list[RequestOutput]) -> None:
             assert output.outputs[0].finish_reason == "stop"
 
 
+@pytest.mark.grid(cover=["overlap"])
 @pytest.mark.parametrize("overlap", [True, False], ids=["overlap", "sequential"])
 @pytest.mark.parametrize("num_gpu_batches", [1, 2, 3, 4])
 def test_tokens_are_transformers_tokens(mixed, tmp_path, num_gpu_batches, overlap):
@@ -86,6 +87,7 @@ def test_tokens_are_transformers_tokens(mixed, tmp_path, num_gpu_batches, overla
         check(mixed, llm.generate(mixed.prompts, mixed.params))
 
 
+@pytest.mark.grid(cover=[])
 @pytest.mark.parametrize("num_gpu_batches", [1, 3])
 def test_a_stream_gives_the_same(mixed, tmp_path, num_gpu_batches, monkeypatch):
     """Few are read ahead, so that the pool is refilled between blocks."""

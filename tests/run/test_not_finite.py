@@ -71,6 +71,7 @@ def run(source: str, folder: Path, prompts, *, policy=SPREAD, copies=True, **mor
         return llm.generate(prompts, GREEDY)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("copies", [False, True], ids=["in place", "copied"])
 @pytest.mark.parametrize("place", PLACES)
 def test_a_bad_row_fails_the_prompts_that_use_it_and_no_other(tiny, tmp_path, place, copies):

@@ -55,6 +55,7 @@ def check(tiny: Tiny, policy: Policy, offload_dir: Path, *, copies: bool) -> Non
         assert error < 2e-5, f"prompt {n}: relative error {error:.1e}"
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("copies", [False, True], ids=["in place", "copied"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("percent", PERCENTS)
@@ -63,6 +64,7 @@ def test_tokens_are_transformers_tokens(tiny, tmp_path, percent, strategy, copie
     check(tiny, Policy(2, num_batches, *PERCENTS[percent], overlap=overlap), tmp_path, copies=copies)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(("sep_layer", "copies"), list(itertools.product([True, False], repeat=2)))
 def test_every_architecture(tiny_models, tmp_path, name, sep_layer, copies):
@@ -74,6 +76,7 @@ def shares() -> st.SearchStrategy[tuple[int, int]]:
     return st.tuples(st.integers(0, 100), st.integers(0, 100)).filter(lambda p: sum(p) <= 100)
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     weights=shares(),

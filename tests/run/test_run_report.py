@@ -11,13 +11,13 @@ from flexgen_triton.plan.cost import seconds
 from flexgen_triton.plan.hardware import load_profile
 from flexgen_triton.plan.link import Span, simulate
 from flexgen_triton.plan.plan import make_plan
-from flexgen_triton.plan.schedule import Lane, Op
+from flexgen_triton.plan.schedule import Kind, Lane, Op
 from flexgen_triton.plan.spec import Workload
 from flexgen_triton.run.trace import Timeline
 
 
 def span(lane: Lane, start: float, end: float, i: int = 0) -> Span:
-    return Span(Op(lane, "op", i, 0, 0, bytes=10), start, end)
+    return Span(Op(Kind("op", lane), i, 0, 0, bytes=10), start, end)
 
 
 def test_bound_and_exposed_time_by_hand():

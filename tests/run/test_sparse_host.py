@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,10 +12,13 @@ from test_compression import check, make_policy
 
 from flexgen_triton.memory.buffers import Buffers, Sizes
 from flexgen_triton.memory.cache import Cache
+from flexgen_triton.memory.cache_homes import CacheHomes
+from flexgen_triton.memory.cache_places import CachePlaces
 from flexgen_triton.memory.disk import DiskQueue
 from flexgen_triton.memory.stripes import Folders
 from flexgen_triton.models.family import model_spec
 from flexgen_triton.models.opt import opt_config
+from flexgen_triton.plan.placement import Tier
 from flexgen_triton.plan.plan import Plan, make_plan
 from flexgen_triton.plan.policy import Policy
 from flexgen_triton.plan.schedule import Op
@@ -34,26 +37,33 @@ def plan_of(percent: tuple[int, int], sparsity: float, *, is_4bit: bool) -> Plan
     return make_plan(model_spec(CONFIG, "tiny", "float16"), policy, Workload((Batch(LENS, 4),)), host_is_apart=True)
 
 
+def none_ended(plan: Plan) -> Callable[[int], list[bool]]:
+    return lambda k: [False] * plan.workload.batches[k].size
+
+
 @contextmanager
-def filled(plan: Plan, folder: Path) -> Iterator[tuple[Cache, Buffers]]:
+def filled(plan: Plan, folder: Path) -> Iterator[tuple[Cache, CachePlaces, Buffers]]:
     """A cache whose homes on the host hold nothing but K, V and OPEN."""
     disk = DiskQueue(threads=1)
     buffers = Buffers(Sizes.of(plan), device=torch.device("cpu"), folders=Folders.of(folder))
-    cache = Cache(plan, buffers, disk, lambda k: [False] * plan.workload.batches[k].size)
-    for home, buffer in cache._host.items():
-        row = plan.groups[home[1]].cache.host.size * plan.cache_layout.half
-        halves = buffer.view(plan.cache_home_pages(home[1]), 2, row)
-        halves[:, 0], halves[:, 1] = K, V
-        cache._open[home].fill_(OPEN)
+    homes = CacheHomes(plan, buffers)
+    cache = Cache(plan, homes, buffers, disk, none_ended(plan))
+    for home in homes._homes.values():
+        if home.group.tier is Tier.HOST:
+            halves = home.memory.view(plan.cache_home_pages(0), 2, home.group.size * plan.cache_layout.half)
+            halves[:, 0], halves[:, 1] = K, V
+        elif home.group.tier is Tier.DISK:
+            home.memory.fill_(OPEN)
     try:
-        yield cache, buffers
+        yield cache, CachePlaces(plan, homes, buffers.uploads, none_ended(plan)), buffers
     finally:
         buffers.close()
         disk.close()
 
 
 def op_named(plan: Plan, name: str) -> Op:
-    return next(op for op in plan.generator if op.name == name and op.i == STEP and plan.program.has_cache[op.j])
+    attention = plan.cached_stages[0]
+    return next(op for op in plan.generator if op.name == name and op.i == STEP and op.j <= attention <= op.last)
 
 
 def load(plan: Plan, cache: Cache, buffers: Buffers) -> torch.Tensor:
@@ -71,9 +81,9 @@ def load(plan: Plan, cache: Cache, buffers: Buffers) -> torch.Tensor:
 def test_as_many_bytes_are_copied_as_planned(tmp_path, percent, is_4bit, sparsity):
     plan = plan_of(percent, sparsity, is_4bit=is_4bit)
     traffic, layout = plan.cache_traffic(STEP, 0), plan.cache_layout
-    with filled(plan, tmp_path) as (cache, buffers):
+    with filled(plan, tmp_path) as (cache, _, buffers):
         counts = torch.bincount(load(plan, cache, buffers), minlength=5).tolist()
-    _, _, host, disk = plan.groups[0].cache
+    host, disk = plan.groups[0].cache.sent_by_host, plan.groups[0].cache.on_disk
     blocks = sum(layout.pages(n) for n in host.cached(STEP))
     assert counts[K] == blocks * layout.half
     assert counts[V] == (0 if sparsity < 1 else blocks * layout.half)
@@ -88,21 +98,22 @@ def test_attention_is_handed_k_from_the_ring_and_v_at_home(tmp_path, percent, is
     """The host's sequences are; the disk's come from the ring, the newest token of each from the slot `cache_out`."""
     plan = plan_of(percent, 0.1, is_4bit=is_4bit)
     op = op_named(plan, "compute")
-    with filled(plan, tmp_path) as (cache, buffers):
+    with filled(plan, tmp_path) as (cache, places, buffers):
         slot = load(plan, cache, buffers)
         out = buffers.slot(next(s for s in op.writes if s.ring == "cache_out"))
-        gpu, _, host, _ = plan.groups[0].cache
-        home = cache._host[op.j, op.k]
-        for group, segments in cache.segments(op, slot, out)[1 if gpu.size else 0 :]:
+        for group, segments in places.segments(op, slot, out):
+            if group.tier is Tier.GPU:
+                continue
+            home = cache._homes[op, group].memory
             *earlier, newest = segments
             assert all(within(f, out) for f in (*newest.k, *newest.v))
             for s in earlier:
                 assert all(within(f, slot) for f in s.k)
-                assert all(within(f, home if group is host else slot) for f in s.v)
+                assert all(within(f, home if group.tier is Tier.HOST else slot) for f in s.v)
                 assert [f.shape for f in s.k] == [f.shape for f in s.v]
-            if group is host:
+            if group.tier is Tier.HOST:
                 assert len(earlier) == 1
-                assert earlier[0].lens.tolist() == list(host.cached(STEP))
+                assert earlier[0].lens.tolist() == list(group.cached(STEP))
                 assert content(earlier[0].k[0], earlier[0].lens) == {K}
                 assert content(earlier[0].v[0], earlier[0].lens) == {V}
 
@@ -120,6 +131,7 @@ def content(field: torch.Tensor, lens: torch.Tensor) -> set[int]:
     return found
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("overlap", [True, False], ids=["overlap", "serial"])
 @pytest.mark.parametrize("fmt", ["sparse", "all"])
 @pytest.mark.parametrize("percent", [(0, 100), (30, 40), (0, 60)], ids=["host", "each", "host and disk"])
@@ -135,8 +147,8 @@ def test_the_home_is_what_sparse_attention_reads(tiny, tmp_path, monkeypatch):
 
     def wipe(self: Cache, op: Op, staged: torch.Tensor | None, into: torch.Tensor) -> None:
         whole(self, op, staged, into)
-        size = self._plan.groups[op.k].cache.host.size
-        self._host[op.j, op.k].view(-1, 2, size * self._layout.half)[:, 1] = 0
+        (group,) = self._plan.groups[op.k].cache.sent_by_host
+        self._homes[op, group].memory.view(-1, 2, group.size * self._layout.half)[:, 1] = 0
 
     monkeypatch.setattr(Cache, "load", wipe)
     with pytest.raises(AssertionError):

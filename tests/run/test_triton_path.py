@@ -20,12 +20,14 @@ def on_triton(monkeypatch):
     monkeypatch.setattr(implementation, "uses_triton", lambda x: "HOST" not in threading.current_thread().name)
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.grid(cover=[])
+@pytest.mark.parametrize("fmt", sorted(FORMATS, key="sparse".__ne__))  # the quickest is first
 def test_the_kernels_give_the_plain_models_tokens(tiny, tmp_path, fmt):
     check(replace(tiny, prompts=SHORT), make_policy((3, 1, *PERCENT), fmt), tmp_path, copies=True, new_tokens=3)
 
 
-@pytest.mark.parametrize("fmt", ["weights", "cache"])
+@pytest.mark.grid(cover=[])
+@pytest.mark.parametrize("fmt", ["cache", "weights"])
 def test_they_and_the_hosts_own_kernels_give_them_together(tiny, tmp_path, fmt):
     """Sequences on the GPU, attended on the host, sent from there and from disk; open blocks on the GPU."""
     long = [[n % 90 + 5 for n in range(22)], *SHORT]

@@ -8,6 +8,7 @@ import pytest
 
 from flexgen_triton.models.family import config_by_name, model_spec
 from flexgen_triton.plan.generator import Generator
+from flexgen_triton.plan.placement import Tier
 from flexgen_triton.plan.plan import Plan, make_plan
 from flexgen_triton.plan.policy import Policy
 from flexgen_triton.sequences.batching import divide, workload
@@ -47,21 +48,22 @@ def moved(plan: Plan) -> dict[str, int]:
 
 def useful(plan: Plan) -> dict[str, int]:
     """The same if every token's K and V moved by themselves: all cached ones at each step, each new one once."""
-    layers, token = sum(layer.has_cache for layer in plan.layers), plan.cache_layout.token_bytes
+    layers, token = len(plan.cached_stages), plan.cache_layout.token_bytes
     total = dict.fromkeys(CACHE_OPS, 0)
     for groups in plan.groups:
-        for group in (groups.cache.host, groups.cache.disk):
+        for group in groups.cache.sent:
             for p, n in zip(group.prompt_lens, group.asked, strict=True):
                 read = sum(p + step - 1 for step in range(1, n)) * layers * token
                 new = (p + n - 2) * layers * token  # the last two tokens are nobody's past, or only their own
                 total["load_cache"] += read
                 total["store_cache"] += new
-                if group is groups.cache.disk:
+                if group.tier is Tier.DISK:
                     total["read_cache"] += read
                     total["write_cache"] += new
     return total
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("shortest", [25, 50, 120])
 @pytest.mark.parametrize("cache", TIERS.values(), ids=TIERS)
 def test_of_the_cache_little_moves_in_vain(cache, shortest):

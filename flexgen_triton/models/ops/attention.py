@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels.formats import KVSegment, quantize_kv
-from ...memory.cache import Fields, PromptTarget, Segment, TokenTarget
+from ...memory.cache_homes import Fields
+from ...memory.cache_places import PromptTarget, Segment, TokenTarget
 from ...memory.scratch import Scratch
 from . import implementation
 

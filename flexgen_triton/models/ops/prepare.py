@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ...memory.cache import Segment, TokenTarget
+from ...memory.cache_places import Segment, TokenTarget
 from ...plan.formats import Field, WeightFormat
 from ...plan.spec import ModelSpec
 from .attention import decode_attention, sparse_decode_attention, write_tokens
