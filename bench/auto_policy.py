@@ -65,10 +65,8 @@ def in_place(policy: Policy, *, host_is_apart: bool) -> Policy:
 
 def name(policy: Policy) -> str:
     """`16x4 0 50 0 100 100 0`."""
-    p = policy
-    percent = (p.w_gpu_percent, p.w_cpu_percent, p.cache_gpu_percent, p.cache_cpu_percent)
-    shares = " ".join(f"{x:g}" for x in (*percent, p.act_gpu_percent, p.act_cpu_percent))
-    return f"{p.gpu_batch_size}x{p.num_gpu_batches} {shares}"
+    shares = " ".join(f"{x:g}" for x in policy.percent)
+    return f"{policy.gpu_batch_size}x{policy.num_gpu_batches} {shares}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,7 @@ import kernel_speed
 from flexgen_triton import LLM, Policy, SamplingParams
 from flexgen_triton.commands.bench import random_prompts
 from flexgen_triton.commands.figures import lanes_json, predicted_json, timing
+from flexgen_triton.commands.options import policy_flags
 from flexgen_triton.machine.auto import predict_run
 from flexgen_triton.machine.measure import measure
 from flexgen_triton.memory.arena import Arena
@@ -63,16 +64,8 @@ class Case:
 
     @property
     def name(self) -> str:
-        p = self.policy
-        shares = (p.w_gpu_percent, p.w_cpu_percent, p.cache_gpu_percent, p.cache_cpu_percent)
-        percent = " ".join(f"{x:g}" for x in (*shares, p.act_gpu_percent, p.act_cpu_percent))
-        shape = f"{p.gpu_batch_size}x{p.num_gpu_batches} {self.prompt_len}/{self.gen_len}"
-        formats = ("4-bit weights",) * p.compress_weight + ("4-bit cache",) * p.compress_cache
-        sparse = (f"{p.attn_sparsity:.0%} of V",) * (p.attn_sparsity < 1)
-        attention = (f"{p.cpu_attention_percent:g} % attended on the host",) * p.cpu_cache_compute
-        others = ("sequential",) * (not p.overlap) + ("open pages kept",) * p.keep_open_pages
         limit = (f"within {self.gpu_memory}",) if self.gpu_memory else ()
-        return " ".join((self.model, shape, f"[{percent}]", *others, *formats, *sparse, *attention, *limit))
+        return " ".join((self.model, f"{self.prompt_len}/{self.gen_len}", *policy_flags(self.policy), *limit))
 
 
 HEADLINE = Policy(48, 3, 20, 80, 0, 100, 0, 100, cpu_cache_compute=True)  # FlexGen's for OPT-30B (ICML 2023, table 2)

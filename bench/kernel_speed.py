@@ -259,17 +259,6 @@ def dequantize(model: Model, matrix: str) -> Problem:
     return Problem(f"dequantize {model.name} {rows}x{columns}", moved, 0, 8 * rows * columns, make, targets)
 
 
-def quantize(model: Model, matrix: str) -> Problem:
-    rows, columns = model.matrices[matrix]
-
-    def make(device: torch.device, dtype: torch.dtype) -> Setup:
-        dense = _weight(rows, columns, device, dtype)[2]
-        return Setup(lambda: quant.quantize_weight(dense, GROUP))
-
-    moved = weight_bytes(rows, columns) + 2 * rows * columns
-    return Problem(f"quantize {model.name} {rows}x{columns}", moved, 0, 8 * rows * columns, make)
-
-
 # Attention
 
 
@@ -385,26 +374,25 @@ def prefill(model: Model, batch: int, length: int) -> Problem:
 
 
 def norm(model: Model, m: int) -> Problem:
-    """Layer norm with residual and group sums, as in front of a 4-bit linear layer."""
+    """Layer norm of the hidden states of M tokens."""
     width = model.hidden
 
     def make(device: torch.device, dtype: torch.dtype) -> Setup:
-        x, residual = torch.randn(2, m, width, device=device).to(dtype)
+        x = torch.randn(m, width, device=device).to(dtype)
         weight, bias = torch.randn(2, width, device=device).to(dtype)
-        torchs = {"torch": lambda: F.layer_norm(x + residual, (width,), weight, bias)}
-        return Setup(lambda: layer_norm(x, weight, bias, residual=residual, group_size=GROUP), torchs)
+        torchs = {"torch": lambda: F.layer_norm(x, (width,), weight, bias)}
+        return Setup(lambda: layer_norm(x, weight, bias), torchs)
 
-    moved = 8 * m * width + 4 * m * (width // GROUP)
+    moved = 4 * m * width
     return Problem(f"layer norm {model.name} M={m}", moved, 0, 4 * moved, make)
 
 
 def write(model: Model, batch: int, length: int, *, four_bits: bool) -> Problem:
-    """K and V of whole prompts (length > 1) or of one token of every sequence, with biases, to the cache."""
+    """K and V of whole prompts (length > 1) or of one token of every sequence, to the cache."""
     heads, dim = model.heads, model.head_dim
 
     def make(device: torch.device, dtype: torch.dtype) -> Setup:
         k, v = torch.randn(batch * length, 2, heads, dim, device=device).to(dtype).unbind(1)
-        bias = torch.randn(heads * dim, device=device).to(dtype)
         room = max(length, 8 * PAGE_TOKENS)
         if four_bits:
             cache = _cache_q4(batch, heads, dim, room, device)
@@ -413,9 +401,9 @@ def write(model: Model, batch: int, length: int, *, four_bits: bool) -> Problem:
         fields = (cache.k, cache.v)
         if length > 1:
             lens = (length,) * batch
-            return Setup(lambda: write_prompt_kv(k, v, *fields, lens, k_bias=bias, v_bias=bias))
+            return Setup(lambda: write_prompt_kv(k, v, *fields, lens))
         positions = torch.randint(room, (batch,), dtype=torch.int32, device=device)
-        return Setup(lambda: append_kv(k, v, *fields, positions, k_bias=bias, v_bias=bias))
+        return Setup(lambda: append_kv(k, v, *fields, positions))
 
     source, target = (kv_bytes(model, batch, length, four_bits=x) for x in (False, four_bits))
     name = f"write {'4' if four_bits else '16'}-bit {model.name} {batch}x{length}"
@@ -435,7 +423,7 @@ def problems(
     for model in models:
         for matrix in model.matrices:
             found["linears"] += [linear(model, matrix, m) for m in ms]
-            found["linears"] += [dequantize(model, matrix), quantize(model, matrix)]
+            found["linears"].append(dequantize(model, matrix))
         for kind in (decode_16bit, decode_4bit, decode_sparse):
             found["decode"] += [kind(model, *shape) for shape in shapes]
         found["decode"].append(decode_sparse_host(model, batches[len(batches) // 2], lengths[-1]))
@@ -466,17 +454,15 @@ def _verdict(name: str, error: float, bound: float) -> Row:
 def check_linear(
     model: Model, matrix: str, ms: Sequence[int], device: torch.device, dtype: torch.dtype
 ) -> Iterator[Row]:
-    """Quantisation, dequantisation and the product, at most twice as far from fp64 as torch in 16 bits."""
+    """Dequantisation and the product, at most twice as far from fp64 as torch in 16 bits."""
     rows, columns = model.matrices[matrix]
     weight = torch.randn(rows, columns, device=device).to(dtype) / columns**0.5
-    codes, scales = quant.quantize_weight(weight, GROUP)
-    want = formats.dequantize_weight(*formats.quantize_weight(weight, GROUP), rows, columns, torch.float32)
+    codes, scales = formats.quantize_weight(weight, GROUP)
     got = formats.dequantize_weight(codes, scales, rows, columns, torch.float32)
     name = f"{model.name} {matrix}"
-    yield _verdict(f"quantize {name}", _error(got, weight), 1.01 * _error(want, weight))
     dense = quant.dequantize_weight(codes, scales, rows, columns, dtype)
     yield _verdict(f"dequantize {name}", _error(dense, got), 1.5 * _error(got.to(dtype), got))
-    del want, got, weight
+    del got, weight
     for m in ms:
         x, bias = torch.randn(m, columns, device=device).to(dtype), torch.randn(rows, device=device).to(dtype)
         residual = torch.randn(m, rows, device=device).to(dtype)
@@ -531,13 +517,11 @@ def _rounding(truth: Tensor, dtype: torch.dtype) -> float:
 
 
 def check_norm(model: Model, device: torch.device, dtype: torch.dtype) -> Iterator[Row]:
-    x, residual = torch.randn(2, 5, model.hidden, device=device).to(dtype)
+    x = torch.randn(5, model.hidden, device=device).to(dtype)
     weight, bias = torch.randn(2, model.hidden, device=device).to(dtype)
-    got = layer_norm(x, weight, bias, residual=residual, group_size=GROUP)
-    truth = layer_norm_ref((x + residual).double(), weight.double(), bias.double())
-    yield _verdict(f"layer norm {model.name}", _error(got.y, truth.y), 2 * _error(truth.y.to(dtype), truth.y) + 1e-6)
-    sums = layer_norm_ref(x, weight, bias, residual=residual, group_size=GROUP).sums
-    yield _verdict(f"group sums {model.name}", _error(got.sums, sums), 2e-3)
+    truth = layer_norm_ref(x.double(), weight.double(), bias.double())
+    error = _error(layer_norm(x, weight, bias), truth)
+    yield _verdict(f"layer norm {model.name}", error, 2 * _error(truth.to(dtype), truth) + 1e-6)
 
 
 def correctness(device: torch.device, dtype: torch.dtype, memory_bytes: int) -> Iterator[Row]:

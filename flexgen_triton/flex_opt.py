@@ -21,7 +21,6 @@ from rich.console import Console
 from .commands import figures
 from .commands.bench import DEBUG_MODES, FEWER_STEPS, log_name
 from .commands.options import flags_policy
-from .kernels.sizes import KV_GROUP
 from .llm import DEFAULT_OFFLOAD_DIR, LLM
 from .models.locate import DUMMY
 from .opt_config import OptConfig, download_opt_weights, get_opt_config
@@ -194,9 +193,7 @@ def add_parser_arguments(parser: argparse.ArgumentParser) -> None:
 
 def get_filename(args: argparse.Namespace) -> str:
     """The log's automatic name, without its ending, for the flags of `add_parser_arguments`."""
-    ours = {"group_size": KV_GROUP, "cpu_attention_percent": 100, "keep_open_pages": False}
-    policy = flags_policy({**ours, **vars(args)})
-    return log_name(args.model, policy, prompt_len=args.prompt_len, gen_len=args.gen_len)
+    return log_name(args.model, flags_policy(vars(args)), prompt_len=args.prompt_len, gen_len=args.gen_len)
 
 
 if __name__ == "__main__":

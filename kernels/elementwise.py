@@ -1,14 +1,10 @@
-"""Small kernels around the large ones: sums of column groups, and the writing of K and V into the cache.
+"""The writing of K and V into the cache.
 
-**Group sums**: of x [M, K] over each G columns, what a 4-bit product multiplies its minima with (matmul_q4.py).
-
-**Writing K and V**: bias, quantisation to P16 (formats.py) and the scatter into pages in one pass over k and v
-[N, Hkv, D]. `fields` are a cache segment's `k` or `v`: (values [pages, B, Hkv, T, D],), or P16's codes int16
-[pages, B, Hkv, T, P/4] and scales fp16 [pages, B, Hkv, T, P/64, 2]. Token n of sequence b at position p goes to page
-p // T, place p % T. A program takes BLOCK_N tokens of one head, because a head's tokens lie one behind the other in
-the cache: a prompt's writes become whole lines.
-
-A bias is added in fp32 and the sum rounded once, by the cache's format.
+Quantisation to P16 (formats.py) and the scatter into pages are one pass over k and v [N, Hkv, D]. `fields` are a cache
+segment's `k` or `v`: (values [pages, B, Hkv, T, D],), or P16's codes int16 [pages, B, Hkv, T, P/4] and scales fp16
+[pages, B, Hkv, T, P/64, 2]. Token n of sequence b at position p goes to page p // T, place p % T. A program takes
+BLOCK_N tokens of one head, because a head's tokens lie one behind the other in the cache: a prompt's writes become
+whole lines.
 """
 
 from __future__ import annotations
@@ -16,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -30,36 +25,6 @@ _LEVELS = tl.constexpr(LEVELS)
 _SMALLEST = tl.constexpr(SMALLEST_SCALE)
 _TWO_23 = tl.constexpr(2.0**23)
 BLOCK_N = 16  # tokens of one head in a program: 4 KiB read with D = 128; not yet timed
-SUM_COLUMNS = 1024  # of a program of the group sums
-
-
-@triton.jit
-def _group_sums_kernel(x_ptr, out_ptr, stride_xm, K, GROUP: tl.constexpr, BLOCK_K: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    offs = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    x = tl.load(x_ptr + row * stride_xm + offs, mask=offs < K, other=0.0).to(tl.float32)
-    sums = tl.sum(x.reshape([BLOCK_K // GROUP, GROUP]), 1)
-    groups = tl.cdiv(K, GROUP)
-    offs_g = tl.program_id(1) * (BLOCK_K // GROUP) + tl.arange(0, BLOCK_K // GROUP)
-    tl.store(out_ptr + row * groups + offs_g, sums, mask=offs_g < groups)
-
-
-def group_sums(x: Tensor, group_size: int) -> Tensor:
-    """Sums over each `group_size` (a power of two) columns, the last group perhaps short: [M, K] -> fp32 [M, K/G]."""
-    rows, columns = x.shape
-    assert x.stride(1) == 1, x.stride()
-    out = torch.empty(rows, -(-columns // group_size), dtype=torch.float32, device=x.device)
-    if rows:
-        block_k = max(group_size, min(SUM_COLUMNS, triton.next_power_of_2(columns)))
-        grid = (rows, triton.cdiv(columns, block_k))
-        _group_sums_kernel[grid](x, out, x.stride(0), columns, GROUP=group_size, BLOCK_K=block_k, num_warps=4)
-    return out
-
-
-def group_sums_ref(x: Tensor, group_size: int) -> Tensor:
-    """The specification of `group_sums`."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return F.pad(wide, (0, -x.shape[1] % group_size)).unflatten(1, (-1, group_size)).sum(2).float()
 
 
 @triton.jit
@@ -76,15 +41,10 @@ def _tokens(sequences_ptr, positions_ptr, N, TOKENS, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _load_tokens(x_ptr, bias_ptr, stride_xn, stride_xh, token, mask, offs_d, D: tl.constexpr):
-    # [BLOCK_N, BLOCK_D] of one head: as stored without a bias, in fp32 with one; what lies behind D is 0
-    head = tl.program_id(1)
-    ptrs = x_ptr + token[:, None] * stride_xn + head.to(tl.int64) * stride_xh + offs_d[None, :]
-    x = tl.load(ptrs, mask=mask[:, None] & (offs_d < D)[None, :], other=0.0)
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + head * D + offs_d, mask=offs_d < D, other=0.0)
-        x = x.to(tl.float32) + bias.to(tl.float32)[None, :]
-    return x
+def _load_tokens(x_ptr, stride_xn, stride_xh, token, mask, offs_d, D: tl.constexpr):
+    # [BLOCK_N, BLOCK_D] of one head; what lies behind D is 0
+    ptrs = x_ptr + token[:, None] * stride_xn + tl.program_id(1).to(tl.int64) * stride_xh + offs_d[None, :]
+    return tl.load(ptrs, mask=mask[:, None] & (offs_d < D)[None, :], other=0.0)
 
 
 @triton.jit
@@ -114,8 +74,6 @@ def _quantize(x, offs_d, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.con
 def _write_kv_kernel(
     k_ptr,
     v_ptr,
-    k_bias_ptr,
-    v_bias_ptr,
     k_values_ptr,
     v_values_ptr,
     sequences_ptr,
@@ -137,10 +95,10 @@ def _write_kv_kernel(
     offs = row[:, None] + offs_d[None, :]
     mask_d = mask[:, None] & (offs_d < D)[None, :]
     if tl.program_id(2) == 0:
-        x = _load_tokens(k_ptr, k_bias_ptr, stride_xn, stride_xh, token, mask, offs_d, D)
+        x = _load_tokens(k_ptr, stride_xn, stride_xh, token, mask, offs_d, D)
         tl.store(k_values_ptr + offs, x.to(k_values_ptr.dtype.element_ty), mask=mask_d)
     else:
-        x = _load_tokens(v_ptr, v_bias_ptr, stride_xn, stride_xh, token, mask, offs_d, D)
+        x = _load_tokens(v_ptr, stride_xn, stride_xh, token, mask, offs_d, D)
         tl.store(v_values_ptr + offs, x.to(v_values_ptr.dtype.element_ty), mask=mask_d)
 
 
@@ -160,8 +118,6 @@ def _store_q4(
 def _write_kv_q4_kernel(
     k_ptr,
     v_ptr,
-    k_bias_ptr,
-    v_bias_ptr,
     k_codes_ptr,
     v_codes_ptr,
     k_scales_ptr,
@@ -188,10 +144,10 @@ def _write_kv_q4_kernel(
     code = page * stride_ck + sequence * stride_cb + head * stride_ch + place * (P // 4)
     scale = page * stride_sk + sequence * stride_sb + head * stride_sh + place * (P // _GROUP * 2)
     if tl.program_id(2) == 0:
-        x = _load_tokens(k_ptr, k_bias_ptr, stride_xn, stride_xh, token, mask, offs_d, D)
+        x = _load_tokens(k_ptr, stride_xn, stride_xh, token, mask, offs_d, D)
         _store_q4(x, k_codes_ptr, k_scales_ptr, code, scale, mask, offs_d, D, BLOCK_N, P)
     else:
-        x = _load_tokens(v_ptr, v_bias_ptr, stride_xn, stride_xh, token, mask, offs_d, D)
+        x = _load_tokens(v_ptr, stride_xn, stride_xh, token, mask, offs_d, D)
         _store_q4(x, v_codes_ptr, v_scales_ptr, code, scale, mask, offs_d, D, BLOCK_N, P)
 
 
@@ -204,16 +160,13 @@ def append_kv(
     k_fields: Fields,
     v_fields: Fields,
     positions: Tensor,
-    *,
-    k_bias: Tensor | None = None,
-    v_bias: Tensor | None = None,
 ) -> None:
     """Write one token of every sequence, k and v [B, Hkv, D], at `positions` int32 [B] (on the device) of the cache.
 
-    Biases are [Hkv * D]. K and V are laid out alike: their strides, and those of their fields, are equal.
+    K and V are laid out alike: their strides, and those of their fields, are equal.
     """
     assert positions.dtype == torch.int32 and positions.shape == (len(k),) and positions.is_contiguous()
-    _write_kv(k, v, k_fields, v_fields, None, positions, k_bias, v_bias)
+    _write_kv(k, v, k_fields, v_fields, None, positions)
 
 
 def write_prompt_kv(
@@ -222,18 +175,15 @@ def write_prompt_kv(
     k_fields: Fields,
     v_fields: Fields,
     lens: Sequence[int],
-    *,
-    k_bias: Tensor | None = None,
-    v_bias: Tensor | None = None,
 ) -> None:
     """Write whole prompts, packed: k and v [T, Hkv, D], `lens` summing to T; sequence s from position 0 of the cache.
 
-    Biases and layouts as in `append_kv`. Waits for nothing on the device.
+    Layouts as in `append_kv`. Waits for nothing on the device.
     """
     assert sum(lens) == len(k) and len(lens) <= k_fields[0].shape[1], (sum(lens), k.shape, k_fields[0].shape)
     assert max(lens, default=0) <= k_fields[0].shape[0] * k_fields[0].shape[3], (max(lens), k_fields[0].shape)
     sequences, positions = slots(lens, k.device)
-    _write_kv(k, v, k_fields, v_fields, sequences, positions, k_bias, v_bias)
+    _write_kv(k, v, k_fields, v_fields, sequences, positions)
 
 
 def _write_kv(
@@ -243,8 +193,6 @@ def _write_kv(
     v_fields: Fields,
     sequences: Tensor | None,
     positions: Tensor,
-    k_bias: Tensor | None,
-    v_bias: Tensor | None,
 ) -> None:
     num_tokens, heads, dim = k.shape
     if num_tokens == 0:
@@ -253,7 +201,6 @@ def _write_kv(
     for a, b in zip(k_fields, v_fields, strict=True):
         assert _alike(a, b), (a.shape, b.shape, a.stride(), b.stride())
         assert a.shape[2] == heads and a[0, 0, 0].is_contiguous(), (a.shape, a.stride())
-    assert all(x is None or (x.shape == (heads * dim,) and x.is_contiguous()) for x in (k_bias, v_bias)), (heads, dim)
     grid = (triton.cdiv(num_tokens, BLOCK_N), heads, 2)
     shared = (sequences, positions, k.stride(0), k.stride(1))
     tokens = k_fields[0].shape[3]
@@ -266,8 +213,6 @@ def _write_kv(
         _write_kv_kernel[grid](
             k,
             v,
-            k_bias,
-            v_bias,
             *outputs,
             *shared,
             *strides,
@@ -285,8 +230,6 @@ def _write_kv(
         _write_kv_q4_kernel[grid](
             k,
             v,
-            k_bias,
-            v_bias,
             *outputs,
             *shared,
             *strides,
@@ -309,14 +252,11 @@ def append_kv_ref(
     k_fields: Fields,
     v_fields: Fields,
     positions: Tensor,
-    *,
-    k_bias: Tensor | None = None,
-    v_bias: Tensor | None = None,
 ) -> None:
     """The specification of `append_kv`."""
     sequences = torch.arange(len(k), device=k.device)
-    _write_ref(k, k_fields, sequences, positions, k_bias)
-    _write_ref(v, v_fields, sequences, positions, v_bias)
+    _write_ref(k, k_fields, sequences, positions)
+    _write_ref(v, v_fields, sequences, positions)
 
 
 def write_prompt_kv_ref(
@@ -325,9 +265,6 @@ def write_prompt_kv_ref(
     k_fields: Fields,
     v_fields: Fields,
     lens: Sequence[int],
-    *,
-    k_bias: Tensor | None = None,
-    v_bias: Tensor | None = None,
 ) -> None:
     """The specification of `write_prompt_kv`."""
     at = 0
@@ -335,15 +272,14 @@ def write_prompt_kv_ref(
         part = slice(at, at + length)
         positions = torch.arange(length, device=k.device)
         sequences = torch.full_like(positions, sequence)
-        _write_ref(k[part], k_fields, sequences, positions, k_bias)
-        _write_ref(v[part], v_fields, sequences, positions, v_bias)
+        _write_ref(k[part], k_fields, sequences, positions)
+        _write_ref(v[part], v_fields, sequences, positions)
         at += length
 
 
-def _write_ref(x: Tensor, fields: Fields, sequences: Tensor, positions: Tensor, bias: Tensor | None) -> None:
+def _write_ref(x: Tensor, fields: Fields, sequences: Tensor, positions: Tensor) -> None:
     if not len(x):
         return
-    x = x if bias is None else x.float() + bias.float().view(x.shape[1:])
     tokens = fields[0].shape[3]
     page, place = positions.long() // tokens, positions.long() % tokens
     for field, value in zip(fields, quantize_kv(x) if len(fields) == 2 else (x,), strict=True):

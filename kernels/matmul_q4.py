@@ -401,7 +401,7 @@ def splits_of(chip: Chip, tile: Tile, tiles: int, columns: int) -> int:
 
 
 def sums_of_groups(x: Tensor, group_size: int, empty: Callable[..., Tensor] | None = None) -> Tensor:
-    """Sums of x [M, K] over groups of columns, fp32 [M, K/G]: what `matmul_q4` takes as `group_sums`."""
+    """Sums of x [M, K] over groups of columns, fp32 [M, K/G], which minimums are multiplied with."""
     rows, columns = x.shape
     sums = (empty or x.new_empty)(rows, triton.cdiv(columns, group_size), dtype=torch.float32)
     if sums.numel():
@@ -420,17 +420,14 @@ def matmul_q4(
     activation: str | None = None,
     residual: Tensor | None = None,
     out: Tensor | None = None,
-    group_sums: Tensor | None = None,
-    dense: Tensor | None = None,
     workspace: Workspace | None = None,
     empty: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """activation(x @ w' + bias) + residual: x [M, K], w [N = rows, K] in P16 -> [M, N] in x's dtype.
 
-    `codes` and `scales` may be whole blocks out of a larger matrix; x, residual and out need dense rows only. The
-    caller may have at hand `group_sums` (fp32 [M, K/G], of this x); `dense`, the matrix dequantised, used from the
-    crossover on, where several GPU batches should share one; and a `workspace`, without which each call that splits K
-    clears counters of its own. `empty(*shape, dtype=)` makes temporaries on x's device, by default torch does.
+    `codes` and `scales` may be whole blocks out of a larger matrix; x, residual and out need dense rows only. Without
+    a `workspace` of the caller's each call that splits K clears counters of its own. `empty(*shape, dtype=)` makes
+    temporaries on x's device, by default torch does; from the crossover on the matrix is dequantised in each call.
     """
     assert x.shape[0] == 0 or x.stride(1) == 1, x.stride()
     if out is None:
@@ -442,13 +439,12 @@ def matmul_q4(
     group_size = _group_size(x, codes, scales, rows)
     chip = chip_of(x.device)
     if len(x) >= crossover(chip, group_size):
-        if dense is None:
-            dense = dequantize_weight(codes, scales, rows, x.shape[1], x.dtype)
+        dense = dequantize_weight(codes, scales, rows, x.shape[1], x.dtype)
         return dense_linear(x, dense, bias, activation, residual, out)
     tile = tile_of(chip, len(x))
-    if group_sums is None and tile.kernel == "_middle_kernel":  # made once: too large a part of a tile's work there
-        group_sums = sums_of_groups(x, group_size, empty)
-    _launch(tile, chip, group_size, x, codes, scales, rows, bias, activation, residual, out, group_sums, workspace)
+    is_middle = tile.kernel == "_middle_kernel"
+    sums = sums_of_groups(x, group_size, empty) if is_middle else None  # once: too large a part of a tile's work there
+    _launch(tile, chip, group_size, x, codes, scales, rows, bias, activation, residual, out, sums, workspace)
     return out
 
 

@@ -11,7 +11,17 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "flexgen_triton"
 LAYERS = (  # imports go down this list only, from the last to the first
-    {"defaults", "demo", "environment", "interrupts", "kernels", "os_errors", "sizes", "stopping"},  # import nothing
+    {
+        "defaults",
+        "demo",
+        "environment",
+        "flags",
+        "interrupts",
+        "kernels",
+        "os_errors",
+        "sizes",
+        "stopping",
+    },  # import nothing
     {"plan"},
     {"memory"},
     {"models"},

@@ -173,8 +173,7 @@ def log_name(model: str, policy: Policy, *, prompt_len: int, gen_len: int) -> st
     file system would refuse is cut, and ends in a digest of all of it.
     """
     p = policy
-    shares = (p.w_gpu_percent, p.w_cpu_percent, p.cache_gpu_percent, p.cache_cpu_percent, p.act_gpu_percent)
-    percent = "-".join(_number(x) for x in (*shares, p.act_cpu_percent))
+    percent = "-".join(map(_number, p.percent))
     size = f"gbs{p.gpu_batch_size}-ngbs{p.num_gpu_batches}-prompt{prompt_len}-gen{gen_len}"
     marks = [
         "cpu-cache" if p.cpu_cache_compute else "gpu-cache",

@@ -69,9 +69,7 @@ def lanes_json(timeline: Timeline) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def percent_text(plan: Plan) -> str:
-    p = plan.policy
-    shares = (p.w_gpu_percent, p.w_cpu_percent, p.cache_gpu_percent, p.cache_cpu_percent)
-    return " ".join(f"{x:g}" for x in (*shares, p.act_gpu_percent, p.act_cpu_percent))
+    return " ".join(f"{x:g}" for x in plan.policy.percent)
 
 
 def formats_text(plan: Plan) -> str:

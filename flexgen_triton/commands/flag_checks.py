@@ -18,6 +18,7 @@ import click
 from click.core import ParameterSource
 
 from ..defaults import DUMMY
+from ..plan.policy import BY_HAND
 from ..sequences.params import MIN_TEMPERATURE
 
 GIVEN = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
@@ -50,7 +51,7 @@ class Flags:
     @cached_property
     def by_hand(self) -> bool:
         """True if the policy is given by flags."""
-        return self["policy"] == "manual" or any(map(self.is_given, ("gpu_batch_size", "num_gpu_batches", "percent")))
+        return self["policy"] == "manual" or any(map(self.is_given, BY_HAND))
 
     @property
     def by_hand_and_dry(self) -> bool:

@@ -1,12 +1,12 @@
 """The command line's options that commands share: which model, where its bytes live, how text is sampled.
 
-Owns their names, defaults and help, and how they become an `LLM` and `SamplingParams`. Knows no command.
+Owns how they become an `LLM` and `SamplingParams`, and the names, defaults and help of those that are no field of
+`Policy` or `SamplingParams`: a field's metadata has its own. Knows no command.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,7 +14,8 @@ import click
 from click.core import ParameterSource
 
 from ..defaults import AUTO, DEFAULT_OFFLOAD_DIR, DEMO
-from ..plan.policy import LOSSY, CompressionConfig, Policy
+from ..flags import Flag, flags_of, from_flags, to_flags
+from ..plan.policy import BY_HAND, LOSSY, Policy
 from ..sequences.params import SamplingParams
 from ..sizes import parse_size
 from .command_line import Command as Command
@@ -26,12 +27,6 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 Option = Callable[[Any], Any]
 Report = Callable[[str, int, int], None]  # phase, done, total
 Check = Callable[[], None]  # raises what is to end the work
-
-FLAG: dict[str, Any] = {"is_flag": False, "flag_value": True, "type": bool, "show_default": True}
-BY_HAND = ("gpu_batch_size", "num_gpu_batches", "percent")  # one of these says that the policy is given by flags
-BASE_PERCENT = (100, 0, 100, 0, 100, 0)
-MAX_TOKENS = 128  # a paragraph; the library's default, vLLM's, is 16
-DEFAULTS = SamplingParams()
 
 
 class Size(click.ParamType):  # type: ignore[type-arg]
@@ -78,6 +73,27 @@ DTYPE = click.option("--dtype", default="auto", show_default=True, help="auto, f
 DEVICE = click.option("--device", help="cuda or cpu; by default a GPU where there is one.")
 LOG_JSON = click.option("--log-json", is_flag=True, help="Progress as lines of JSON on stderr, for programs.")
 
+
+def _option(flag: Flag) -> Option:
+    """A field's flag, as click has it; a word may be left out that says yes."""
+    if flag.is_switch:
+        return click.option(flag.word, is_flag=True, help=flag.help)
+    if flag.is_many:
+        return click.option(flag.word, type=flag.kind, multiple=True, help=flag.help)
+    if flag.default is None:
+        return click.option(flag.word, type=flag.kind, help=flag.help)
+    word: dict[str, Any] = {"is_flag": False, "flag_value": True} if flag.kind is bool else {}
+    return click.option(
+        flag.word,
+        type=flag.kind,
+        nargs=len(flag.fields),
+        default=flag.default,
+        show_default=True,
+        help=flag.help,
+        **word,
+    )
+
+
 MODEL: tuple[Option, ...] = (
     click.option("--model", help="A checkpoint's directory, a hub id, an OPT size with --path _DUMMY_, or 'demo'."),
     click.option("--path", help="The checkpoint's directory, or _DUMMY_ for random weights."),
@@ -88,41 +104,11 @@ MODEL: tuple[Option, ...] = (
         help="auto: the fastest policy found for this machine; manual: the next three flags. By default auto unless "
         "one of them is given.",
     ),
-    click.option("--gpu-batch-size", type=int, default=4, show_default=True),
-    click.option("--num-gpu-batches", type=int, default=1, show_default=True),
-    click.option(
-        "--percent",
-        nargs=6,
-        type=int,
-        default=BASE_PERCENT,
-        show_default=True,
-        help="Six numbers: weights on GPU and CPU, cache on GPU and CPU, activations on GPU and CPU; the rest is disk.",
-    ),
+    *(_option(flag) for flag in flags_of(Policy) if flag.by_hand),
     ALLOW,
     *MEMORY,
     click.option("--hardware", help="A machine's profile, by file or name; by default this machine, measured once."),
-    click.option("--sep-layer", default=True, help="Attention and MLP are layers of their own.", **FLAG),
-    click.option("--pin-weight", default=True, help="Keep the host's weights in pinned memory.", **FLAG),
-    click.option("--cpu-cache-compute", is_flag=True, help="The CPU attends to what its memory holds of the cache."),
-    click.option(
-        "--cpu-attention-percent",
-        type=float,
-        default=100.0,
-        show_default=True,
-        help="With --cpu-cache-compute: of the host's sequences, those it attends to; the rest are sent to the GPU.",
-    ),
-    click.option(
-        "--keep-open-pages",
-        is_flag=True,
-        help="New tokens' cache leaves the GPU a whole page at a time, not at once.",
-    ),
-    click.option("--attn-sparsity", type=float, default=1.0, show_default=True, help="Share of V that decode reads."),
-    click.option("--compress-weight", is_flag=True, help="Weights in 4 bits."),
-    click.option("--compress-cache", is_flag=True, help="KV cache in 4 bits."),
-    click.option(
-        "--group-size", type=int, default=64, show_default=True, help="Weights that share a scale: 32, 64, 128."
-    ),
-    click.option("--overlap", default=True, help="Load ahead while computing.", **FLAG),
+    *(_option(flag) for flag in flags_of(Policy) if not flag.by_hand),
     click.option("--seed", type=int, default=0, show_default=True, help="Of random weights and of sampling."),
     DTYPE,
     DEVICE,
@@ -134,36 +120,7 @@ MODEL: tuple[Option, ...] = (
     click.option("--copies/--in-place", default=None, help="On a CPU: really copy host bytes, as a GPU run does."),
 )
 
-SAMPLING: tuple[Option, ...] = (
-    click.option("--max-tokens", type=int, default=MAX_TOKENS, show_default=True, help="New tokens at most."),
-    click.option("--min-tokens", type=int, default=DEFAULTS.min_tokens, show_default=True, help="New tokens at least."),
-    click.option("--temperature", type=float, default=DEFAULTS.temperature, show_default=True, help="0 is greedy."),
-    click.option(
-        "--top-p",
-        type=float,
-        default=DEFAULTS.top_p,
-        show_default=True,
-        help="Choose among the likeliest tokens that add up to this probability.",
-    ),
-    click.option(
-        "--top-k", type=int, default=DEFAULTS.top_k, show_default=True, help="Choose among so many; 0: among all."
-    ),
-    click.option(
-        "--min-p",
-        type=float,
-        default=DEFAULTS.min_p,
-        show_default=True,
-        help="Choose among tokens with at least this share of the likeliest one's probability.",
-    ),
-    click.option("--repetition-penalty", type=float, default=DEFAULTS.repetition_penalty, show_default=True),
-    click.option("--presence-penalty", type=float, default=DEFAULTS.presence_penalty, show_default=True),
-    click.option("--frequency-penalty", type=float, default=DEFAULTS.frequency_penalty, show_default=True),
-    click.option("--n", type=int, default=DEFAULTS.n, show_default=True, help="Completions of each prompt."),
-    click.option("--stop", multiple=True, help="A text that ends a completion; may be given several times."),
-    click.option("--stop-token-id", type=int, multiple=True, help="A token that ends one; may be given several times."),
-    click.option("--ignore-eos", is_flag=True, help="Go on after the end of the text."),
-    click.option("--sampling-seed", type=int, help="Of a prompt's random choices; by default it comes from --seed."),
-)
+SAMPLING: tuple[Option, ...] = tuple(map(_option, flags_of(SamplingParams)))
 
 
 def model_options(function: Function) -> Function:
@@ -202,33 +159,18 @@ def _given(context: click.Context, names: tuple[str, ...]) -> list[str]:
 
 
 def flags_policy(options: Mapping[str, Any]) -> Policy:
-    """The policy that the flags spell out."""
-    w_gpu, w_cpu, cache_gpu, cache_cpu, act_gpu, act_cpu = options["percent"]
-    return Policy(
-        options["gpu_batch_size"],
-        options["num_gpu_batches"],
-        w_gpu,
-        w_cpu,
-        cache_gpu,
-        cache_cpu,
-        act_gpu,
-        act_cpu,
-        overlap=options["overlap"],
-        sep_layer=options["sep_layer"],
-        pin_weight=options["pin_weight"],
-        cpu_cache_compute=options["cpu_cache_compute"],
-        attn_sparsity=options["attn_sparsity"],
-        compress_weight=options["compress_weight"],
-        comp_weight_config=CompressionConfig(group_size=options["group_size"]),
-        compress_cache=options["compress_cache"],
-        cpu_attention_percent=options["cpu_attention_percent"],
-        keep_open_pages=options["keep_open_pages"],
-    )
+    """The policy that the flags spell out; what is not among them is as the policy has it by default."""
+    return from_flags(Policy, options)
+
+
+def policy_flags(policy: Policy) -> list[str]:
+    """The flags that spell a policy out. Raises ValueError for one that flags cannot say."""
+    return to_flags(policy)
 
 
 def base_policy(options: Mapping[str, Any]) -> Policy:
     """The part of an automatic policy that flags decide: all but sizes of batches, their number and percentages."""
-    return replace(flags_policy({**options, "percent": BASE_PERCENT}), gpu_batch_size=1, num_gpu_batches=1)
+    return flags_policy({name: value for name, value in options.items() if name not in BY_HAND})
 
 
 def open_model(
@@ -280,19 +222,4 @@ def load_model(
 
 def sampling_params(options: Mapping[str, Any]) -> SamplingParams:
     """Build the sampling parameters that the options ask for; raises ValueError for values out of range."""
-    return SamplingParams(
-        n=options["n"],
-        max_tokens=options["max_tokens"],
-        min_tokens=options["min_tokens"],
-        temperature=options["temperature"],
-        top_p=options["top_p"],
-        top_k=options["top_k"],
-        min_p=options["min_p"],
-        repetition_penalty=options["repetition_penalty"],
-        presence_penalty=options["presence_penalty"],
-        frequency_penalty=options["frequency_penalty"],
-        seed=options["sampling_seed"],
-        stop=options["stop"],
-        stop_token_ids=options["stop_token_id"],
-        ignore_eos=options["ignore_eos"],
-    )
+    return from_flags(SamplingParams, options)

@@ -33,7 +33,7 @@ from ..plan.predict import PHASES, Prediction
 from ..plan.search import Found, Problem, Searched, available, frontier, search, worth
 from ..run.engine import Limits
 from .console import TIERS, WIDTH, console, print_table
-from .options import ALLOW, DTYPE, OFFLOAD_DIR, Command, memory_options
+from .options import ALLOW, DTYPE, OFFLOAD_DIR, Command, memory_options, policy_flags
 from .progress import Display
 
 RESOURCES = {
@@ -141,22 +141,8 @@ def _remote_config(model: str) -> ModelSource:
 
 def bench_command(model: Model, problem: Problem, policy: Policy, offload_dirs: Sequence[Path]) -> list[str]:
     """The benchmark's command for that policy: what it leaves out is the benchmark's default."""
-    p, default = policy, Policy()
-    percent = (p.w_gpu_percent, p.w_cpu_percent, p.cache_gpu_percent, p.cache_cpu_percent)
     command = ["python", "-m", "flexgen_triton.bench", *model.flags]
-    command += ["--prompt-len", str(problem.prompt_len), "--gen-len", str(problem.gen_len)]
-    command += ["--gpu-batch-size", str(p.gpu_batch_size), "--num-gpu-batches", str(p.num_gpu_batches)]
-    command += ["--percent", *(f"{x:g}" for x in (*percent, p.act_gpu_percent, p.act_cpu_percent))]
-    command += ["--compress-weight"] if p.compress_weight else []
-    command += ["--compress-cache"] if p.compress_cache else []
-    group = p.comp_weight_config.group_size
-    command += ["--group-size", str(group)] if group != default.comp_weight_config.group_size else []
-    command += ["--attn-sparsity", f"{p.attn_sparsity:g}"] if p.attn_sparsity != default.attn_sparsity else []
-    command += ["--cpu-cache-compute"] if p.cpu_cache_compute else []
-    command += ["--cpu-attention-percent", f"{p.cpu_attention_percent:g}"] if p.cpu_attention_percent != 100 else []
-    command += ["--keep-open-pages"] if p.keep_open_pages else []
-    for flag in ("sep_layer", "overlap", "pin_weight"):
-        command += [] if getattr(p, flag) else [f"--{flag.replace('_', '-')}", "false"]
+    command += ["--prompt-len", str(problem.prompt_len), "--gen-len", str(problem.gen_len), *policy_flags(policy)]
     command += ["--num-prompts", str(problem.num_prompts)] if problem.num_prompts else []
     given = [] if tuple(offload_dirs) == (DEFAULT_OFFLOAD_DIR,) else offload_dirs
     return [*command, *(word for path in given for word in ("--offload-dir", str(path)))]

@@ -87,7 +87,7 @@ def footprint(traffic: Traffic) -> Footprint:
 
 def _rooms(traffic: Traffic, needed: Mapping[str, int]) -> Iterator[Room]:
     for tier in Tier:
-        shares = [p.share(tier) for p in (*traffic.placements, traffic.tables)]
+        shares = traffic.weight_shares(tier)
         yield Room(WEIGHTS, "layers", tier, sum(s.useful if tier is Tier.DISK else s.nbytes for s in shares))
     for kind, by_tier in ((CACHE, _cache_homes(traffic)), (ACTIVATIONS, _hidden_homes(traffic))):
         for tier, nbytes in by_tier.items():
@@ -129,7 +129,7 @@ def _rings(traffic: Traffic) -> dict[str, int]:
     hidden = [traffic.hidden_traffic(0, 0, k) for k in range(len(traffic.workload.batches))]
     hidden_slot = max(h.host + h.disk for h in hidden)
     hidden_disk = max(h.disk for h in hidden)
-    disk_part = max(p.disk_bytes for parts in traffic.parts for p in parts)
+    disk_part = max(max(traffic.weight_traffic(n).disk_parts) for n in set(traffic.first_alike))
     apart = traffic.host_is_apart
     staged_in = max(disk_part, *(c.read_slot for c in caches), hidden_disk) if apart else 0
     staged_out = max(*(c.write_slot for c in caches), hidden_disk) if apart else 0

@@ -164,11 +164,13 @@ def whole_tensor(tensor: TensorSpec, file: int, offset: int) -> Extent:
 
 def packed_layout(modules: Sequence[ModuleSpec], header: int = ALIGN) -> list[list[Extent]]:
     """The layout of a store of our own: one file per module, its tensors one after another behind the header."""
-    layout = []
-    for file, module in enumerate(modules):
-        offset, extents = header, []
-        for tensor in module.tensors:
-            extents.append(whole_tensor(tensor, file, offset))
-            offset = extents[-1].end
-        layout.append(extents)
-    return layout
+    return [packed_module(module, file, header) for file, module in enumerate(modules)]
+
+
+def packed_module(module: ModuleSpec, file: int, header: int = ALIGN) -> list[Extent]:
+    """The layout of one module in its file of a store of our own."""
+    offset, extents = header, []
+    for tensor in module.tensors:
+        extents.append(whole_tensor(tensor, file, offset))
+        offset = extents[-1].end
+    return extents

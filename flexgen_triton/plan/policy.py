@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
 
+from ..flags import allowed, flag, flags_of, within
 from ..kernels.sizes import KV_GROUP, WEIGHT_GROUPS
 from .formats import CacheFormat, FourBit, FourBitCache, PackedFormat, PlainCache
 
@@ -30,39 +33,77 @@ class CompressionConfig:
     enabled: bool = True
 
 
+def _percent(help: str | None = None) -> dict[str, Any]:
+    return flag(help, name="percent", kind=int, by_hand=True)
+
+
+MIN_SHARE = math.ulp(0.0)  # the least number above 0
+SIZE = within(1, whole=True, says="it must be a whole number of at least 1")
+
+
 @dataclass(frozen=True, slots=True)
 class Policy:
     """FlexGen's policy, field for field and in its order (Sheng et al., ICML 2023, section 4); what is ours follows.
 
-    Percentages are of bytes (weights) or of sequences (cache, activations); what GPU and CPU leave goes to disk.
+    A field's metadata is its flag on the command line, and the numbers that it may have. Percentages are of bytes
+    (weights) or of sequences (cache, activations); what GPU and CPU leave goes to disk.
     Raises PolicyError when a value is out of range or asks for what this version does not do.
     """
 
-    gpu_batch_size: int = 1
-    num_gpu_batches: int = 1
-    w_gpu_percent: float = 100
-    w_cpu_percent: float = 0
-    cache_gpu_percent: float = 100
-    cache_cpu_percent: float = 0
-    act_gpu_percent: float = 100
-    act_cpu_percent: float = 0
-    overlap: bool = True
-    sep_layer: bool = True
-    pin_weight: bool = True
-    cpu_cache_compute: bool = False
-    attn_sparsity: float = 1.0
-    compress_weight: bool = False
-    comp_weight_config: CompressionConfig = field(default_factory=CompressionConfig)
-    compress_cache: bool = False
+    gpu_batch_size: int = field(default=1, metadata=flag(default=4, by_hand=True) | SIZE)
+    num_gpu_batches: int = field(default=1, metadata=flag(by_hand=True) | SIZE)
+    w_gpu_percent: float = field(
+        default=100,
+        metadata=_percent(
+            "Six numbers: weights on GPU and CPU, cache on GPU and CPU, activations on GPU and CPU; the rest is disk."
+        ),
+    )
+    w_cpu_percent: float = field(default=0, metadata=_percent())
+    cache_gpu_percent: float = field(default=100, metadata=_percent())
+    cache_cpu_percent: float = field(default=0, metadata=_percent())
+    act_gpu_percent: float = field(default=100, metadata=_percent())
+    act_cpu_percent: float = field(default=0, metadata=_percent())
+    overlap: bool = field(default=True, metadata=flag("Load ahead while computing.", after="comp_weight_config"))
+    sep_layer: bool = field(default=True, metadata=flag("Attention and MLP are layers of their own."))
+    pin_weight: bool = field(default=True, metadata=flag("Keep the host's weights in pinned memory."))
+    cpu_cache_compute: bool = field(
+        default=False, metadata=flag("The CPU attends to what its memory holds of the cache.")
+    )
+    attn_sparsity: float = field(
+        default=1.0,
+        metadata=flag("Share of V that decode reads.")
+        | within(MIN_SHARE, 1, says="it is the share of V that attention reads, above 0 and at most 1"),
+    )
+    compress_weight: bool = field(default=False, metadata=flag("Weights in 4 bits."))
+    comp_weight_config: CompressionConfig = field(
+        default_factory=CompressionConfig,
+        metadata=flag(
+            "Weights that share a scale: 32, 64, 128.", name="group_size", inner="group_size", after="compress_cache"
+        ),
+    )
+    compress_cache: bool = field(default=False, metadata=flag("KV cache in 4 bits."))
     comp_cache_config: CompressionConfig = field(default_factory=lambda: CompressionConfig(group_dim=2))
-    cpu_attention_percent: float = 100  # with cpu_cache_compute: of the host's sequences, those it attends to itself
-    keep_open_pages: bool = False  # what a page of the cache gains stays on the GPU until the page is full
+    cpu_attention_percent: float = field(
+        default=100,
+        metadata=flag(
+            "With --cpu-cache-compute: of the host's sequences, those it attends to; the rest are sent to the GPU.",
+            after="cpu_cache_compute",
+        )
+        | within(0, 100, says="of the host's sequences that share is attended to by the CPU, between 0 and 100"),
+    )
+    keep_open_pages: bool = field(
+        default=False,
+        metadata=flag(
+            "New tokens' cache leaves the GPU a whole page at a time, not at once.", after="cpu_attention_percent"
+        ),
+    )
 
     def __post_init__(self) -> None:
-        for name in ("gpu_batch_size", "num_gpu_batches"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise PolicyError(f"{name} is {value}; it must be a whole number of at least 1")
+        for f in fields(self):
+            numbers, value = allowed(f), getattr(self, f.name)
+            if numbers and not numbers.has(value):
+                shown = f"{value:g}" if isinstance(value, float) else value
+                raise PolicyError(f"{f.name} is {shown}; {numbers.says}")
         for kind, what in (("w", "weights"), ("cache", "cache"), ("act", "activations")):
             gpu, cpu = getattr(self, f"{kind}_gpu_percent"), getattr(self, f"{kind}_cpu_percent")
             if not (0 <= gpu <= 100 and 0 <= cpu <= 100):
@@ -71,16 +112,6 @@ class Policy:
                 raise PolicyError(
                     f"{what}: {gpu:g} % GPU + {cpu:g} % CPU is {gpu + cpu:g} %; together at most 100, the rest is disk"
                 )
-        if not 0 <= self.cpu_attention_percent <= 100:
-            raise PolicyError(
-                f"cpu_attention_percent is {self.cpu_attention_percent:g}; of the host's sequences that share is "
-                "attended to by the CPU, between 0 and 100"
-            )
-        if not 0 < self.attn_sparsity <= 1:
-            raise PolicyError(
-                f"attn_sparsity is {self.attn_sparsity:g}; it is the share of V that attention reads, above 0 and at "
-                "most 1"
-            )
         if self.compress_weight:
             _check_format("comp_weight_config", self.comp_weight_config, WEIGHT_GROUPS, (0, 1))
         if self.compress_cache:
@@ -95,6 +126,12 @@ class Policy:
     @property
     def cache_format(self) -> CacheFormat:
         return FourBitCache() if self.compress_cache and self.comp_cache_config.enabled else PlainCache()
+
+    @property
+    def percent(self) -> tuple[float, ...]:
+        """FlexGen's six numbers: of weights, cache and activations the shares on GPU and CPU."""
+        weights, cache = (self.w_gpu_percent, self.w_cpu_percent), (self.cache_gpu_percent, self.cache_cpu_percent)
+        return (*weights, *cache, self.act_gpu_percent, self.act_cpu_percent)
 
     @property
     def w_disk_percent(self) -> float:
@@ -123,6 +160,9 @@ class Policy:
         if not self.overlap:
             return "sequential"
         return "overlap, single batch" if self.num_gpu_batches == 1 else "overlap, multi-batch"
+
+
+BY_HAND = tuple(f.name for f in flags_of(Policy) if f.by_hand)  # one of these says that the policy is given by flags
 
 
 def _check_format(name: str, config: CompressionConfig, groups: tuple[int, ...], dims: tuple[int, ...]) -> None:

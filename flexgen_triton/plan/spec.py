@@ -6,7 +6,7 @@ Knows shapes, bytes and floating-point operations. Does not know where anything 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ STAGES = EMBED, PROJECT, ATTEND, FINISH, MLP, HEAD = "embed", "project", "attend
 class Packed:
     """The matrix [N, K] that a tensor is a part of, as its format stores it."""
 
-    matrix: str  # its name in the model
+    matrix: str = field(compare=False)  # its name in the model
     shape: tuple[int, int]
     format: PackedFormat
     part: int  # of format.parts

@@ -14,7 +14,7 @@ from ..kernels.sizes import (
 )
 from .layout import COUNT_BYTES, Count, pad
 from .placement import Tier
-from .spec import Bundle, TensorSpec
+from .spec import TensorSpec
 from .traffic import Traffic
 
 SCORED_ROWS = 256  # prompt positions whose logits are made at a time
@@ -43,7 +43,7 @@ def temporaries(traffic: Traffic) -> dict[str, int]:
     """
     rows = max(b.size for b in traffic.workload.batches)
     hosted = max(g.cache.attended_by_host.size for g in traffic.groups)
-    matrices = [t for bundle in traffic.bundles for t in bundle.tensors if t.is_matrix]
+    matrices = [t for bundle in traffic.distinct_bundles for t in bundle.tensors if t.is_matrix]
     sizes = {
         "decode": (rows + 1) * _row_bytes(traffic)
         + max(_attention_bytes(traffic, rows), _product_bytes(traffic, rows, matrices))
@@ -68,15 +68,15 @@ def _shape(matrix: TensorSpec) -> tuple[int, int]:
 
 def _row_bytes(traffic: Traffic) -> int:
     """The results, for one row, of all computations that hand them on to each other."""
-    bundles = [_bundle_bytes(traffic, bundle) for bundle in traffic.bundles]
+    bundles = _bundle_bytes(traffic)
     return max(sum(bundles[n : n + traffic.bundles_in_use]) for n in range(len(bundles)))
 
 
-def _bundle_bytes(traffic: Traffic, bundle: Bundle) -> int:
-    """The results of a bundle's operations for one row, all kept to its end, with its entry and attention's result."""
+def _bundle_bytes(traffic: Traffic) -> list[int]:
+    """Each bundle's results for one row, all kept to its end, with its entry and attention's result."""
     model = traffic.model
-    own = sum(s.results for s in bundle.stages)
-    return model.itemsize * (own + 3 * model.hidden + model.num_heads * model.head_dim)
+    others = 3 * model.hidden + model.num_heads * model.head_dim
+    return [model.itemsize * (sum(s.results for s in bundle.stages) + others) for bundle in traffic.bundles]
 
 
 def _product_bytes(traffic: Traffic, rows: int, matrices: list[TensorSpec]) -> int:
@@ -174,7 +174,7 @@ def _dense_bytes(traffic: Traffic) -> int:
     """Packed bundles dequantised, which a GPU keeps for all GPU batches that use this load of them."""
     if not traffic.host_is_apart or not traffic.model.is_packed:
         return 0
-    parameters = (sum(t.num_parameters for t in bundle.tensors if t.packed) for bundle in traffic.bundles)
+    parameters = (sum(t.num_parameters for t in bundle.tensors if t.packed) for bundle in traffic.distinct_bundles)
     return traffic.bundles_in_use * pad(max(parameters) * traffic.model.itemsize + ALIGNMENT)
 
 

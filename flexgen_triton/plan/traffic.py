@@ -6,9 +6,9 @@ takes nor what is computed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from functools import cache, cached_property, lru_cache
 from itertools import pairwise
 
 from .layout import (
@@ -22,13 +22,14 @@ from .layout import (
     page_tokens_for,
     split_counts,
 )
-from .placement import Extent, LayerPlacement, Run, Tier, packed_layout, place_layer
+from .placement import LayerPlacement, Run, Share, Tier
+from .placements import Extents as Extents
+from .placements import Placements, packed_placements
 from .policy import Policy
 from .schedule import CacheTraffic, Handoff, HiddenTraffic, WeightTraffic
 from .spec import ATTEND, HEAD, Batch, Bundle, ModelSpec, Stage, Workload
 
 PART_BYTES = 64 << 20  # a streamed layer is cut at least this fine, so that disk and link overlap within it
-Extents = Mapping[str, Sequence[Extent]]  # by module
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,28 +53,6 @@ class BatchGroups:
     hidden: tuple[Group, ...]  # on the GPU, the host and the disk
 
 
-def _place(
-    extents: Extents, model: ModelSpec, sep_layer: bool, cuts: tuple[float, float], align: int
-) -> tuple[tuple[LayerPlacement, ...], LayerPlacement]:
-    """Cut every bundle, and the embedding tables, into each tier's share."""
-    bundles = model.bundles(sep_layer)
-    gathered = {t.name for bundle in bundles for t in bundle.tensors if t.gathered}
-    placements = tuple(
-        place_layer([e for m in bundle.modules for e in extents[m.name] if e.tensor not in gathered], *cuts, align)
-        for bundle in bundles
-    )
-    return placements, place_layer([e for es in extents.values() for e in es if e.tensor in gathered], *cuts, align)
-
-
-@lru_cache(maxsize=64)
-def _place_packed(
-    model: ModelSpec, sep_layer: bool, cuts: tuple[float, float], align: int
-) -> tuple[tuple[LayerPlacement, ...], LayerPlacement]:
-    """The same in a store of our own; a search asks for the same few again and again."""
-    layout = packed_layout(model.modules)
-    return _place({m.name: layout[n] for n, m in enumerate(model.modules)}, model, sep_layer, cuts, align)
-
-
 class Traffic:
     """Placements of weights, cache and hidden states, and the bytes that each visit moves; immutable once made."""
 
@@ -89,19 +68,19 @@ class Traffic:
     ) -> None:
         self.model, self.policy, self.workload = model, policy, workload
         self.host_is_apart, self.align = host_is_apart, align
-        self.bundles: tuple[Bundle, ...] = model.bundles(policy.sep_layer)
+        weights = model, policy.sep_layer, (policy.w_gpu_percent, policy.w_cpu_percent), align
+        self._placements = packed_placements(*weights) if extents is None else Placements(*weights, extents)
+        self.bundles: tuple[Bundle, ...] = self._placements.bundles
+        self.first_alike: tuple[int, ...] = self._placements.first_alike  # of each bundle, the first that is like it
+        self.tables: LayerPlacement = self._placements.tables
         self.stages = tuple(
             Stage(stage, module, n)
             for n, bundle in enumerate(self.bundles)
             for module in bundle.modules
             for stage in module.stages
         )
-        cuts = (policy.w_gpu_percent, policy.w_cpu_percent)
-        place = _place_packed if extents is None else partial(_place, extents)
-        self.placements: tuple[LayerPlacement, ...]
-        self.tables: LayerPlacement
-        self.placements, self.tables = place(model, policy.sep_layer, cuts, align)
-        self.parts: tuple[tuple[Part, ...], ...] = tuple(self._cut_parts(p) for p in self.placements)
+        self.parts = cache(self._cut_parts)
+        self._weight_traffic = cache(self._traffic_of_weights)
         batches = workload.batches
         # what the device is sent of the host's cache: K and V, or K alone, sparse attention fetching the V it needs
         self.host_halves = 1 if host_is_apart and policy.attn_sparsity < 1 else 2
@@ -127,7 +106,25 @@ class Traffic:
 
     # Weights
 
-    def _cut_parts(self, placement: LayerPlacement) -> tuple[Part, ...]:
+    @property
+    def placements(self) -> tuple[LayerPlacement, ...]:
+        """Every bundle's own placement, with its tensors' names and its places in files."""
+        return tuple(map(self._placements.place, range(len(self.bundles))))
+
+    @property
+    def distinct_bundles(self) -> tuple[Bundle, ...]:
+        """One of each kind of bundle, the first."""
+        return tuple(self.bundles[n] for n in dict.fromkeys(self.first_alike))
+
+    def weight_shares(self, tier: Tier) -> Iterator[Share]:
+        """Yield a tier's share of each bundle, of one that is like it, and of the tables: for their sizes."""
+        for n in self.first_alike:
+            yield self._placements.place(n).share(tier)
+        yield self.tables.share(tier)
+
+    def _cut_parts(self, bundle: int) -> tuple[Part, ...]:
+        """Cut a bundle's streamed share in parts."""
+        placement = self._placements.place(bundle)
         host = placement.host.nbytes if self.host_is_apart else 0
         streamed = placement.disk.nbytes + host
         count = max(len(self.workload.batches), -(-streamed // PART_BYTES))
@@ -138,7 +135,10 @@ class Traffic:
         )
 
     def weight_traffic(self, bundle: int) -> WeightTraffic:
-        parts, placement = self.parts[bundle], self.placements[bundle]
+        return self._weight_traffic(self.first_alike[bundle])
+
+    def _traffic_of_weights(self, bundle: int) -> WeightTraffic:
+        parts, placement = self.parts(bundle), self._placements.place(bundle)
         host = placement.host.nbytes if self.host_is_apart else 0
         return WeightTraffic(
             tuple(p.disk_bytes for p in parts), tuple(p.host_bytes for p in parts), placement.disk.nbytes + host
@@ -277,7 +277,7 @@ class Traffic:
         nbytes = {g.tier: g.tokens(i) * row for g in self.groups[k].hidden}
         return HiddenTraffic(nbytes[Tier.HOST] if self.host_is_apart else 0, pad(nbytes[Tier.DISK]))
 
-    @property
+    @cached_property
     def bundles_in_use(self) -> int:
         """Bundles whose weights a row of the schedule uses: one, or those from one attention to the next."""
         attentions = [self.stages[j].bundle for j in self.cached_stages]
@@ -288,7 +288,7 @@ class Traffic:
         """Useful bytes by kind (weights, cache, activations) and tier (gpu, cpu, disk)."""
         weights, cache, hidden = dict.fromkeys(Tier, 0), dict.fromkeys(Tier, 0), dict.fromkeys(Tier, 0)
         for tier in Tier:
-            weights[tier] = sum(p.share(tier).useful for p in (*self.placements, self.tables))
+            weights[tier] = sum(share.useful for share in self.weight_shares(tier))
         attention_layers = len(self.cached_stages)
         for groups in self.groups:
             for g in groups.cache:

@@ -67,7 +67,7 @@ class Arithmetic:
         traffic, bundle = self._traffic, self._traffic.stages[j].bundle
         if j and traffic.stages[j - 1].bundle == bundle:
             return 0
-        streamed = sum(p.disk_bytes for p in traffic.parts[bundle]) // len(self.workload.batches)
+        streamed = sum(traffic.weight_traffic(bundle).disk_parts) // len(self.workload.batches)
         keeps = any(s.state for s in traffic.bundles[bundle].stages)
         return streamed + (traffic.cache_traffic(i, k).disk_read if keeps else 0)
 

@@ -127,12 +127,12 @@ class Round:
     # Transfers
 
     def read_weight(self, op: Op) -> None:
-        part = self._plan.parts[self._bundle(op)][op.part]
+        part = self._plan.parts(self._bundle(op))[op.part]
         self._weights.read(part, self._into(op), staged=self._plan.host_is_apart)
 
     def load_weight(self, op: Op) -> None:
         bundle = self._bundle(op)
-        part = self._plan.parts[bundle][op.part]
+        part = self._plan.parts(bundle)[op.part]
         self._weights.load(bundle, part, self._slot(op, "stage_in"), self._bytes(op, "weight"))
 
     def read_cache(self, op: Op) -> int | None:

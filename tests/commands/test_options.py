@@ -7,16 +7,21 @@ from typing import Any
 import click
 import pytest
 from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from flexgen_triton import SamplingParams
 from flexgen_triton.commands import options
-from flexgen_triton.plan.policy import Policy
+from flexgen_triton.flags import flags_of, to_flags
+from flexgen_triton.plan.policy import CompressionConfig, Policy
 
 
-def command(found: list[tuple[click.Context, dict[str, Any]]] | None = None) -> click.Command:
+def command(
+    found: list[tuple[click.Context, dict[str, Any]]] | None = None, kind: type[click.Command] = options.Command
+) -> click.Command:
     """A command with all shared options, which hands over what it gets."""
 
-    @click.command(cls=options.Command)
+    @click.command(cls=kind)
     @click.argument("words", nargs=-1)
     @options.sampling_options
     @options.model_options
@@ -48,7 +53,7 @@ def opened(monkeypatch):
 
 
 def test_sampling_without_options_is_the_librarys_but_longer():
-    assert options.sampling_params(parsed()[1]) == SamplingParams(max_tokens=options.MAX_TOKENS)
+    assert options.sampling_params(parsed()[1]) == SamplingParams(max_tokens=128)
 
 
 def test_every_sampling_option_arrives():
@@ -73,6 +78,79 @@ def test_every_sampling_option_arrives():
         stop_token_ids=(5,),
         ignore_eos=True,
     )
+
+
+SHARES = st.tuples(st.integers(0, 100), st.integers(0, 100)).map(lambda n: (n[0], min(n[1], 100 - n[0])))
+POLICIES = st.builds(
+    lambda shares, **others: Policy(
+        **{f"{k}_{t}_percent": n for k, s in zip(("w", "cache", "act"), shares, strict=True)
+           for t, n in zip(("gpu", "cpu"), s, strict=True)},
+        **others,
+    ),
+    st.tuples(SHARES, SHARES, SHARES),
+    gpu_batch_size=st.integers(1, 1 << 40),
+    num_gpu_batches=st.integers(1, 1 << 40),
+    attn_sparsity=st.floats(0, 1, exclude_min=True),
+    comp_weight_config=st.sampled_from([32, 64, 128]).map(lambda n: CompressionConfig(group_size=n)),
+    cpu_attention_percent=st.floats(0, 100),
+    **{f.name: st.booleans() for f in flags_of(Policy) if f.kind is bool},
+)  # fmt: skip
+REALS = {"repetition_penalty": (1e-9, 9), "presence_penalty": (-2, 2), "frequency_penalty": (-2, 2), "min_p": (0, 1)}
+PARAMS = st.builds(
+    SamplingParams,
+    n=st.integers(1, 1024),
+    max_tokens=st.integers(50, 1 << 40),
+    min_tokens=st.integers(0, 50),
+    temperature=st.floats(0, 1e300),
+    top_p=st.floats(0, 1, exclude_min=True),
+    top_k=st.integers(-1, 1 << 40),
+    seed=st.none() | st.integers(-(1 << 63), (1 << 64) - 1),
+    stop=st.lists(st.text(st.characters(codec="utf-8"), min_size=1)),
+    stop_token_ids=st.lists(st.integers(0, 1 << 40)),
+    ignore_eos=st.booleans(),
+    **{name: st.floats(low, high) for name, (low, high) in REALS.items()},
+)
+
+
+def read_back(words: list[str]) -> tuple[click.Context, dict[str, Any]]:
+    """The options that words give, those included that would be refused for having no effect beside the others."""
+    found: list[tuple[click.Context, dict[str, Any]]] = []
+    command(found, kind=click.Command).main(words, standalone_mode=False)
+    return found[0]
+
+
+@settings(max_examples=200, deadline=None)
+@given(policy=POLICIES)
+def test_the_flags_of_a_policy_are_read_back_as_that_policy(policy):
+    context, found = read_back(options.policy_flags(policy))
+    assert options.flags_policy(found) == policy
+    assert options.is_by_hand(context, found["policy"])
+
+
+@settings(max_examples=200, deadline=None)
+@given(params=PARAMS)
+def test_the_flags_of_sampling_parameters_are_read_back_as_those(params):
+    assert options.sampling_params(read_back(to_flags(params))[1]) == params
+
+
+@pytest.mark.parametrize(
+    ("made", "name"),
+    [
+        (Policy(w_gpu_percent=20.5), "w_gpu_percent"),
+        (Policy(comp_weight_config=CompressionConfig(group_dim=1)), "comp_weight_config"),
+        (Policy(comp_cache_config=CompressionConfig(enabled=False)), "comp_cache_config"),
+        (SamplingParams(logprobs=2), "logprobs"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_no_flag_can_say_is_not_said_otherwise(made, name):
+    with pytest.raises(ValueError, match=f"{name} is .*; no flag says that"):
+        to_flags(made)
+
+
+def test_a_policy_without_flags_is_the_librarys_with_the_benchmarks_batch():
+    assert options.flags_policy({}) == Policy()
+    assert options.flags_policy(parsed()[1]) == Policy(4)
 
 
 def test_the_demo_under_an_automatic_policy_by_default(opened):

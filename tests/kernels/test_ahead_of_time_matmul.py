@@ -81,7 +81,6 @@ def helpers() -> Iterator[Case]:
             "dequantize", name, "_dequantize_kernel", p16 | out, ("N", "K", "stride_on"), ROWS=64, ASM=chip.asm
         )
     for name in ("sm_75", "sm_90", "gfx942"):
-        yield helper("quantize", name, "_quantize_kernel", {"w_ptr": "*fp16"} | p16, ("N", "K", "stride_wn"), ROWS=64)
         pointers = {"x_ptr": "*fp16", "sums_ptr": "*fp32"}
         yield helper("group-sums", name, "_group_sums_kernel", pointers, ("M", "K", "stride_xm"), BLOCK_M=16)
 

@@ -10,14 +10,13 @@ from ahead_of_time import Case, Compiled
 
 from flexgen_triton.kernels.attention_prefill import shape_of
 from flexgen_triton.kernels.chips import CHIPS, Chip
-from flexgen_triton.kernels.elementwise import BLOCK_N, SUM_COLUMNS
+from flexgen_triton.kernels.elementwise import BLOCK_N
 from flexgen_triton.kernels.norm import warps_of
 from flexgen_triton.kernels.sizes import kv_width
 
 HEAD_DIMS = (64, 80, 128)
 WIDEST = 12288  # OPT-175B
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-GROUP = 64
 
 
 def power_of_two(n: int) -> int:
@@ -47,8 +46,8 @@ def prefill(chip: Chip, dim: int, kind: str) -> Case:
 
 def norm(chip: Chip, name: str, width: int, extras: bool) -> Case:
     """With everything a norm can have, or with nothing."""
-    optional = dict.fromkeys(("residual", "weight", "bias"), "fp16") | {"sums": "fp32"}
-    pointers = dict.fromkeys(("x", "y", "total"), "fp16") | (optional if extras else {})
+    optional = ("weight", "bias") if name == "layer_norm" else ("weight",)
+    pointers = dict.fromkeys(("x", "y", *(optional if extras else ())), "fp16")
     missing = {} if extras else {f"{x}_ptr": None for x in optional}
     block = power_of_two(width)
     return Case(
@@ -56,28 +55,15 @@ def norm(chip: Chip, name: str, width: int, extras: bool) -> Case:
         "flexgen_triton.kernels.norm",
         f"_{name}_kernel",
         chip.name,
-        arguments(pointers, ("stride_xm", "stride_rm", "stride_tm", "K")) | {"eps": "fp32"},
-        {"BLOCK_K": block, "GROUP": GROUP if extras else 1} | missing,
+        arguments(pointers, ("stride_xm", "K")) | {"eps": "fp32"},
+        {"BLOCK_K": block} | missing,
         warps_of(block),
     )
 
 
-def group_sums(chip: Chip) -> Case:
-    return Case(
-        "group-sums",
-        "flexgen_triton.kernels.elementwise",
-        "_group_sums_kernel",
-        chip.name,
-        arguments({"x": "fp16", "out": "fp32"}, ("stride_xm", "K")),
-        {"GROUP": GROUP, "BLOCK_K": SUM_COLUMNS},
-    )
-
-
 def write_kv(chip: Chip, dim: int, four_bits: bool, prompt: bool) -> Case:
-    """A prompt with biases, or one token without."""
-    sources = ("k", "v", "k_bias", "v_bias") if prompt else ("k", "v")
-    missing = {} if prompt else {"k_bias_ptr": None, "v_bias_ptr": None, "sequences_ptr": None}
-    pointers = dict.fromkeys(sources, "fp16") | dict.fromkeys(("positions", *(("sequences",) * prompt)), "i32")
+    missing = {} if prompt else {"sequences_ptr": None}
+    pointers = dict.fromkeys(("k", "v"), "fp16") | dict.fromkeys(("positions", *(("sequences",) * prompt)), "i32")
     if four_bits:
         pointers |= dict.fromkeys(("k_codes", "v_codes"), "i16") | dict.fromkeys(("k_scales", "v_scales"), "fp16")
         strides, tile = ("ck", "cb", "ch", "sk", "sb", "sh"), {"P": kv_width(dim)}
@@ -102,7 +88,6 @@ def cases() -> Iterator[Case]:
                 yield prefill(chip, dim, "fp16")
         yield norm(chip, "layer_norm", WIDEST, extras=True)
         yield norm(chip, "rms_norm", 2048, extras=False)
-        yield group_sums(chip)
         yield write_kv(chip, 128, four_bits=False, prompt=False)
         yield write_kv(chip, 80, four_bits=True, prompt=False)
         yield write_kv(chip, 128, four_bits=True, prompt=True)

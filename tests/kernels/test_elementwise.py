@@ -1,4 +1,4 @@
-"""Group sums and the writing of K and V, in Triton's interpreter against plain torch."""
+"""The writing of K and V, in Triton's interpreter against plain torch."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from flexgen_triton.kernels import elementwise
 from flexgen_triton.kernels.elementwise import (
     Fields,
     append_kv,
     append_kv_ref,
-    group_sums,
-    group_sums_ref,
     write_prompt_kv,
     write_prompt_kv_ref,
 )
@@ -22,7 +19,6 @@ from flexgen_triton.kernels.sizes import kv_width
 UNTOUCHED = -77  # what the cache holds before a write; P16 and fp16 both keep it
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["fp16", "fp32"])
 KINDS = pytest.mark.parametrize("kind", ["16 bits", "4 bits"])
-BIASES = pytest.mark.parametrize("biased", [False, True], ids=["plain", "bias"])
 HEADS = {  # heads of K and V, head dim
     "one head of 64": (1, 64),
     "three of 80": (3, 80),
@@ -30,19 +26,6 @@ HEADS = {  # heads of K and V, head dim
     "head dim 40": (2, 40),
     "head dim 160: a group of padding": (1, 160),
 }
-SUMS = {"one": (1, 1, 32), "odd": (3, 77, 32), "several programs": (2, 2100, 64), "none": (0, 64, 64)}
-
-
-@DTYPES
-@pytest.mark.parametrize("case", SUMS)
-def test_group_sums(monkeypatch, case, dtype):
-    rows, columns, group = SUMS[case]
-    x = torch.randn(rows, columns + 8, generator=torch.Generator().manual_seed(0)).to(dtype)[:, :columns]
-    empty = torch.empty
-    monkeypatch.setattr(elementwise.torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
-    got = group_sums(x, group)
-    assert got.dtype == torch.float32
-    torch.testing.assert_close(got, group_sums_ref(x.double(), group), rtol=1e-5, atol=1e-5)
 
 
 def fields(kind: str, dtype: torch.dtype, sequences: int, heads: int, dim: int) -> tuple[Fields, Fields]:
@@ -67,11 +50,6 @@ def tokens(count: int, heads: int, dim: int, dtype: torch.dtype) -> tuple[Tensor
     return tuple(qkv.split(heads, 1))[1:]
 
 
-def biases(biased: bool, heads: int, dim: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(9)
-    return {f"{x}_bias": torch.randn(heads * dim, generator=generator).to(dtype) for x in "kv"} if biased else {}
-
-
 def assert_same(got: tuple[Fields, Fields], want: tuple[Fields, Fields]) -> None:
     """Bit for bit, whatever was not to be written included."""
     for g, w in zip((*got[0], *got[1]), (*want[0], *want[1]), strict=True):
@@ -81,16 +59,14 @@ def assert_same(got: tuple[Fields, Fields], want: tuple[Fields, Fields]) -> None
 @pytest.mark.grid
 @DTYPES
 @KINDS
-@BIASES
 @pytest.mark.parametrize("case", HEADS)
-def test_append(case, biased, kind, dtype):
+def test_append(case, kind, dtype):
     heads, dim = HEADS[case]
     positions = torch.tensor([0, 7, 8, 23, 15] * 4, dtype=torch.int32)  # 20 sequences: more than a program takes
     k, v = tokens(len(positions), heads, dim, dtype)
     got, want = (fields(kind, dtype, len(positions), heads, dim) for _ in range(2))
-    extra = biases(biased, heads, dim, dtype)
-    append_kv(k, v, *got, positions, **extra)
-    append_kv_ref(k, v, *want, positions, **extra)
+    append_kv(k, v, *got, positions)
+    append_kv_ref(k, v, *want, positions)
     assert_same(got, want)
 
 
@@ -100,15 +76,13 @@ PROMPTS = {"one token": (1,), "odd": (9, 0, 24, 5), "no tokens": (), "only empty
 @pytest.mark.grid
 @DTYPES
 @KINDS
-@BIASES
 @pytest.mark.parametrize("case", PROMPTS)
-def test_prompts(case, biased, kind, dtype):
+def test_prompts(case, kind, dtype):
     lens = PROMPTS[case]
     k, v = tokens(sum(lens), 2, 80, dtype)
     got, want = (fields(kind, dtype, max(1, len(lens)), 2, 80) for _ in range(2))
-    extra = biases(biased, 2, 80, dtype)
-    write_prompt_kv(k, v, *got, lens, **extra)
-    write_prompt_kv_ref(k, v, *want, lens, **extra)
+    write_prompt_kv(k, v, *got, lens)
+    write_prompt_kv_ref(k, v, *want, lens)
     assert_same(got, want)
 
 

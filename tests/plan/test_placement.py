@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from flexgen_triton.models.family import SIZES, model_spec
 from flexgen_triton.plan.layout import split_counts
-from flexgen_triton.plan.placement import Extent, Tier, place_layer
+from flexgen_triton.plan.placement import Extent, Tier, packed_layout, place_layer, whole_tensor
 from flexgen_triton.plan.plan import make_plan
 from flexgen_triton.plan.policy import Policy
-from flexgen_triton.plan.spec import Workload
+from flexgen_triton.plan.spec import Workload, stored_as
 
 FIVES = range(0, 101, 5)
 
@@ -74,6 +74,60 @@ def test_every_row_is_placed_once_and_read_whole(tensors, gpu, cpu, gap, parts):
         assert sum(r.nbytes for r in cut) == sum(r.nbytes for r in share.runs)
         assert all(r.offset % 4096 == 0 for r in cut)
     assert sorted(seen) == sorted((f"t{n}", row) for n, (rows, _) in enumerate(tensors) for row in range(rows))
+
+
+SMALL = replace(SIZES["opt-125m"], layers=5, hidden=64, ffn=128, vocab=300)
+
+
+@pytest.mark.parametrize("sep_layer", [True, False])
+@pytest.mark.parametrize("compressed", [False, True])
+def test_of_bundles_that_are_alike_one_is_placed_and_costed(sep_layer, compressed):
+    policy = Policy(1, 1, 20, 30, sep_layer=sep_layer, compress_weight=compressed)
+    spec = stored_as(model_spec(SIZES["opt-175b"], "opt-175b", "float16"), policy)
+    plan = make_plan(spec, policy, Workload.uniform(8, 4, 1, 1))
+    heads = {bundle.tensors for bundle in plan.bundles if bundle.is_head}
+    assert len(plan.distinct_bundles) <= 1 + (2 if sep_layer else 1) + len(heads)
+    assert len(plan.bundles) == len(plan.placements) > 96
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    data=st.data(),
+    gpu=st.integers(0, 100),
+    cpu=st.integers(0, 100),
+    sep_layer=st.booleans(),
+    policy=st.sampled_from([Policy(2, 3), Policy(1, 1, compress_weight=True)]),
+    is_packed=st.booleans(),
+)
+def test_what_is_planned_of_a_bundle_is_its_own(data, gpu, cpu, sep_layer, policy, is_packed):
+    """Wherever a checkpoint has a bundle's tensors, sizes and transfers are those of that bundle placed by itself."""
+    policy = replace(policy, w_gpu_percent=gpu, w_cpu_percent=min(cpu, 100 - gpu), sep_layer=sep_layer)
+    spec = stored_as(model_spec(SMALL, "small", "float16"), policy)
+    if is_packed:
+        stored = dict(zip((m.name for m in spec.modules), packed_layout(spec.modules), strict=True))
+    else:
+        offset, stored = 0, {}
+        gaps = st.sampled_from([0, 2, 4096, 8192])
+        for m in spec.modules:
+            file, offset, stored[m.name] = data.draw(st.integers(0, 2)), offset + data.draw(gaps), []
+            for t in m.tensors:
+                stored[m.name].append(whole_tensor(t, file, offset))
+                offset = stored[m.name][-1].end + (data.draw(gaps) if m.index % 2 else 0)
+    workload = Workload.uniform(8, 4, policy.gpu_batch_size, policy.num_gpu_batches)
+    plan = make_plan(spec, policy, workload, extents=None if is_packed else stored)
+    gathered = {t.name for m in spec.modules for t in m.tensors if t.gathered}
+    for n, bundle in enumerate(plan.bundles):
+        extents = [e for m in bundle.modules for e in stored[m.name] if e.tensor not in gathered]
+        own, traffic = place_layer(extents, gpu, policy.w_cpu_percent), plan.weight_traffic(n)
+        assert plan.placements[n] == own
+        for tier in Tier:
+            planned = list(plan.weight_shares(tier))[n]
+            assert (planned.useful, planned.nbytes) == (own.share(tier).useful, own.share(tier).nbytes)
+        assert traffic.disk_parts == tuple(p.disk_bytes for p in plan.parts(n))
+        assert traffic.host_parts == tuple(p.host_bytes for p in plan.parts(n))
+        assert sum(traffic.disk_parts) == own.disk.nbytes and sum(traffic.host_parts) == own.host.nbytes
+        read = [r for p in plan.parts(n) for r in p.disk]
+        assert {r.file for r in read} <= {e.file for e in extents}
 
 
 @settings(max_examples=200, deadline=None)
