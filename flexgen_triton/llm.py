@@ -31,7 +31,8 @@ from .plan.placement import ALIGN, STORE_ALIGN
 from .plan.policy import Policy, PolicyError
 from .plan.search import Problem
 from .plan.spec import ModelSpec, stored_as
-from .run.engine import MIN_WAITING, Engine, Limits, RunReport
+from .run.engine import MIN_WAITING, Engine, Limits
+from .run.report import RunReport
 from .run.running import CLOSED, ClosedError, check_process
 from .run.totals import Choice, Totals
 from .sequences.outputs import CompletionOutput, RequestMetrics, RequestOutput

@@ -36,7 +36,8 @@ from ..plan.link import Span
 from ..plan.policy import Policy
 from ..plan.schedule import Lane
 from ..plan.spec import pack
-from ..run.engine import Engine, RunReport
+from ..run.engine import Engine
+from ..run.report import RunReport
 from ..run.running import check_process
 from ..sequences.params import SamplingParams
 from ..sequences.sequence import TokenSequence
