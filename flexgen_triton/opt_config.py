@@ -84,7 +84,7 @@ def get_opt_config(name: str, **fields: Any) -> OptConfig:
     short = name.rsplit("/", 1)[-1].lower()
     config = config_by_name(short.replace("-iml-max", "").replace("-iml", ""))  # fine-tuned, of the same sizes
     if config is None:
-        raise ModelError(f"{name!r} is no known OPT size, nor a checkpoint's directory")
+        raise ModelError(f"{name!r} is no known size, nor a checkpoint's directory")
     return replace(OptConfig.of(short, config), **fields)
 
 
