@@ -357,20 +357,34 @@ def _rounded(policy: Policy, shares: Shares) -> Policy:
 
 def _smallest(problem: Problem, hardware: Hardware, free: Mapping[Tier, float]) -> list[Found]:
     """Search where no relaxation fits: single sequences, everything on whole tiers, one of which needs least of any."""
-    plans = list(_smallest_plans(problem, hardware))
-    fitting = [p for p in plans if fits(p, free)]
-    if not fitting:
-        raise PolicyError(_infeasible(problem, plans, free, hardware))
-    estimates = sorted((_estimate(problem, p, hardware, 0.0) for p in fitting), key=lambda e: -e.tokens_per_s)
-    return [_found(problem, e.plan, hardware) for e in estimates[:KEPT]]
+    plans: list[Plan] = []
+    for smallest in (_smallest_plans, _finest_plans):
+        plans += smallest(problem, hardware)
+        fitting = [p for p in plans if fits(p, free)]
+        if fitting:
+            estimates = sorted((_estimate(problem, p, hardware, 0.0) for p in fitting), key=lambda e: -e.tokens_per_s)
+            return [_found(problem, e.plan, hardware) for e in estimates[:KEPT]]
+    raise PolicyError(_infeasible(problem, plans, free, hardware))
 
 
 def _smallest_plans(problem: Problem, hardware: Hardware) -> Iterator[Plan]:
-    tiers = tuple(Tier) if hardware.host_is_apart else (Tier.GPU, Tier.DISK)
     for form, overlap, separate in product(problem.formats(), (True, False), (True, False)):
-        single = replace(form, gpu_batch_size=1, num_gpu_batches=1, overlap=overlap, sep_layer=separate)
-        for policy in whole_tiers(single, tiers):
-            yield problem.plan(policy, host_is_apart=hardware.host_is_apart)
+        yield from _whole_plans(
+            problem, hardware, replace(form, num_gpu_batches=1, overlap=overlap, sep_layer=separate)
+        )
+
+
+def _finest_plans(problem: Problem, hardware: Hardware) -> Iterator[Plan]:
+    """Plans that need less of the host: layers are staged in as many parts as there are GPU batches."""
+    counts = [n for n in GPU_BATCHES[1:] if problem.num_prompts is None or n <= problem.num_prompts]
+    for form, count in product(problem.formats(), counts):
+        yield from _whole_plans(problem, hardware, replace(form, num_gpu_batches=count, overlap=False))
+
+
+def _whole_plans(problem: Problem, hardware: Hardware, policy: Policy) -> Iterator[Plan]:
+    tiers = tuple(Tier) if hardware.host_is_apart else (Tier.GPU, Tier.DISK)
+    for placed in whole_tiers(replace(policy, gpu_batch_size=1), tiers):
+        yield problem.plan(placed, host_is_apart=hardware.host_is_apart)
 
 
 def _infeasible(problem: Problem, plans: Sequence[Plan], free: Mapping[Tier, float], hardware: Hardware) -> str:

@@ -158,6 +158,17 @@ def test_what_is_feasible_is_never_called_infeasible(tried, size, count, w, cach
     assert fits(found.best.plan, {t: float(n) for t, n in needs.items()})
 
 
+@pytest.mark.parametrize("count", [2, 3, 8])
+def test_more_gpu_batches_are_tried_where_staging_lacks_room(count):
+    """A layer is staged in as many parts as there are GPU batches, so one sequence alone needs more of the host."""
+    plan = make_plan(TINY, Policy(1, count, 0, 0, 0, 0, 0, 0), Workload.uniform(1, 1, 1, count), host_is_apart=True)
+    needs = need(plan)
+    hardware = SMALL_GPU.limited(
+        needs[Tier.GPU] + SMALL_GPU.context_bytes, needs[Tier.HOST] + TWO_CORES.process_bytes, needs[Tier.DISK]
+    )
+    assert fits(search(Problem(TINY, 1, 1), hardware).best.plan, {t: float(n) for t, n in needs.items()})
+
+
 @pytest.mark.parametrize("hardware", [SMALL_GPU, TWO_CORES], ids=lambda h: h.name)
 def test_infeasible_problems_say_what_lacks_and_what_would_do(hardware):
     model = model_spec(SIZES["opt-1.3b"], "opt-1.3b", "float16")
