@@ -22,7 +22,8 @@ from ..memory.arena import Arena, host_available
 from ..memory.cache_homes import page_fields
 from ..memory.cache_places import Segment, segment
 from ..memory.device import current_stream, gpu_capability, gpu_memory, synchronize
-from ..memory.disk import DiskQueue, Read, Readable, Write
+from ..memory.disk import DiskQueue, Read, Write
+from ..memory.disk_files import Readable
 from ..memory.stripes import Folders
 from ..memory.weights import BOUNCE_BYTES
 from ..models import ops

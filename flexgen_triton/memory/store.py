@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Self, TypeVar
 import xxhash
 
 from ..plan.placement import ALIGN, STORE_ALIGN, Extent
-from .disk import DiskFile, Readable, open_regular
+from .disk_files import DiskFile, Readable, open_regular
 from .stripes import StripedFile, StripedWriter, part_bytes, part_paths
 
 STORE_VERSION = 3

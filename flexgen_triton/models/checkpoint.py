@@ -22,7 +22,7 @@ import xxhash
 from torch import Tensor
 
 from ..kernels.sizes import BLOCK_ROWS
-from ..memory.disk import open_regular
+from ..memory.disk_files import open_regular
 from ..memory.store import (
     CHUNK,
     STORE_VERSION,

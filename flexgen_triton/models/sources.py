@@ -18,7 +18,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from ..memory.disk import irregular, open_regular
+from ..memory.disk_files import irregular, open_regular
 from ..memory.store import SAFETENSORS_DTYPES, Header, Stamp, Store, StoreError, TensorEntry, read_safetensors_header
 from ..plan.formats import STORED_BYTES
 from ..plan.placement import ALIGN, Extent
