@@ -23,7 +23,8 @@ from ..sequences.outputs import RequestOutput
 from . import answers as batch_answers
 from . import format as batch_format
 from .answers import AnswerError
-from .format import ChatRequest, CompletionRequest, LineError, SeenIds
+from .fields import LineError
+from .format import ChatRequest, CompletionRequest, SeenIds
 from .journal import MAX_LINE, Answers, Line, read_lines
 
 Check = Callable[[], None]
