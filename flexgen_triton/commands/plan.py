@@ -25,7 +25,9 @@ from ..models.family import config_by_name, model_spec
 from ..models.locate import DUMMY, ModelSource, choose_dtype, find_local, find_sizes, hub_name, read_config
 from ..plan.hardware import Hardware, profile_names
 from ..plan.policy import Policy
-from ..plan.search import Problem, Searched, search, worth
+from ..plan.problem import Problem
+from ..plan.search import Searched, search
+from ..plan.worth import worth
 from ..run.engine import Limits
 from .console import WIDTH, console
 from .options import ALLOW, DTYPE, OFFLOAD_DIR, Command, memory_options, policy_flags

@@ -21,7 +21,8 @@ from ..plan.placement import Tier
 from ..plan.plan import Plan
 from ..plan.policy import Policy
 from ..plan.predict import PHASES, Prediction
-from ..plan.search import Found, Searched, available, frontier
+from ..plan.problem import available
+from ..plan.search import Found, Searched, frontier
 from .console import TIERS, print_table
 
 RESOURCES = {

@@ -19,8 +19,10 @@ from flexgen_triton.models.family import SIZES, model_spec
 from flexgen_triton.plan.plan import Plan, make_plan
 from flexgen_triton.plan.policy import Policy
 from flexgen_triton.plan.predict import predict
-from flexgen_triton.plan.search import Problem, Searched, search, worth
+from flexgen_triton.plan.problem import Problem
+from flexgen_triton.plan.search import Searched, search
 from flexgen_triton.plan.spec import Workload
+from flexgen_triton.plan.worth import worth
 from flexgen_triton.run.trace import LaneUse
 
 NAME = "a-model-of-a-long-name-[with-brackets]-" + "x" * 80

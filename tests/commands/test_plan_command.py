@@ -16,7 +16,7 @@ from flexgen_triton.commands import bench, plan_report
 from flexgen_triton.commands import plan as plan_command
 from flexgen_triton.commands.options import flags_policy, is_by_hand
 from flexgen_triton.plan.policy import CompressionConfig, Policy
-from flexgen_triton.plan.search import Problem
+from flexgen_triton.plan.problem import Problem
 
 ROOT = Path(__file__).parents[2]
 T4 = ("--hardware", "t4", "--model", "opt-125m", "--prompt-len", "64", "--gen-len", "8")
