@@ -133,6 +133,31 @@ def test_imports_go_down_only(path):
     assert not climbing, f"{path} imports {climbing}"
 
 
+def loaded_by(path: Path) -> set[str]:
+    """The package's modules that a module imports when it is itself imported, not in functions or for types alone."""
+    tree = ast.parse(path.read_text())
+    body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    package = parts[:-1]
+    found: set[str] = set()
+    for node in body:
+        if isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            stem = (*base, *(node.module or "").split(".")) if node.module else base
+            found |= {".".join(stem), *(".".join((*stem, alias.name)) for alias in node.names)}
+    return found
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    names = {
+        ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in PACKAGE.rglob("*.py")
+    }
+    needs = {name: (loaded_by(p) & names.keys()) - {name} for name, p in names.items() if p.name != "__init__.py"}
+    while ready := {name for name, others in needs.items() if not others & needs.keys()}:
+        needs = {name: others for name, others in needs.items() if name not in ready}
+    assert not needs, "modules of circles, and those that need them"
+
+
 def test_every_module_has_its_layer():
     found = {p.relative_to(PACKAGE).with_suffix("").parts[0] for p in PACKAGE.rglob("*.py")}
     assert found == set().union(*LAYERS)

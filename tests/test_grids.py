@@ -58,7 +58,7 @@ def test_one_case_asked_for_by_name_is_covering():
 
 @pytest.fixture
 def counts(pytester: pytest.Pytester):
-    """How many tests of GRID pass, given pytest's arguments."""
+    """Count the tests of GRID that pass, given pytest's arguments."""
     pytester.makeini("[pytest]\nmarkers =\n    slow\n    grid")
     pytester.makeconftest(HOOK)
     pytester.makepyfile(test_grid=GRID)

@@ -1,4 +1,4 @@
-"""What processes share is made by one of them, and never seen unfinished."""
+"""Things that processes share are made by one of them, and are never seen unfinished."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ CompileFor = Callable[[Sequence[Case], Sequence[Case]], dict[str, Compiled]]
 
 @pytest.fixture(scope="session")
 def compiles_folder(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where machine code is kept from one run to the next; only for this one where pytest keeps nothing."""
+    """The folder where machine code is kept from one run to the next; only for this one where pytest keeps nothing."""
     if pytestconfig.pluginmanager.has_plugin("cacheprovider"):
         return pytestconfig.cache.mkdir("compiled_kernels")
     return tmp_path_factory.mktemp("compiled_kernels")

@@ -1,4 +1,4 @@
-"""How sequences are divided into groups of the cache is nobody's business but the plan's: tokens stay the same."""
+"""Groups of the cache are the plan's alone: however sequences are divided into them, tokens stay the same."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from math import prod
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -28,22 +28,21 @@ from .implementation import cpu_has_bf16, widened
 RowSegments = list[tuple[int, Tensor]]  # (first row, rows) of the segments of a tensor
 
 
+class Epilogue(NamedTuple):
+    """The end of a product: `activation(product + bias) + residual`."""
+
+    bias: Tensor | None
+    activation: str | None
+    residual: Tensor | None
+
+
 class Weight(Protocol):
     """A matrix [N, K] of any format, or a vector."""
 
     rows: int
 
-    def multiply(
-        self,
-        x: Tensor,
-        out: Tensor,
-        bias: Tensor | None,
-        *,
-        activation: str | None,
-        residual: Tensor | None,
-        scratch: Scratch,
-    ) -> None:
-        """`out = activation(x @ W.T + bias) + residual`: [M, K] -> out [M, N], in x's dtype, accumulated in fp32."""
+    def multiply(self, x: Tensor, out: Tensor, end: Epilogue, scratch: Scratch) -> None:
+        """Multiply, `out = end(x @ W.T)`: [M, K] -> out [M, N], in x's dtype, accumulated in fp32."""
 
 
 class PlainWeight:
@@ -66,18 +65,9 @@ class PlainWeight:
             return parts[0]
         return torch.cat(parts, out=scratch.take(sum(map(len, parts)), dtype=parts[0].dtype))
 
-    def multiply(
-        self,
-        x: Tensor,
-        out: Tensor,
-        bias: Tensor | None,
-        *,
-        activation: str | None,
-        residual: Tensor | None,
-        scratch: Scratch,
-    ) -> None:
-        linear_into(x, self, out, bias, scratch=scratch)
-        _finish(out, None, activation, residual)
+    def multiply(self, x: Tensor, out: Tensor, end: Epilogue, scratch: Scratch) -> None:
+        linear_into(x, self, out, end.bias, scratch=scratch)
+        _finish(out, end._replace(bias=None))
 
 
 class FourBitWeight:
@@ -114,36 +104,19 @@ class FourBitWeight:
         self._dense: Tensor | None = None
         self._room = room or Scratch(device=codes[0][1].device)
 
-    def multiply(
-        self,
-        x: Tensor,
-        out: Tensor,
-        bias: Tensor | None,
-        *,
-        activation: str | None,
-        residual: Tensor | None,
-        scratch: Scratch,
-    ) -> None:
+    def multiply(self, x: Tensor, out: Tensor, end: Epilogue, scratch: Scratch) -> None:
         multiply = self._on_gpu if implementation.uses_triton(x) else self._on_cpu
         with scratch.frame():
-            multiply(x, out, bias, activation, residual, scratch)
+            multiply(x, out, end, scratch)
 
-    def _on_gpu(
-        self,
-        x: Tensor,
-        out: Tensor,
-        bias: Tensor | None,
-        activation: str | None,
-        residual: Tensor | None,
-        scratch: Scratch,
-    ) -> None:
+    def _on_gpu(self, x: Tensor, out: Tensor, end: Epilogue, scratch: Scratch) -> None:
         """Fused on 4 bits for few rows; for many, for small groups and in fp32, cuBLAS on what is dequantised once."""
         from ...kernels.chips import chip_of
         from ...kernels.matmul_q4 import crossover, matmul_q4
 
         if (x.is_cuda and x.dtype == torch.float32) or len(x) >= crossover(chip_of(x.device), self.group_size):
-            _product(x, self._dequantised(x.dtype), bias, out, scratch)
-            _finish(out, None, activation, residual)
+            _product(x, self._dequantised(x.dtype), end.bias, out, scratch)
+            _finish(out, end._replace(bias=None))
             return
         for row, rows, codes, scales in self.segments:
             here = slice(row, row + rows)
@@ -152,31 +125,23 @@ class FourBitWeight:
                 codes,
                 scales,
                 rows,
-                bias=None if bias is None else bias[here],
-                activation=FUSED_ACTIVATIONS[activation] if activation else None,
-                residual=None if residual is None else residual[:, here],
+                bias=None if end.bias is None else end.bias[here],
+                activation=FUSED_ACTIVATIONS[end.activation] if end.activation else None,
+                residual=None if end.residual is None else end.residual[:, here],
                 out=out[:, here],
                 workspace=_workspace(x.device, current_stream(x.device).cuda_stream if x.is_cuda else 0),
                 empty=scratch.take,
             )
 
-    def _on_cpu(
-        self,
-        x: Tensor,
-        out: Tensor,
-        bias: Tensor | None,
-        activation: str | None,
-        residual: Tensor | None,
-        scratch: Scratch,
-    ) -> None:
+    def _on_cpu(self, x: Tensor, out: Tensor, end: Epilogue, scratch: Scratch) -> None:
         from ...kernels.cpu.matmul_q4 import linear_q4
 
         wide = widened(x, scratch)
         y = out if out.dtype == torch.float32 else scratch.take(*out.shape, dtype=torch.float32)
         for row, rows, codes, scales in self.segments:
             linear_q4(wide, codes, scales, rows, y[:, row : row + rows], scratch.panel)
-        bias, residual = (None if t is None else widened(t, scratch) for t in (bias, residual))
-        _finish(y, bias, activation, residual)
+        bias, residual = (None if t is None else widened(t, scratch) for t in (end.bias, end.residual))
+        _finish(y, Epilogue(bias, end.activation, residual))
         if y is not out:
             out.copy_(y)
 
@@ -272,21 +237,18 @@ def linear(
     """`activation(x @ W.T + bias) + residual`: [M, K] -> [M, N], in x's dtype, accumulated in fp32."""
     scratch = scratch or Scratch(device=x.device)
     out = scratch.take(len(x), weight.rows, dtype=x.dtype)
-    weight.multiply(x, out, bias, activation=activation, residual=residual, scratch=scratch)
+    weight.multiply(x, out, Epilogue(bias, activation, residual), scratch)
     return out
 
 
-def _finish(out: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None) -> None:
-    """Apply bias, activation and residual in place.
-
-    All are of one dtype: on the CPU torch would widen a narrower operand in memory of its own.
-    """
-    if bias is not None:
-        out += bias
-    if activation is not None:
-        ACTIVATIONS[activation](out)
-    if residual is not None:
-        out += residual
+def _finish(out: Tensor, end: Epilogue) -> None:
+    """Apply the end in place, all of one dtype: on the CPU torch would widen a narrower operand in its own memory."""
+    if end.bias is not None:
+        out += end.bias
+    if end.activation is not None:
+        ACTIVATIONS[end.activation](out)
+    if end.residual is not None:
+        out += end.residual
 
 
 def crossover_rows(device: torch.device) -> int:
