@@ -1,12 +1,14 @@
-"""The library's front: `LLM`, which loads a model from a directory, the hub or nothing and generates text."""
+"""The library's front: `LLM`, which loads a model from a directory, the hub or nothing and generates text.
+
+Owns the policy in use and the engine that has the weights loaded as it says. Prompts become sequences and those become
+outputs in sequences/translator.py.
+"""
 
 from __future__ import annotations
 
 import itertools
-import time
-from array import array
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
@@ -14,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import xxhash
 from numpy.typing import NDArray
 
 from .arguments import as_allowed, as_device, as_folders, as_model, as_pair, as_params, check_others, check_policy
@@ -23,7 +24,6 @@ from .defaults import DEFAULT_OFFLOAD_DIR as DEFAULT_OFFLOAD_DIR
 from .machine.auto import choose, machine, settled, typical_length
 from .memory.arena import Resident
 from .models.checkpoint import open_store
-from .models.config import ModelError
 from .models.family import make_model, model_spec
 from .models.locate import check_device, choose_dtype, find_model
 from .plan.hardware import Hardware
@@ -31,21 +31,20 @@ from .plan.placement import ALIGN, STORE_ALIGN
 from .plan.policy import Policy, PolicyError
 from .plan.problem import Problem
 from .plan.spec import ModelSpec, stored_as
-from .run.engine import MIN_WAITING, Engine, Limits, RunReport
+from .run.engine import MIN_WAITING, Engine, Limits
+from .run.report import RunReport
 from .run.running import CLOSED, ClosedError, check_process
 from .run.totals import Choice, Totals
-from .sequences.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from .sequences.outputs import RequestOutput
 from .sequences.params import SamplingParams
 from .sequences.prompts import Prompt as Prompt
-from .sequences.prompts import as_prompt, as_prompts
-from .sequences.sampler import Logprobs
+from .sequences.prompts import as_prompts
 from .sequences.sequence import TokenSequence
-from .sequences.text import TextStream
-from .sequences.tokenizer import check_files, has_tokenizer, load_tokenizer
+from .sequences.translator import Answer, PreparedPrompt, Translator
 from .sizes import parse_size
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from .sequences.tokenizer import PreTrainedTokenizerBase
 
 BASE = Policy()
 
@@ -54,34 +53,6 @@ REPLACED = "the weights were loaded anew, as use() was told, while this was gene
 Prompts = Prompt | Sequence[Prompt] | NDArray[np.integer[Any]] | torch.Tensor
 Progress = Callable[[int, int], None]
 Report = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class PreparedPrompt:
-    """A prompt that can be run: its text where it was one, its token ids, and how it is to be completed."""
-
-    prompt: str | None
-    token_ids: Sequence[int]
-    params: SamplingParams
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Answer:
-    """One prompt's sequences while they are under way."""
-
-    number: int
-    prepared: PreparedPrompt
-    requests: list[TokenSequence]
-    texts: list[TextStream | None]
-    arrival_time: float
-
-    @property
-    def finished(self) -> bool:
-        return all(r.finished for r in self.requests)
-
-
-def _earliest(times: Iterable[float | None]) -> float | None:
-    return min((t for t in times if t is not None), default=None)
 
 
 def _checked(progress: Report | None, check: Callable[[], None] | None) -> Report:
@@ -151,14 +122,11 @@ class LLM:
         self._seed, self._verify = seed, verify
         self._progress, self._check = progress, check
         self._prepared = _checked(progress, check)
-        self._tokenizer: PreTrainedTokenizerBase | None = None
-        if self.has_tokenizer and self.source.directory:  # before the weights are loaded
-            check_files(self.source.directory)
+        self._translator = Translator(self.spec, self.source.directory, seed=seed)  # fails before weights are loaded
         self.folders = as_folders(offload_dir)
         self.last_report: RunReport | None = None  # of the last `generate`
         self.totals = Totals()  # of the last `stream`
         self._taken: Resident | None = None  # what this process had when it searched for a policy
-        self._drawn = 0  # seeds given to requests without one
         self._engine: Engine | None = None
         self._closed = False
         self._automatic = isinstance(policy, str)
@@ -293,15 +261,6 @@ class LLM:
     def _phase(self, name: str) -> Progress | None:
         return partial(self._progress, name) if self._progress else None
 
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's own tokenizer, loaded on first use; raises ModelError where there is none that works."""
-        if self._tokenizer is None:
-            if self.source.directory is None:
-                raise ModelError(f"{self.source.name} has random weights and no tokenizer; give prompts as token ids")
-            self._tokenizer = load_tokenizer(self.source.directory)
-        return self._tokenizer
-
     def generate(
         self,
         prompts: Prompts,
@@ -315,18 +274,18 @@ class LLM:
         self._check_usable()
         each = as_prompts(prompts)
         pairs = zip(each, as_params(sampling_params, len(each)), strict=True)
-        prepared = [self._prepare(prompt, p, f"prompt {n}") for n, (prompt, p) in enumerate(pairs)]
-        answers = [self._answer(n, p) for n, p in enumerate(prepared)]
+        prepared = [self._translator.prepare(prompt, p, f"prompt {n}") for n, (prompt, p) in enumerate(pairs)]
+        answers = [self._translator.answer(n, p, self.eos_ids) for n, p in enumerate(prepared)]
         requests = [r for a in answers for r in a.requests]
         if requests:
             self._settle(prepared, len(requests), max(r.params.max_tokens for r in requests))
             self.last_report = self.engine.generate(requests, progress=self._phase("generate"))
-        return [self._output(a) for a in answers]
+        return [self._translator.output(a) for a in answers]
 
     def request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> PreparedPrompt:
         """Check that a prompt can be run, and turn it into token ids; raises ValueError where it cannot."""
         (params,) = as_params(sampling_params, 1)
-        return self._prepare(prompt, params, "the prompt")
+        return self._translator.prepare(prompt, params, "the prompt")
 
     def stream(
         self, prompts: Iterable[PreparedPrompt | tuple[Prompt, SamplingParams]], *, partial: bool = False
@@ -346,14 +305,14 @@ class LLM:
     ) -> Generator[RequestOutput, None, None]:
         self._check_usable()
         self.totals = totals = Totals()
-        owners: dict[int, _Answer] = {}  # by the identity of a request that has not been handed back
+        owners: dict[int, Answer] = {}  # by the identity of a request that has not been handed back
 
-        def answers() -> Iterator[_Answer]:
+        def answers() -> Iterator[Answer]:
             for number, item in enumerate(prompts):
                 prepared = item if isinstance(item, PreparedPrompt) else self.request(*as_pair(item))
-                yield self._answer(number, prepared, partial=partial)
+                yield self._translator.answer(number, prepared, self.eos_ids, partial=partial)
 
-        def requests(source: Iterable[_Answer]) -> Iterator[TokenSequence]:
+        def requests(source: Iterable[Answer]) -> Iterator[TokenSequence]:
             for answer in source:
                 owners.update((id(r), answer) for r in answer.requests)
                 yield from answer.requests
@@ -376,125 +335,24 @@ class LLM:
                 totals.answer(len(request.prompt), len(request.tokens))
             has_failed = any(r.error for r in answer.requests)  # which is told once, when the others have ended too
             if (partial and not has_failed) or not any(id(r) in owners for r in answer.requests):
-                yield self._output(answer)
+                yield self._translator.output(answer)
 
     def token_ids(self, prompt: Prompt, name: str = "the prompt") -> list[int]:
         """A prompt's token ids, by the model's own tokenizer where it is text.
 
         Raises PromptError (a ValueError), which calls it by `name`, for what is no prompt.
         """
-        prompt = as_prompt(prompt, name)
-        if not isinstance(prompt, str):
-            return list(prompt)
-        return list(self.tokenizer(prompt, verbose=False)["input_ids"])  # length is checked here, not warned of
+        return self._translator.token_ids(prompt, name)
 
-    def _prepare(self, prompt: Prompt, params: SamplingParams, name: str) -> PreparedPrompt:
-        if self.has_tokenizer:
-            _ = self.tokenizer  # what is wrong with it must not be found out when the answer is made into text
-        ids = self.token_ids(prompt, name)
-        if not ids:
-            raise ValueError(f"{name} is empty; give it at least one token")
-        bad = next((t for t in ids if not 0 <= t < self.spec.vocab), None)
-        if bad is not None:
-            raise ValueError(f"{name} has token id {bad}; the vocabulary has {self.spec.vocab}")
-        bad = next((t for t in params.stop_token_ids if t >= self.spec.vocab), None)
-        if bad is not None:
-            raise ValueError(f"stop_token_ids holds {bad}, which never comes; the vocabulary has {self.spec.vocab}")
-        room = self.spec.max_positions - len(ids)
-        if params.max_tokens > room:
-            raise PolicyError(
-                f"{name} has {len(ids)} tokens and asks for {params.max_tokens} more; "
-                f"{self.spec.name} has {self.spec.max_positions} positions, so at most {max(room, 0)} fit"
-            )
-        if params.stop and not self.has_tokenizer:
-            raise ValueError(f"stop strings need a tokenizer and {self.spec.name} has none; give stop_token_ids")
-        return PreparedPrompt(prompt if isinstance(prompt, str) else None, array("i", ids), params)
-
-    def _answer(self, number: int, prepared: PreparedPrompt, *, partial: bool = False) -> _Answer:
-        """The sequences of one prompt, each with a seed and, where text must be watched as it grows, its text."""
-        params = prepared.params
-        seed = params.seed
-        if seed is None:
-            self._drawn += 1
-            seed = xxhash.xxh3_64_intdigest(f"{self._seed} {self._drawn}".encode())
-        requests, texts = [], []
-        for n in range(params.n):
-            watched = params.stop or (partial and self.has_tokenizer)
-            text = TextStream(self._decoder(params), params.stop, params.min_tokens) if watched else None
-            once = params if n == 0 else replace(params, prompt_logprobs=None)  # the prompt is the same
-            watch = text.add if text else None
-            requests.append(TokenSequence(prepared.token_ids, once, seed + n, self.eos_ids, watch))
-            texts.append(text)
-        return _Answer(number, prepared, requests, texts, time.time())
-
-    def _decoder(self, params: SamplingParams) -> Callable[[Sequence[int]], str]:
-        tokenizer, skip = self.tokenizer, params.skip_special_tokens
-        return lambda ids: str(
-            tokenizer.decode(list(ids), skip_special_tokens=skip, clean_up_tokenization_spaces=False)
-        )
-
-    def _output(self, answer: _Answer) -> RequestOutput:
-        requests, prepared = answer.requests, answer.prepared
-        failed = next((r for r in requests if r.error), None)
-        outputs = [self._completion(n, r, t) for n, (r, t) in enumerate(zip(requests, answer.texts, strict=True))]
-        first = requests[0]
-        scored = None
-        if prepared.params.prompt_logprobs is not None and failed is None:
-            scored = [None, *(self._named(p) for p in first.prompt_logprobs)]
-        return RequestOutput(
-            answer.number,
-            prepared.prompt,
-            list(prepared.token_ids),
-            [] if failed else outputs,
-            scored,
-            RequestMetrics(
-                answer.arrival_time,
-                _earliest(r.first_scheduled_time for r in requests),
-                _earliest(r.first_token_time for r in requests),
-                max(r.finished_time or 0.0 for r in requests) if answer.finished else None,
-            ),
-            failed.error if failed else None,
-            failed.error_code if failed else None,
-        )
-
-    def _completion(self, index: int, request: TokenSequence, text: TextStream | None) -> CompletionOutput:
-        logprobs = None
-        if request.params.logprobs is not None:
-            logprobs = [self._named(p) for p in request.logprobs]
-        return CompletionOutput(
-            index,
-            self._text(request, text),
-            list(request.tokens),
-            request.finish_reason,
-            request.stop_reason,
-            sum(p[t].logprob for p, t in zip(logprobs, request.tokens, strict=True)) if logprobs else None,
-            logprobs,
-        )
-
-    def _text(self, request: TokenSequence, text: TextStream | None) -> str:
-        """The completion as text, without what ended it unless that was asked for."""
-        if not self.has_tokenizer:
-            return ""
-        params, tokens = request.params, request.tokens
-        keep = params.include_stop_str_in_output
-        if text is not None and not request.finished:
-            return text.text
-        if text is not None and text.stopped_at is not None and isinstance(request.stop_reason, str):
-            return text.text[: text.stopped_at + (len(request.stop_reason) if keep else 0)]
-        if request.finish_reason == "stop" and not keep:
-            tokens = tokens[:-1]
-        return self._decoder(params)(tokens)
-
-    def _named(self, logprobs: Logprobs) -> Logprobs:
-        """Add the text of every token, where there is a tokenizer."""
-        if not self.has_tokenizer:
-            return logprobs
-        return {t: replace(p, decoded_token=str(self.tokenizer.decode([t]))) for t, p in logprobs.items()}
-
-    @cached_property
+    @property
     def has_tokenizer(self) -> bool:
         """True if the model came with a tokenizer; without one, prompts are token ids and answers have no text."""
-        return has_tokenizer(self.source.directory)
+        return self._translator.has_tokenizer
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's own tokenizer, loaded on first use; raises ModelError where there is none that works."""
+        return self._translator.tokenizer
 
     def close(self) -> None:
         """Free the model's memory, files and threads; what is being generated then raises ClosedError."""

@@ -21,7 +21,7 @@ from ..plan.plan import Plan
 from ..plan.policy import Policy
 from ..plan.predict import Prediction, predict
 from ..plan.search import Found, Searched
-from ..run.engine import RunReport
+from ..run.report import RunReport
 from ..run.trace import LaneUse, Timeline
 from ..utils import GB, log_text
 from .console import print_table

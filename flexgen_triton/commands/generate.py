@@ -18,8 +18,9 @@ from .options import LOG_JSON, Command, model_options, open_model, sampling_opti
 from .progress import Display, closing_text, figures
 
 if TYPE_CHECKING:
-    from ..llm import LLM, PreparedPrompt
+    from ..llm import LLM
     from ..sequences.outputs import RequestOutput
+    from ..sequences.translator import PreparedPrompt
 
 MAX_ERRORS = 5  # that are told one by one
 

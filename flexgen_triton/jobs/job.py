@@ -15,11 +15,12 @@ from typing import Any, BinaryIO, cast
 
 import xxhash
 
-from ..llm import LLM, PreparedPrompt
+from ..llm import LLM
 from ..models.config import ModelError
 from ..plan.policy import Policy
 from ..run.totals import Totals
 from ..sequences.outputs import RequestOutput
+from ..sequences.translator import PreparedPrompt
 from . import answers as batch_answers
 from . import format as batch_format
 from .answers import AnswerError

@@ -18,7 +18,8 @@ from ..plan.predict import DECODE, PREFILL, Prediction, predict
 from ..plan.problem import Problem, available
 from ..plan.search import modest, search
 from ..plan.spec import ModelSpec, stored_as
-from ..run.engine import Limits, RunReport
+from ..run.engine import Limits
+from ..run.report import RunReport
 from ..run.running import check_process
 from ..run.totals import Choice
 from .measure import MEASURING_BYTES, cached_profile, load_or_measure

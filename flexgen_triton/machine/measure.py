@@ -36,12 +36,13 @@ from ..plan.link import Span
 from ..plan.policy import Policy
 from ..plan.schedule import Lane
 from ..plan.spec import pack
-from ..run.engine import Engine, RunReport
+from ..run.engine import Engine
+from ..run.report import RunReport
 from ..run.running import check_process
 from ..sequences.params import SamplingParams
 from ..sequences.sequence import TokenSequence
-from . import sweeps
-from .sweeps import CPU, MIB, Clock, Workbench
+from . import arithmetic, transfers
+from .workbench import CPU, MIB, Clock, Workbench, rounded
 
 Progress = Callable[[str, int, int], None]  # the phase, steps done, of how many
 
@@ -79,7 +80,7 @@ def measure(
         bench = benches.enter_context(Workbench(device, quick=quick))
         host = benches.enter_context(Workbench(CPU, quick=quick, pin=True)) if host_is_apart else bench
         figures = _device_figures(bench, host, steps, share)
-        disk = sweeps.disk(folders, host.arena.buffer[: 64 * MIB], quick=quick, budget_s=6 * share)
+        disk = transfers.disk(folders, host.arena.buffer[: 64 * MIB], quick=quick, budget_s=6 * share)
         steps.done()
     hardware = Hardware(
         name=machine_name(device, folders),
@@ -129,14 +130,14 @@ class _Steps:
 def _device_figures(bench: Workbench, host: Workbench, steps: _Steps, share: float) -> dict[str, Any]:
     """Measure the rates of the device, of the host's processor and of the link between them."""
     clock = Clock(bench.device, quick=bench.quick)
-    figures: dict[str, Any] = {"matmul": sweeps.products(bench, clock, 12 * share)}
+    figures: dict[str, Any] = {"matmul": arithmetic.products(bench, clock, 12 * share)}
     steps.done()
-    figures["prefill_attention"] = sweeps.prompt_attention(bench, clock, 2 * share)
+    figures["prefill_attention"] = arithmetic.prompt_attention(bench, clock, 2 * share)
     steps.done()
-    figures["decode_attention"] = sweeps.token_attention(bench, clock, 3 * share)
+    figures["decode_attention"] = arithmetic.token_attention(bench, clock, 3 * share)
     steps.done()
-    figures["elementwise"] = sweeps.passes(bench, clock, share)
-    figures["device_read"] = sweeps.memory_read(bench, clock, share)
+    figures["elementwise"] = arithmetic.passes(bench, clock, share)
+    figures["device_read"] = transfers.memory_read(bench, clock, share)
     steps.done()
     beside = _host_figures(bench, host, clock, share) if bench.device.type == "cuda" else _same(bench, clock, share)
     steps.done(2)
@@ -145,16 +146,16 @@ def _device_figures(bench: Workbench, host: Workbench, steps: _Steps, share: flo
 
 def _same(bench: Workbench, clock: Clock, share: float) -> dict[str, Any]:
     """Links where the device is the host: copies in its memory, which the engine makes when it is told to."""
-    return dict.fromkeys(LINKS, sweeps.copies_in_place(bench, clock, share))
+    return dict.fromkeys(LINKS, transfers.copies_in_place(bench, clock, share))
 
 
 def _host_figures(bench: Workbench, host: Workbench, clock: Clock, share: float) -> dict[str, Any]:
     """Links between a GPU and its host, and what the host's processor does."""
     on_host = Clock(CPU, quick=bench.quick)
     with Workbench(CPU, quick=bench.quick) as pageable:
-        links = sweeps.links(bench, host, pageable, clock, 3 * share)
-    attention = sweeps.token_attention(host, on_host, 3 * share)
-    return {**links, "host_attention": attention, "host_read": sweeps.memory_read(host, on_host, share)}
+        links = transfers.links(bench, host, pageable, clock, 3 * share)
+    attention = arithmetic.token_attention(host, on_host, 3 * share)
+    return {**links, "host_attention": attention, "host_read": transfers.memory_read(host, on_host, share)}
 
 
 def _compile_apart() -> None:
@@ -170,7 +171,7 @@ def prepare() -> None:
     """Load the CPU's kernels for every format, and compile those that are not kept on disk."""
     for dtype in DTYPE_BYTES:
         spec = model_spec(TINY, "tiny", dtype)
-        for stored, cache in ((spec, PlainCache()), (pack(spec, sweeps.PACKED), FourBitCache())):
+        for stored, cache in ((spec, PlainCache()), (pack(spec, arithmetic.PACKED), FourBitCache())):
             ops.prepare(stored, cache.fields(dtype, spec.head_dim), sparse=False)
 
 
@@ -209,7 +210,7 @@ def _overheads(hardware: Hardware, device: torch.device, folders: Folders, *, qu
     stages = alone.plans[0].stages
     kinds = [[s for s in decoded if stages[s.op.j].module.kind == kind] for kind in ("attention", "mlp")]
     found[Lane.COMPUTE.value] = mean(_excess(spans, hardware) for spans in kinds)
-    return {lane: sweeps.rounded(excess) for lane, excess in found.items()}
+    return {lane: rounded(excess) for lane, excess in found.items()}
 
 
 @contextmanager
@@ -261,7 +262,7 @@ def _corrected(hardware: Hardware, device: torch.device, folders: Folders) -> Ha
     read = sum(s.op.bytes for s in streamed.timeline.spans if s.op.lane is Lane.DISK_IN)
     return replace(
         hardware,
-        correction={lane.value: sweeps.rounded(ratio) for lane, ratio in found.items()},
+        correction={lane.value: rounded(ratio) for lane, ratio in found.items()},
         disk_compute=0.0 if host_is_apart else float(f"{max(more, 0.0) / read / found[Lane.COMPUTE]:.3g}"),
     )
 
@@ -353,7 +354,7 @@ def refine(hardware: Hardware, run: Mapping[str, Any]) -> Hardware:
         for lane, busy in measured.items()
         if busy > 0 and busy >= least and predicted.get(lane, 0.0) > 0
     }
-    corrected = {lane: sweeps.rounded(hardware.correction.get(lane, 1.0) * ratio) for lane, ratio in ratios.items()}
+    corrected = {lane: rounded(hardware.correction.get(lane, 1.0) * ratio) for lane, ratio in ratios.items()}
     return replace(hardware, correction={**hardware.correction, **corrected})
 
 

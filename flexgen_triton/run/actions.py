@@ -1,4 +1,8 @@
-"""One round at work: the actions that its ops name, on its sequences."""
+"""One round at work: the actions that its ops name, on its sequences.
+
+Owns what passes from op to op, and the stages before the head; the head's output projection and the tokens drawn from
+it are run/head.py's. Knows no order: the plan's program has it.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,10 +31,8 @@ from ..plan.layout import Group
 from ..plan.plan import Plan
 from ..plan.schedule import OPS, Kind, Op, Slot
 from ..plan.spec import ATTEND, EMBED, HEAD, PROJECT, STAGES
-from ..plan.temporaries import SCORED_ROWS
-from ..sequences.sampler import Sampler
-from ..sequences.scorer import PromptScorer
-from ..sequences.sequence import NOT_FINITE, TokenSequence
+from ..sequences.sequence import TokenSequence
+from .head import Head
 
 
 @dataclass(slots=True)
@@ -69,27 +70,14 @@ class Round:
         self._cache_places = CachePlaces(plan, homes, buffers.uploads, self._ended)
         self._activations = Activations(plan, buffers, disk, dtype)
         self._device, self._dtype, self._work = buffers.device, dtype, buffers.work
-        self._on_step, self._keep_logits = on_step, keep_logits
-        self._samplers = [self._sampler(batch) for batch in batches]
-        self._next: list[list[int]] = [[t for s in batch for t in s.prompt] for batch in batches]
-        self._head_input: dict[int, Tensor] = {}
-        self._logits: dict[int, Tensor] = {}
-        self._scorers: dict[int, list[_Scored]] = {}
+        self._head = Head(
+            plan, batches, model, self._work, device=self._device, on_step=on_step, keep_logits=keep_logits
+        )
         self._views: dict[int, Mapping[str, Weight]] = {}  # by layer, counted on from token step to token step
         self._dense = [Scratch(room) for room in buffers.dense.chunk(plan.bundles_in_use)]
         self._places: dict[int, Positions] = {}
         self._step = -1
         self._nothing = self._passed = torch.empty(0)
-
-    def _sampler(self, batch: Sequence[TokenSequence]) -> Sampler:
-        return Sampler(
-            [s.params for s in batch],
-            [s.seed for s in batch],
-            [s.prompt for s in batch],
-            vocab=self._plan.model.vocab,
-            eos=[s.eos for s in batch],
-            device=self._device,
-        )
 
     @property
     def actions(self) -> dict[str, Action]:
@@ -178,7 +166,7 @@ class Round:
     def embed(self, work: _Work, j: int) -> None:
         op, w = work.op, self._tensors(work.op)
         rows = partial(self._weights.rows, scratch=self._work, uploads=self._buffers.uploads)
-        ids = np.array(self._next[op.k])
+        ids = np.array(self._head.next_tokens(op.k))
         work.hidden = self._model.embed(w, rows, ids, self._positions(op), self._work)
 
     def project(self, work: _Work, j: int) -> None:
@@ -206,7 +194,7 @@ class Round:
         work.hidden = self._model.mlp(self._tensors(work.op), work.hidden, self._work)
 
     def head(self, work: _Work, j: int) -> None:
-        self._head(work.op, self._tensors(work.op), work.hidden, part=self._plan.stages[j].module.index)
+        self._head.compute(work.op, self._tensors(work.op), work.hidden, part=self._plan.stages[j].module.index)
 
     def _start(self, op: Op) -> None:
         """Take temporaries back, but for what the computation before hands on; at a token step all that it was sent."""
@@ -328,85 +316,6 @@ class Round:
         size = batch.size if ring in ("projected", "result") else self._plan.groups[op.k].cache.attended_by_host.size
         numbers = self._bytes(op, ring).view(self._dtype)
         return numbers[: size * heads * model.head_dim].view(size, heads, model.head_dim)
-
-    def _head(self, op: Op, w: Mapping[str, Weight], x: Tensor, *, part: int) -> None:
-        batch = self._plan.workload.batches[op.k]
-        columns = self._model.head_columns(w)
-        if part == 0:
-            if op.i == 0:
-                last = torch.tensor(batch.prompt_lens).cumsum(0) - 1
-                self._scorers[op.k] = self._score_inputs(op.k, w, x)
-                self._head_input[op.k] = self._model.head_input(w, x[last.to(x.device)], self._work)
-                shape = (batch.size, self._plan.model.vocab)
-                self._logits[op.k] = torch.empty(shape, dtype=torch.float32, device=self._device)
-            else:
-                self._head_input[op.k].copy_(self._model.head_input(w, x, self._work))
-        self._model.logits(w, self._head_input[op.k], self._logits[op.k][:, columns], self._work)
-        for scored in self._scorers[op.k] if op.i == 0 else ():
-            self._score(scored, w, columns)
-        if op.last + 1 == len(self._plan.stages):
-            self._finish_step(op)
-
-    def _finish_step(self, op: Op) -> None:
-        logits = self._logits[op.k]
-        if self._keep_logits:
-            self._keep_logits(op.k, logits.clone())
-        for scored in self._scorers.pop(op.k, ()):
-            scored.finish()
-        drawn = self._samplers[op.k].sample(logits)
-        self._next[op.k] = drawn.tokens
-        for row in drawn.wrong:
-            self._fail(op, row, logits)
-        for sequence, token, logprobs in zip(self._batches[op.k], drawn.tokens, drawn.logprobs, strict=True):
-            sequence.append(token, logprobs)
-        self._on_step(op.i, op.k)
-
-    def _fail(self, op: Op, row: int, logits: Tensor) -> None:
-        """End a sequence whose logits are not finite, if it has not ended."""
-        sequence = self._batches[op.k][row]
-        if not sequence.finished:
-            wrong = self._samplers[op.k].describe(row, logits)
-            where = f"the output projection's logits at token step {op.i}"
-            sequence.fail(f"{where} are not all numbers: {wrong}", NOT_FINITE)
-
-    # Log-probabilities of prompts
-
-    def _score_inputs(self, k: int, w: Mapping[str, Weight], x: Tensor) -> list[_Scored]:
-        """Compute the head's input for prompts that ask for scores: packed rows [T, E] -> a part for each prompt."""
-        found, first = [], 0
-        for sequence in self._batches[k]:
-            stop = first + len(sequence.prompt)
-            num = sequence.params.prompt_logprobs
-            if num is not None and stop - first > 1:
-                targets = torch.tensor(sequence.prompt[1:], device=x.device)
-                scorer = PromptScorer(targets, num, x.device)
-                found.append(_Scored(sequence, scorer, self._model.head_input(w, x[first : stop - 1], self._work)))
-            first = stop
-        return found
-
-    def _score(self, scored: _Scored, w: Mapping[str, Weight], columns: slice) -> None:
-        """Add this part of the vocabulary, a few positions at a time."""
-        for low in range(0, len(scored.rows), SCORED_ROWS):
-            rows = scored.rows[low : low + SCORED_ROWS]
-            shape = (len(rows), columns.stop - columns.start)
-            logits = torch.empty(shape, dtype=torch.float32, device=rows.device)
-            self._model.logits(w, rows, logits, self._work)
-            scored.scorer.add(logits, position=low, token=columns.start)
-
-
-class _Scored(NamedTuple):
-    """A sequence whose prompt is scored, and what the head multiplies for it: [T - 1, width]."""
-
-    sequence: TokenSequence
-    scorer: PromptScorer
-    rows: Tensor
-
-    def finish(self) -> None:
-        """Hand the sequence its prompt's log-probabilities, or have it fail where there are none."""
-        if wrong := self.scorer.wrong():
-            self.sequence.fail(f"the output projection's logits of the prompt are not all numbers: {wrong}", NOT_FINITE)
-        else:
-            self.sequence.prompt_logprobs = self.scorer.result()
 
 
 Action = Callable[..., int | None]

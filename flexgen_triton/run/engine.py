@@ -28,7 +28,6 @@ from ..models.diagnosis import diagnose
 from ..models.family import Model
 from ..plan import fit
 from ..plan.footprint import LIBRARY_BYTES, WORKSPACE
-from ..plan.link import Span
 from ..plan.placement import Tier
 from ..plan.plan import Plan, make_plan
 from ..plan.policy import Policy, PolicyError
@@ -37,6 +36,7 @@ from ..sequences.batching import Batches, Pool, divide, make_batches, workload
 from ..sequences.sequence import NOT_FINITE, TokenSequence
 from .actions import Round
 from .executor import execute, open_lanes
+from .report import RoundReport, RunReport
 from .running import CLOSED, Holdings, Run, check_process
 from .totals import Totals
 from .trace import Timeline
@@ -58,42 +58,6 @@ class Limits:
 
 
 NO_LIMITS = Limits()
-
-
-@dataclass(frozen=True, slots=True)
-class RoundReport:
-    """The report of one round: its plan, when its ops ran, and seconds from its start to the end of each token step."""
-
-    plan: Plan
-    timeline: Timeline
-    step_ends: tuple[float, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class RunReport:
-    """The report of a call of `generate`: its rounds and when their ops ran."""
-
-    timeline: Timeline
-    plans: tuple[Plan, ...]
-    step_ends: tuple[tuple[float, ...], ...]  # by round: seconds at which each token step ended, from its start
-
-    @classmethod
-    def of(cls, rounds: Sequence[RoundReport]) -> RunReport:
-        """Rounds that ran one after the other."""
-        spans: list[Span] = []
-        start = 0.0
-        for each in rounds:
-            spans += [Span(s.op, s.start + start, s.end + start) for s in each.timeline.spans]
-            start += each.timeline.makespan_s
-        return cls(Timeline.of(spans), tuple(r.plan for r in rounds), tuple(r.step_ends for r in rounds))
-
-    @property
-    def prefill_s(self) -> float:
-        return sum(ends[0] for ends in self.step_ends)
-
-    @property
-    def decode_s(self) -> float:
-        return sum(ends[-1] - ends[0] for ends in self.step_ends)
 
 
 class Engine:
@@ -377,7 +341,7 @@ class Engine:
         )
         fixed = not watched and all(_runs_to_its_end(batch) for batch in batches)
         spans = yield from execute(plan.program, running.actions, run.lanes, alive=None if fixed else running.alive)
-        return RoundReport(plan, Timeline.of(spans), _step_ends(spans))
+        return RoundReport.of(plan, spans)
 
     def close(self, why: str = CLOSED) -> None:
         """Free everything; runs that are under way raise ClosedError, which says why. Does nothing in a fork."""
@@ -415,12 +379,3 @@ def _exhaust(running: Generator[None, None, RoundReport]) -> RoundReport:
     except StopIteration as end:
         report: RoundReport = end.value
         return report
-
-
-def _step_ends(spans: Sequence[Span]) -> tuple[float, ...]:
-    """The ends of the last computation of each token step, in seconds."""
-    ends: dict[int, float] = {}
-    for s in spans:
-        if s.op.name == "compute":
-            ends[s.op.i] = max(s.end, ends.get(s.op.i, 0.0))
-    return tuple(end for _, end in sorted(ends.items()))

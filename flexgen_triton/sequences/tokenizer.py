@@ -12,7 +12,7 @@ from ..models.config import ModelError
 from ..plan.json_file import MIB, JsonError, kind_of, read_object
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase as PreTrainedTokenizerBase
 
 VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model")  # one of these makes a tokenizer
 JSON_FILES = ("tokenizer.json", "vocab.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")

@@ -29,9 +29,9 @@ from flexgen_triton.commands.run_batch import command
 from flexgen_triton.demo import DEMO_DIR
 from flexgen_triton.jobs.job import files_digest
 from flexgen_triton.jobs.journal import Passing
-from flexgen_triton.llm import PreparedPrompt
 from flexgen_triton.sequences.outputs import CompletionOutput, RequestOutput
 from flexgen_triton.sequences.sampler import Logprob
+from flexgen_triton.sequences.translator import PreparedPrompt
 from flexgen_triton.stopping import SAID
 
 KILLS = int(os.environ.get("FLEXGEN_KILLS", "4"))

@@ -88,7 +88,8 @@ class Watch(TorchDispatchMode):
 def python_bytes() -> int:
     """Bytes of objects made in the engine's own files, but for its records of what ran when."""
     package = str(Path(ops.__file__).parents[1])
-    wanted = [tracemalloc.Filter(True, f"{package}/{name}") for name in ("models/*", "memory/*", "run/actions.py")]
+    files = ("models/*", "memory/*", "run/actions.py", "run/head.py")
+    wanted = [tracemalloc.Filter(True, f"{package}/{name}") for name in files]
     return sum(t.size for t in tracemalloc.take_snapshot().filter_traces(wanted).traces)
 
 

@@ -16,7 +16,7 @@ SPREAD = (20, 30, 25, 30, 40, 30)
 def head(request, monkeypatch):
     if request.param:
         monkeypatch.setattr("flexgen_triton.models.parts.MIN_HEAD_PART_BYTES", 1)
-        monkeypatch.setattr("flexgen_triton.run.actions.SCORED_ROWS", 7)
+        monkeypatch.setattr("flexgen_triton.run.head.SCORED_ROWS", 7)
     return request.param
 
 
