@@ -31,7 +31,8 @@ sys.path.insert(0, str(ROOT))
 
 from flexgen_triton.plan.hardware import Hardware, load_profile
 from flexgen_triton.plan.policy import Policy, PolicyError
-from flexgen_triton.plan.search import Problem, search
+from flexgen_triton.plan.problem import Problem
+from flexgen_triton.plan.search import search
 
 RESIDENT = (0, 50, 100)  # per cent of the weights
 LIMITS = 3  # as many limits by default, from what the smallest policy of the grid needs to what the largest does

@@ -29,7 +29,7 @@ from .models.locate import check_device, choose_dtype, find_model
 from .plan.hardware import Hardware
 from .plan.placement import ALIGN, STORE_ALIGN
 from .plan.policy import Policy, PolicyError
-from .plan.search import Problem
+from .plan.problem import Problem
 from .plan.spec import ModelSpec, stored_as
 from .run.engine import MIN_WAITING, Engine, Limits
 from .run.report import RunReport

@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flexgen_triton.kernels.cpu.attention import decode_attention, decode_workspace_bytes, sparse_decode_attention
+from flexgen_triton.kernels.cpu.attention import decode_attention, decode_workspace_bytes
 from flexgen_triton.kernels.cpu.matmul_q4 import linear_q4
+from flexgen_triton.kernels.cpu.sparse_attention import sparse_decode_attention
 from flexgen_triton.kernels.formats import KVSegment, quantize_kv, quantize_weight
 
 MATRICES = 4  # in turn, so that none stays in the cache

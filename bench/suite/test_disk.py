@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from flexgen_triton.memory.arena import Arena
-from flexgen_triton.memory.disk import DiskFile, DiskQueue, Read, Write
+from flexgen_triton.memory.disk import DiskQueue, Read, Write
+from flexgen_triton.memory.disk_files import DiskFile
 
 SIZE = 1 << 30
 CHUNK = 4 << 20

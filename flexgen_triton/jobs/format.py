@@ -1,7 +1,7 @@
-"""OpenAI's batch format: what a line of the input asks for. Answers are `batch_answers`'s.
+"""OpenAI's batch format: what a line of the input asks for. Answers are `answers`'s.
 
-Owns the fields and their checks. Knows no file, no model and no tokenizer. Every refusal is a `LineError`, one
-sentence; nothing that a line asks for is ignored silently.
+Owns the fields of a request and their rules; the checks of a single value are `fields`'s. Knows no file, no model and
+no tokenizer. Every refusal is a `LineError`, one sentence; nothing that a line asks for is ignored silently.
 """
 
 from __future__ import annotations
@@ -16,11 +16,22 @@ from typing import Any
 import xxhash
 
 from ..sequences.params import SamplingParams
+from .fields import (
+    LineError,
+    check_neutral,
+    check_type,
+    read_flag,
+    read_real,
+    read_text,
+    read_token_ids,
+    read_whole,
+    shown,
+    shown_field,
+    shown_name,
+)
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 MAX_CHOICES = 4096  # completions that one line may ask for: they are held until its last one is done
-BIGGEST = 1 << 64  # of any number but a token id
-MAX_TOKEN_ID = 1 << 31
 
 LINE_FIELDS = ("custom_id", "method", "url", "body")
 WHOLE = ("n", "seed", "top_k", "min_tokens", "prompt_logprobs")
@@ -37,7 +48,6 @@ HARMLESS: dict[str, type] = {  # what changes no answer, and its type
     "prompt_cache_key": str,
     "prompt_cache_retention": str,
 }
-TYPES = {bool: "true or false", str: "a text", dict: "an object"}
 NEUTRAL: dict[str, tuple[object, ...]] = {  # known but not done here, and the values that ask for nothing
     "stream": (False,),
     "stream_options": (),
@@ -61,14 +71,6 @@ CHAT_NEUTRAL = NEUTRAL | {
 COMPLETION_FIELDS = SAMPLING | {"prompt", "max_tokens", "logprobs", "echo", "best_of"}
 CHAT_FIELDS = SAMPLING | {"messages", "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs"}
 ROLES = ("system", "developer", "user", "assistant")
-
-
-class LineError(ValueError):
-    """A line that cannot be answered: a code for programs and one sentence for people."""
-
-    def __init__(self, message: str, code: str = "invalid_request") -> None:
-        super().__init__(message)
-        self.code = code
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +158,7 @@ def read_object(raw: bytes) -> dict[str, Any]:
     except ValueError as error:
         raise LineError("the line holds a number of more than 4300 digits", "invalid_json") from error
     if not isinstance(found, dict):
-        raise LineError(f"the line is {_shown(found)}; it must be a JSON object", "invalid_json")
+        raise LineError(f"the line is {shown(found)}; it must be a JSON object", "invalid_json")
     return found
 
 
@@ -165,7 +167,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         (repeated, _), *_ = Counter(name for name, _ in pairs).most_common(1)
-        raise LineError(f"{_name(repeated)} is given twice in one object", "invalid_json")
+        raise LineError(f"{shown_name(repeated)} is given twice in one object", "invalid_json")
     return found
 
 
@@ -179,7 +181,7 @@ def read_custom_id(fields: Mapping[str, Any]) -> str:
     if found is None:
         raise LineError("custom_id is missing")
     if not isinstance(found, str) or not found:
-        raise LineError(f"custom_id is {_shown(found)}; it must be a text that is not empty")
+        raise LineError(f"custom_id is {shown(found)}; it must be a text that is not empty")
     return found
 
 
@@ -190,15 +192,19 @@ def read_request(fields: Mapping[str, Any]) -> CompletionRequest | ChatRequest:
     """
     unknown = next((name for name in fields if name not in LINE_FIELDS), None)
     if unknown is not None:
-        raise LineError(f"{_name(unknown)} is no field of a line; those are {', '.join(LINE_FIELDS)}", "unknown_field")
+        raise LineError(
+            f"{shown_name(unknown)} is no field of a line; those are {', '.join(LINE_FIELDS)}", "unknown_field"
+        )
     if fields.get("method") != "POST":
-        raise LineError(f'method is {_given(fields, "method")}; it must be "POST"')
+        raise LineError(f'method is {shown_field(fields, "method")}; it must be "POST"')
     url = fields.get("url")
     if url not in (COMPLETIONS, CHAT):
-        raise LineError(f'url is {_given(fields, "url")}; it must be "{COMPLETIONS}" or "{CHAT}"', "unsupported_url")
+        raise LineError(
+            f'url is {shown_field(fields, "url")}; it must be "{COMPLETIONS}" or "{CHAT}"', "unsupported_url"
+        )
     body = fields.get("body")
     if not isinstance(body, dict):
-        raise LineError(f"body is {_given(fields, 'body')}; it must be an object")
+        raise LineError(f"body is {shown_field(fields, 'body')}; it must be an object")
     given = {name: value for name, value in body.items() if value is not None}  # null: as if left out
     return _completion_request(given) if url == COMPLETIONS else _chat_request(given)
 
@@ -208,19 +214,19 @@ def _completion_request(body: Mapping[str, Any]) -> CompletionRequest:
     prompts = _prompts(body)
     params = _sampling(body)
     n = params.get("n", 1)
-    if "best_of" in body and _whole("best_of", body["best_of"]) != n:
+    if "best_of" in body and read_whole("best_of", body["best_of"]) != n:
         raise LineError(f"best_of is {body['best_of']} and n {n}; only as many as are returned are made")
     if n * len(prompts) > MAX_CHOICES:
         raise LineError(
             f"{len(prompts)} prompts with n {n} are {n * len(prompts)} completions; a line may have {MAX_CHOICES}"
         )
-    max_tokens = _whole("max_tokens", body.get("max_tokens", 16))
-    echo = _flag("echo", body.get("echo", False))
+    max_tokens = read_whole("max_tokens", body.get("max_tokens", 16))
+    echo = read_flag("echo", body.get("echo", False))
     if max_tokens == 0 and not echo:
         raise LineError("max_tokens is 0; it must be at least 1, or echo true")
     if max_tokens == 0 and params.get("min_tokens", 0) > 0:
         raise LineError(f"min_tokens is {params['min_tokens']} and max_tokens 0; it may not be above it")
-    logprobs = _whole("logprobs", body["logprobs"]) if "logprobs" in body else None
+    logprobs = read_whole("logprobs", body["logprobs"]) if "logprobs" in body else None
     asked = params.pop("prompt_logprobs", None)
     scored = max((k for k in (asked, logprobs if echo else None) if k is not None), default=None)
     made = _params(params | {"max_tokens": max_tokens or 1, "logprobs": logprobs, "prompt_logprobs": scored})
@@ -233,28 +239,28 @@ def _prompts(body: Mapping[str, Any]) -> tuple[str | tuple[int, ...], ...]:
         raise LineError("body has no prompt")
     given = body["prompt"]
     if isinstance(given, str):
-        return (_text("prompt", given),)
+        return (read_text("prompt", given),)
     if not isinstance(given, list) or not given:
-        raise LineError(f"prompt is {_shown(given)}; it must be a text, token ids, or a list of one or the other")
+        raise LineError(f"prompt is {shown(given)}; it must be a text, token ids, or a list of one or the other")
     if isinstance(given[0], int):
-        return (_token_ids("prompt", given),)
+        return (read_token_ids("prompt", given),)
     if isinstance(given[0], str):
-        return tuple(_text(f"prompt {n}", p) for n, p in enumerate(given))
-    return tuple(_token_ids(f"prompt {n}", p) for n, p in enumerate(given))
+        return tuple(read_text(f"prompt {n}", p) for n, p in enumerate(given))
+    return tuple(read_token_ids(f"prompt {n}", p) for n, p in enumerate(given))
 
 
 def _chat_request(body: Mapping[str, Any]) -> ChatRequest:
     _check_fields(body, CHAT_FIELDS, CHAT_NEUTRAL, CHAT)
     params = _sampling(body)
-    limits = {_whole(name, body[name]) for name in ("max_tokens", "max_completion_tokens") if name in body}
+    limits = {read_whole(name, body[name]) for name in ("max_tokens", "max_completion_tokens") if name in body}
     if len(limits) > 1:
         raise LineError(
             f"max_tokens is {body['max_tokens']} and max_completion_tokens {body['max_completion_tokens']}; give one"
         )
-    wants = _flag("logprobs", body.get("logprobs", False))
+    wants = read_flag("logprobs", body.get("logprobs", False))
     if "top_logprobs" in body and not wants:
         raise LineError("top_logprobs is given without logprobs; it needs logprobs true")
-    logprobs = _whole("top_logprobs", body.get("top_logprobs", 0)) if wants else None
+    logprobs = read_whole("top_logprobs", body.get("top_logprobs", 0)) if wants else None
     messages = _messages(body)
     max_tokens = limits.pop() if limits else None
     room = max(params.get("min_tokens", 0), 1)  # stands in until the prompt's length is known
@@ -267,31 +273,33 @@ def _messages(body: Mapping[str, Any]) -> tuple[dict[str, str], ...]:
         raise LineError("body has no messages")
     given = body["messages"]
     if not isinstance(given, list) or not given:
-        raise LineError(f"messages is {_shown(given)}; it must be a list of at least one message")
+        raise LineError(f"messages is {shown(given)}; it must be a list of at least one message")
     return tuple(_message(f"message {n}", m) for n, m in enumerate(given))
 
 
 def _message(what: str, given: object) -> dict[str, str]:
     if not isinstance(given, dict):
-        raise LineError(f"{what} is {_shown(given)}; it must be an object")
+        raise LineError(f"{what} is {shown(given)}; it must be an object")
     found = {name: value for name, value in given.items() if value is not None}
     unknown = next((name for name in found if name not in ("role", "content", "name")), None)
     if unknown is not None:
-        raise LineError(f"{what} has {_name(unknown)}; role, content and name are understood", "unsupported_parameter")
+        raise LineError(
+            f"{what} has {shown_name(unknown)}; role, content and name are understood", "unsupported_parameter"
+        )
     if found.get("role") not in ROLES:
-        raise LineError(f"{what}: role is {_given(found, 'role')}; it must be one of {', '.join(ROLES)}")
+        raise LineError(f"{what}: role is {shown_field(found, 'role')}; it must be one of {', '.join(ROLES)}")
     if "content" not in found:
         raise LineError(f"{what} has no content")
-    name = {"name": _text(f"{what}: name", found["name"])} if "name" in found else {}
+    name = {"name": read_text(f"{what}: name", found["name"])} if "name" in found else {}
     return {"role": found["role"], "content": _content(f"{what}: content", found["content"]), **name}
 
 
 def _content(what: str, given: object) -> str:
     """A message's text; of several parts, each on lines of its own, as vLLM joins them."""
     if not isinstance(given, list):
-        return _text(what, given)
+        return read_text(what, given)
     if not given:
-        raise LineError(f"{what} is {_shown(given)}; it must be a text or a list of at least one part")
+        raise LineError(f"{what} is {shown(given)}; it must be a text or a list of at least one part")
     texts = []
     for n, part in enumerate(given):
         if not isinstance(part, dict) or part.get("type") != "text" or set(part) != {"type", "text"}:
@@ -299,7 +307,7 @@ def _content(what: str, given: object) -> str:
                 f'{what}: part {n} must be {{"type": "text", "text": ...}}; only text is understood',
                 "unsupported_parameter",
             )
-        texts.append(_text(f"{what}: part {n}", part["text"]))
+        texts.append(read_text(f"{what}: part {n}", part["text"]))
     return "\n".join(texts)
 
 
@@ -309,37 +317,23 @@ def _check_fields(
     """Raise LineError for the first field that is unknown, of a wrong type, or asks for what is not done here."""
     for name, value in body.items():
         if name in HARMLESS:
-            _check_type(name, value, HARMLESS[name])
+            check_type(name, value, HARMLESS[name])
         elif name in neutral:
-            _check_neutral(name, value, neutral[name])
+            check_neutral(name, value, neutral[name])
         elif name not in known:
-            raise LineError(f"{_name(name)} is no parameter of {url} here; leave it out", "unknown_field")
-
-
-def _check_neutral(name: str, value: object, allowed: tuple[object, ...]) -> None:
-    """Raise LineError where a field that is not done here asks for something."""
-    if any(type(value) is type(each) and value == each for each in allowed):  # 0 == False
-        return
-    if allowed and all(isinstance(each, bool) for each in allowed):
-        _check_type(name, value, bool)
-    raise LineError(f"{name} is {_shown(value)}, which is not supported; leave it out", "unsupported_parameter")
-
-
-def _check_type(name: str, value: object, kind: type) -> None:
-    if type(value) is not kind:
-        raise LineError(f"{name} is {_shown(value)}; it must be {TYPES[kind]}")
+            raise LineError(f"{shown_name(name)} is no parameter of {url} here; leave it out", "unknown_field")
 
 
 def _sampling(body: Mapping[str, Any]) -> dict[str, Any]:
     """Read the body's fields that both urls have and that say how tokens are drawn, with their types checked."""
-    found: dict[str, Any] = {name: _whole(name, body[name]) for name in WHOLE if name in body}
-    found |= {name: _real(name, body[name]) for name in REAL if name in body}
-    found |= {name: _flag(name, body[name]) for name in FLAGS if name in body}
+    found: dict[str, Any] = {name: read_whole(name, body[name]) for name in WHOLE if name in body}
+    found |= {name: read_real(name, body[name]) for name in REAL if name in body}
+    found |= {name: read_flag(name, body[name]) for name in FLAGS if name in body}
     if "stop" in body:
         stop = body["stop"]
-        found["stop"] = tuple(_text("stop", s) for s in (stop if isinstance(stop, list) else [stop]))
+        found["stop"] = tuple(read_text("stop", s) for s in (stop if isinstance(stop, list) else [stop]))
     if "stop_token_ids" in body:
-        found["stop_token_ids"] = _token_ids("stop_token_ids", body["stop_token_ids"])
+        found["stop_token_ids"] = read_token_ids("stop_token_ids", body["stop_token_ids"])
     return found
 
 
@@ -348,66 +342,3 @@ def _params(fields: Mapping[str, Any]) -> SamplingParams:
         return SamplingParams(**fields)
     except ValueError as error:
         raise LineError(str(error)) from error
-
-
-def _whole(name: str, value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise LineError(f"{name} is {_shown(value)}; it must be a whole number")
-    if abs(value) >= BIGGEST:
-        raise LineError(f"{name} is {_shown(value)}; it must be below 2^64")
-    return value
-
-
-def _real(name: str, value: object) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < BIGGEST:
-        raise LineError(f"{name} is {_shown(value)}; it must be a number below 2^64")
-    return value
-
-
-def _flag(name: str, value: object) -> bool:
-    if not isinstance(value, bool):
-        raise LineError(f"{name} is {_shown(value)}; it must be true or false")
-    return value
-
-
-def _text(name: str, value: object) -> str:
-    """A text that has an encoding: JSON may hold half of a character that needs two escapes."""
-    if not isinstance(value, str):
-        raise LineError(f"{name} is {_shown(value)}; it must be a text")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise LineError(f"character {error.start + 1} of {name} is half a surrogate pair, so no text") from error
-    return value
-
-
-def _token_ids(name: str, value: object) -> tuple[int, ...]:
-    if not isinstance(value, list):
-        raise LineError(f"{name} is {_shown(value)}; it must be a list of token ids")
-    bad = next((t for t in value if type(t) is not int or not 0 <= t < MAX_TOKEN_ID), None)
-    if bad is not None or None in value:
-        raise LineError(f"{name} holds {_shown(bad)}, which is no token id")
-    return tuple(value)
-
-
-def _given(fields: Mapping[str, Any], name: str) -> str:
-    """ "missing", or the value."""
-    return _shown(fields[name]) if name in fields else "missing"
-
-
-def _name(name: str) -> str:
-    """A field's name as a message can show it."""
-    return _shown(name) if len(name) > 40 or not name.isidentifier() else name
-
-
-def _shown(value: object) -> str:
-    """A value of JSON in a few words, however large it is."""
-    if isinstance(value, dict):
-        return "an object"
-    if isinstance(value, list):
-        return f"a list of {len(value)}"
-    if isinstance(value, str):
-        return json.dumps(value if len(value) <= 40 else value[:40] + "...")
-    if isinstance(value, int) and abs(value) >= BIGGEST:
-        return f"a number of {len(str(abs(value)))} digits"
-    return json.dumps(value)

@@ -24,7 +24,8 @@ from ..sequences.translator import PreparedPrompt
 from . import answers as batch_answers
 from . import format as batch_format
 from .answers import AnswerError
-from .format import ChatRequest, CompletionRequest, LineError, SeenIds
+from .fields import LineError
+from .format import ChatRequest, CompletionRequest, SeenIds
 from .journal import MAX_LINE, Answers, Line, read_lines
 
 Check = Callable[[], None]

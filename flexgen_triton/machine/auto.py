@@ -15,7 +15,8 @@ from ..plan.fit import amount, fits
 from ..plan.hardware import Hardware, load_profile
 from ..plan.policy import Policy, PolicyError
 from ..plan.predict import DECODE, PREFILL, Prediction, predict
-from ..plan.search import Problem, available, modest, search
+from ..plan.problem import Problem, available
+from ..plan.search import modest, search
 from ..plan.spec import ModelSpec, stored_as
 from ..run.engine import Limits
 from ..run.report import RunReport

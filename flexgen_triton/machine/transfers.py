@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ..memory.device import current_stream
-from ..memory.disk import DiskQueue, Read, Readable, Write
+from ..memory.disk import DiskQueue, Read, Write
+from ..memory.disk_files import Readable
 from ..memory.stripes import Folders
 from ..memory.weights import BOUNCE_BYTES
 from ..plan.hardware import Curve

@@ -20,7 +20,8 @@ from ..plan.plan import Plan
 from ..plan.schedule import Op
 from .buffers import Buffers
 from .cache_homes import CacheHomes, page_fields, token_fields
-from .disk import DiskQueue, Read, Readable, Write
+from .disk import DiskQueue, Read, Write
+from .disk_files import Readable
 
 
 class Cache:

@@ -15,7 +15,8 @@ from typing import NoReturn, Self
 from torch import Tensor
 
 from ..plan.placement import Run
-from .disk import BOUNCE_BYTES, DiskQueue, Read, Readable, Scan
+from .disk import BOUNCE_BYTES, DiskQueue, Read, Scan
+from .disk_files import Readable
 from .store import CHUNK, HASH_BYTES, Stamp, Store, StoreError
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from .disk import DiskFile, Piece, Readable, free_bytes, preallocate
+from .disk_files import DiskFile, Piece, Readable, free_bytes, preallocate
 
 STRIPE = 1 << 20  # bytes that lie together: one request's worth for a drive, and a whole number of checksums
 THREADS = 4  # that keep a drive busy

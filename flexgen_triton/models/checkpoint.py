@@ -22,15 +22,9 @@ import xxhash
 from torch import Tensor
 
 from ..kernels.sizes import BLOCK_ROWS
-from ..memory.disk import open_regular
-from ..memory.store import (
-    CHUNK,
-    STORE_VERSION,
-    Store,
-    StoreError,
-    pack_header,
-    write_safetensors,
-)
+from ..memory.disk_files import open_regular
+from ..memory.safetensors_format import pack_header, write_safetensors
+from ..memory.store import CHUNK, STORE_VERSION, Store, StoreError
 from ..memory.stripes import Folders, part_paths
 from ..plan.placement import Extent, packed_layout
 from ..plan.spec import ModelSpec, ModuleSpec, TensorSpec

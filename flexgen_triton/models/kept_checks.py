@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..memory.disk import open_regular
+from ..memory.disk_files import open_regular
 from ..memory.store import (
     CHUNK,
     UNREADABLE,

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
-from ..memory.disk import open_regular
+from ..memory.disk_files import open_regular
 
 MAX_BYTES = 64 << 20  # of a pickle that are looked at
 MAX_PICKLES = 8  # one behind the other, as torch.save wrote them before 1.6

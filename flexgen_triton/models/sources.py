@@ -18,8 +18,9 @@ import torch
 import xxhash
 from torch import Tensor
 
-from ..memory.disk import irregular, open_regular
-from ..memory.store import SAFETENSORS_DTYPES, Header, Stamp, Store, StoreError, TensorEntry, read_safetensors_header
+from ..memory.disk_files import irregular, open_regular
+from ..memory.safetensors_format import SAFETENSORS_DTYPES, Header, TensorEntry, read_safetensors_header
+from ..memory.store import Stamp, Store, StoreError
 from ..plan.formats import STORED_BYTES
 from ..plan.placement import ALIGN, Extent
 from ..plan.spec import ModelSpec, TensorSpec

@@ -2,30 +2,29 @@
 
 For each (GPU batch size, number of GPU batches, format) the relaxation (relax.py) gives shares and a throughput that no
 policy of that kind exceeds. In the order of these bounds the shares are rounded to a real plan, which must fit, and
-simulated, until what is found is as good as what the next bound promises.
+simulated, until what is found is as good as what the next bound promises. What more memory or a faster link would bring
+is `worth`'s, and what needs least memory `smallest`'s.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import product
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from .fit import fits, need
+from .fit import fits
 from .formats import FOUR_BIT
-from .hardware import GIB, Hardware, HardwareError
-from .placement import ALIGN, STORE_ALIGN, Tier
-from .plan import Plan, make_plan
-from .policy import LOSSY, Policy, PolicyError
+from .hardware import Hardware, HardwareError
+from .placement import Tier
+from .plan import Plan
+from .policy import Policy, PolicyError
 from .predict import Prediction, predict
-from .relax import ATTENDED, Optimum, Relaxation, Shares, shortened, whole_tiers, with_shares
-from .spec import Batch, ModelSpec, Workload, stored_as
+from .problem import Problem, available
+from .relax import ATTENDED, Optimum, Relaxation, Shares, shortened, with_shares
+from .smallest import finest_plans, infeasible, smallest_plans
+from .spec import stored_as
 
-GPU_BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
-GPU_BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-SPARSITY = 0.1  # FlexGen's: V of a tenth of the tokens
 MODEST = 0.98  # of the best throughput, where that spares sequences in flight
 CLOSE = 0.995  # a policy this near to the next bound ends the search
 ESTIMATED = 12  # candidates at most whose schedule is simulated for a few decoder layers ...
@@ -34,71 +33,6 @@ SHORT_LAYERS = (4, 6)  # ... so many, and extended to all
 KEPT = 3  # the best of them are simulated whole, the second and third ...
 KEPT_OPS = 80_000  # ... as far as these reach
 SHRINK = (0.0, 0.01, 0.03, 0.08, 0.2, 0.4, 0.7)  # of memory, until the rounded policy fits
-
-
-@dataclass(frozen=True)
-class Problem:
-    """The generation that a policy is sought for, and the liberties it may take for speed.
-
-    `num_prompts` None means as many as there are. `allow` names what changes the output, of LOSSY. All prompts have
-    `prompt_len` tokens, unless `prompt_lens` says otherwise.
-    """
-
-    model: ModelSpec
-    prompt_len: int
-    gen_len: int
-    num_prompts: int | None = None
-    allow: frozenset[str] = frozenset()
-    max_latency: float | None = None  # seconds for one round, prefill and decode
-    stored: bool = True  # the weights are on the disk already, in every format that may be chosen
-    prompt_lens: tuple[int, ...] = ()  # all of them, where they differ
-    base: Policy = field(default_factory=Policy)  # what the search does not choose
-    alignment: int = 0  # bytes more than planned that a store of another layout may take of a tier
-    in_place: bool = True  # weights of the model's own dtype are read where they lie; others from a store of our own
-    gpu_batch_sizes: tuple[int, ...] = GPU_BATCH_SIZES  # to try
-    gpu_batches: tuple[int, ...] = GPU_BATCHES  # numbers of them to try
-
-    def __post_init__(self) -> None:
-        unknown = sorted(self.allow - set(LOSSY))
-        if unknown:
-            raise PolicyError(f"{', '.join(unknown)} cannot be allowed; what can is {', '.join(LOSSY)}")
-        longest = max((self.prompt_len, *self.prompt_lens))
-        if longest + self.gen_len > self.model.max_positions:
-            raise PolicyError(
-                f"a prompt of {longest} tokens and {self.gen_len} new ones exceed the {self.model.max_positions} "
-                f"positions of {self.model.name}; at most {max(self.model.max_positions - longest, 0)} new tokens fit"
-            )
-
-    def formats(self) -> list[Policy]:
-        """The base policy in its own format and in every allowed one."""
-        base = self.base
-        weight = {base.compress_weight, base.compress_weight or "4bit" in self.allow}
-        cache = {base.compress_cache, base.compress_cache or "4bit-cache" in self.allow}
-        sparsity = {base.attn_sparsity, SPARSITY if "sparse" in self.allow else base.attn_sparsity}
-        return [
-            replace(base, compress_weight=w, compress_cache=c, attn_sparsity=s)
-            for w, c, s in product(sorted(weight), sorted(cache), sorted(sparsity, reverse=True))
-        ]
-
-    def workload(self, gpu_batch_size: int, num_gpu_batches: int) -> Workload:
-        """The first round: all prompts alike, or the longest ones."""
-        if not self.prompt_lens:
-            return Workload.uniform(self.prompt_len, self.gen_len, gpu_batch_size, num_gpu_batches)
-        longest = sorted(self.prompt_lens, reverse=True)[: gpu_batch_size * num_gpu_batches]
-        cuts = range(0, len(longest), gpu_batch_size)
-        return Workload(tuple(Batch(tuple(longest[n : n + gpu_batch_size]), self.gen_len) for n in cuts))
-
-    def plan(self, policy: Policy, *, host_is_apart: bool) -> Plan:
-        workload = self.workload(policy.gpu_batch_size, policy.num_gpu_batches)
-        model = stored_as(self.model, policy)
-        align = ALIGN if self.in_place and not model.is_packed else STORE_ALIGN
-        return make_plan(model, policy, workload, align=align, host_is_apart=host_is_apart)
-
-    def throughput(self, policy: Policy, round_seconds: float) -> float:
-        """Generated tokens per second over one round or, where their number is given, over all prompts."""
-        size = policy.round_size
-        prompts, rounds = (size, 1) if self.num_prompts is None else (self.num_prompts, -(-self.num_prompts // size))
-        return prompts * self.gen_len / (rounds * round_seconds)
 
 
 @dataclass(frozen=True)
@@ -148,16 +82,6 @@ class Searched:
     def gap(self) -> float:
         """The share of the bound that the best policy leaves open."""
         return 1 - self.best.tokens_per_s / self.bound_tokens_per_s
-
-
-def available(hardware: Hardware, problem: Problem) -> dict[Tier, float]:
-    """Bytes a plan may need of each tier: the machine's, less the process's own and the weights' store."""
-    store = 0 if problem.stored else max(stored_as(problem.model, p).weight_bytes for p in problem.formats())
-    host = hardware.host_bytes - hardware.process_bytes - problem.alignment
-    free = {Tier.HOST: host, Tier.DISK: hardware.disk_bytes - store}
-    if hardware.host_is_apart:
-        free[Tier.GPU] = hardware.gpu_bytes - hardware.context_bytes - problem.alignment
-    return {tier: float(nbytes) for tier, nbytes in free.items()}
 
 
 def search(problem: Problem, hardware: Hardware) -> Searched:
@@ -358,107 +282,13 @@ def _rounded(policy: Policy, shares: Shares) -> Policy:
 def _smallest(problem: Problem, hardware: Hardware, free: Mapping[Tier, float]) -> list[Found]:
     """Search where no relaxation fits: single sequences, everything on whole tiers, one of which needs least of any."""
     plans: list[Plan] = []
-    for smallest in (_smallest_plans, _finest_plans):
+    for smallest in (smallest_plans, finest_plans):
         plans += smallest(problem, hardware)
         fitting = [p for p in plans if fits(p, free)]
         if fitting:
             estimates = sorted((_estimate(problem, p, hardware, 0.0) for p in fitting), key=lambda e: -e.tokens_per_s)
             return [_found(problem, e.plan, hardware) for e in estimates[:KEPT]]
-    raise PolicyError(_infeasible(problem, plans, free, hardware))
-
-
-def _smallest_plans(problem: Problem, hardware: Hardware) -> Iterator[Plan]:
-    for form, overlap, separate in product(problem.formats(), (True, False), (True, False)):
-        yield from _whole_plans(
-            problem, hardware, replace(form, num_gpu_batches=1, overlap=overlap, sep_layer=separate)
-        )
-
-
-def _finest_plans(problem: Problem, hardware: Hardware) -> Iterator[Plan]:
-    """Plans that need less of the host: layers are staged in as many parts as there are GPU batches."""
-    counts = [n for n in GPU_BATCHES[1:] if problem.num_prompts is None or n <= problem.num_prompts]
-    for form, count in product(problem.formats(), counts):
-        yield from _whole_plans(problem, hardware, replace(form, num_gpu_batches=count, overlap=False))
-
-
-def _whole_plans(problem: Problem, hardware: Hardware, policy: Policy) -> Iterator[Plan]:
-    tiers = tuple(Tier) if hardware.host_is_apart else (Tier.GPU, Tier.DISK)
-    for placed in whole_tiers(replace(policy, gpu_batch_size=1), tiers):
-        yield problem.plan(placed, host_is_apart=hardware.host_is_apart)
-
-
-def _infeasible(problem: Problem, plans: Sequence[Plan], free: Mapping[Tier, float], hardware: Hardware) -> str:
-    """One sentence: which tier lacks how much, and the smallest change that makes the problem fit."""
-
-    def lacking(plan: Plan) -> dict[Tier, float]:
-        return {t: n - free[t] for t, n in need(plan).items() if t in free and n > free[t]}
-
-    closest = min(plans, key=lambda p: sum(lacking(p).values()))
-    names = {Tier.GPU: "the GPU", Tier.HOST: "the host", Tier.DISK: "the disk"}
-    flags = {Tier.GPU: "--gpu-mem", Tier.HOST: "--cpu-mem", Tier.DISK: "--disk-mem"}
-    totals = {Tier.GPU: hardware.gpu_bytes, Tier.HOST: hardware.host_bytes, Tier.DISK: hardware.disk_bytes}
-    short = lacking(closest)
-    lacks = " and ".join(f"{names[t]} lacks {_mib(n)}" for t, n in short.items())
-    flag = " ".join(f"{flags[t]} {_mib(totals[t] + n)}" for t, n in short.items())
-    size = f"{problem.model.name} with one sequence of {problem.prompt_len} + {problem.gen_len} tokens"
-    return f"{size} does not fit: {lacks} in its smallest policy; {flag} would do{_other_ways(problem, hardware, free)}"
-
-
-def _other_ways(problem: Problem, hardware: Hardware, free: Mapping[Tier, float]) -> str:
-    """Other changes that would make the problem fit: formats that are not allowed, shorter prompts."""
-
-    def possible(changed: Problem) -> bool:
-        return any(fits(p, free) for p in _smallest_plans(changed, hardware))
-
-    ways = []
-    for lossy in ("4bit", "4bit-cache"):
-        if lossy not in problem.allow and possible(replace(problem, allow=problem.allow | {lossy})):
-            ways.append(f"--allow {lossy}")
-    low, high = 0, problem.prompt_len - 1
-    while low < high:  # the longest prompt that fits
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if possible(replace(problem, prompt_len=middle)) else (low, middle - 1)
-    if low:
-        ways.append(f"prompts of at most {low} tokens")
-    return "".join(f", or {way}" for way in ways)
-
-
-def _mib(nbytes: float) -> str:
-    """Bytes rounded up, in a unit that the memory flags take."""
-    return f"{-(-int(nbytes) // (GIB // 1024))}MiB" if nbytes < GIB else f"{nbytes / GIB + 0.0005:.3f}GiB"
-
-
-def worth(searched: Searched, neighbours: int = 24) -> dict[str, float]:
-    """Tokens per second that one more GiB of each tier, or GB/s of each link, would bring: re-solved, not simulated.
-
-    By tier ("gpu", "host", "disk") and lane ("h2d", ...), against the relaxation's best as it is.
-    """
-    problem, hardware = searched.problem, searched.hardware
-    free = available(hardware, problem)
-    near = searched.candidates[:neighbours]
-    now = max((c.tokens_per_s for c in near), default=0.0)
-
-    def best(memory: Mapping[Tier, float], faster: Mapping[str, float]) -> float:
-        answers = (
-            (c, c.relaxation.solve(c.policy.num_gpu_batches, memory, max_seconds=problem.max_latency, faster=faster))
-            for c in near
-        )
-        return max((problem.throughput(c.policy, a.seconds) for c, a in answers if a), default=0.0)
-
-    gains = {tier.value: best({**free, tier: free[tier] + GIB}, {}) - now for tier in free}
-    form = searched.best.policy.cache_format.rates(problem.model.dtype)
-    links = {
-        "host_attention": hardware.host_attention[form],
-        "h2d": hardware.h2d,
-        "d2h": hardware.d2h,
-        "disk_in": hardware.disk_read,
-        "disk_out": hardware.disk_write,
-    }
-    for lane, curve in links.items():
-        if hardware.host_is_apart or lane.startswith("disk"):
-            rate = curve.points[-1][1]
-            gains[lane] = best(free, {lane: (rate + 1e9) / rate}) - now
-    return gains
+    raise PolicyError(infeasible(problem, plans, free, hardware))
 
 
 def frontier(searched: Searched) -> list[tuple[float, float, Policy]]:

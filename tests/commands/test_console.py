@@ -12,16 +12,17 @@ from machines import SMALL_GPU
 from rich.console import Console
 from rich.table import Table
 
-from flexgen_triton.commands import bench, console, figures
+from flexgen_triton.commands import bench, console, figures, plan_report
 from flexgen_triton.commands import measure as measure_command
-from flexgen_triton.commands import plan as plan_command
 from flexgen_triton.commands.progress import COLUMNS, PHASES
 from flexgen_triton.models.family import SIZES, model_spec
 from flexgen_triton.plan.plan import Plan, make_plan
 from flexgen_triton.plan.policy import Policy
 from flexgen_triton.plan.predict import predict
-from flexgen_triton.plan.search import Problem, Searched, search, worth
+from flexgen_triton.plan.problem import Problem
+from flexgen_triton.plan.search import Searched, search
 from flexgen_triton.plan.spec import Workload
+from flexgen_triton.plan.worth import worth
 from flexgen_triton.run.trace import LaneUse
 
 NAME = "a-model-of-a-long-name-[with-brackets]-" + "x" * 80
@@ -51,11 +52,11 @@ def plan() -> Plan:
 
 
 @pytest.fixture(scope="module")
-def found() -> tuple[Searched, list[plan_command.Choice], Mapping[str, float]]:
+def found() -> tuple[Searched, list[plan_report.Choice], Mapping[str, float]]:
     """A search, the policies to tell about, and what more of the machine would bring."""
     spec = replace(model_spec(replace(SIZES["opt-6.7b"], layers=4), "opt", "float16"), name=NAME)
     searched = search(Problem(spec, 512, 4, 24), MACHINE)
-    return searched, list(plan_command.choices(searched)), worth(searched)
+    return searched, list(plan_report.choices(searched)), worth(searched)
 
 
 @pytest.fixture
@@ -69,7 +70,7 @@ def kept(monkeypatch) -> list[str]:
         cells.extend(str(column.header) for column in table.columns if table.show_header)
         real(to, table)
 
-    for module in (figures, plan_command, measure_command, bench):
+    for module in (figures, plan_report, measure_command, bench):
         monkeypatch.setattr(module, "print_table", print_table)
     return cells
 
@@ -83,7 +84,7 @@ def check(out: Cells, cells: list[str]) -> None:
 @pytest.mark.parametrize(("width", "is_terminal"), WIDTHS)
 def test_the_plans_tables(kept, found, width, is_terminal):
     out = Cells(width, is_terminal=is_terminal)
-    plan_command.show(out.console, *found)
+    plan_report.show(out.console, *found)
     check(out, kept)
     assert NAME in "".join(out.text.split("\n"))
 

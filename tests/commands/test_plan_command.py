@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from flexgen_triton.commands import bench
+from flexgen_triton.commands import bench, plan_report
 from flexgen_triton.commands import plan as plan_command
 from flexgen_triton.commands.options import flags_policy, is_by_hand
 from flexgen_triton.plan.policy import CompressionConfig, Policy
-from flexgen_triton.plan.search import Problem
+from flexgen_triton.plan.problem import Problem
 
 ROOT = Path(__file__).parents[2]
 T4 = ("--hardware", "t4", "--model", "opt-125m", "--prompt-len", "64", "--gen-len", "8")
@@ -68,7 +68,7 @@ def test_a_known_size_on_a_shipped_machine_needs_no_checkpoint_and_no_network(tm
     assert best["simulated"] and best["tokens_per_s"] <= found["bound_tokens_per_s"]
     assert found["gap"] == pytest.approx(1 - best["tokens_per_s"] / found["bound_tokens_per_s"])
     assert f"{best['tokens_per_s']:.4g}" in output
-    assert set(found["worth"]) == set(plan_command.RESOURCES)
+    assert set(found["worth"]) == set(plan_report.RESOURCES)
     assert {"name", "source", "gpu_bytes"} <= set(found["hardware"])
     assert {"prefill_s", "decode_s", "lanes", "busiest", "latency_s", "memory"} <= set(best)
     assert found["frontier"][0]["latency_s"] < found["frontier"][-1]["latency_s"]
@@ -94,7 +94,7 @@ def test_the_printed_command_runs_the_best_policy(tmp_path, args):
     options = parsed(printed_command(output))
     policy = flags_policy(options)
     best = json.loads(file.read_text())["policies"][0]["policy"]
-    assert plan_command.policy_json(policy) == best
+    assert plan_report.policy_json(policy) == best
     assert options["prompt_len"] == 64 and options["gen_len"] == 8 and options["num_prompts"] == 16
     assert options["model"] == "opt-125m" and options["path"] == "_DUMMY_"
     assert options["dtype"] == ("float32" if args else "auto")

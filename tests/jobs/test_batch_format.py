@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 from flexgen_triton.jobs import answers as batch_answers
 from flexgen_triton.jobs import format as batch_format
 from flexgen_triton.jobs.answers import AnswerError, chat_body, completion_body
+from flexgen_triton.jobs.fields import LineError
 from flexgen_triton.jobs.format import (
     CHAT,
     COMPLETIONS,
     ChatRequest,
     CompletionRequest,
-    LineError,
     SeenIds,
     read_custom_id,
     read_object,

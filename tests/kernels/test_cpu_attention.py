@@ -10,13 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from flexgen_triton.kernels.cpu.attention import (
-    decode_attention,
-    decode_attention_lse,
-    decode_workspace_bytes,
-    sparse_decode_attention,
-    sparse_workspace_bytes,
-)
+from flexgen_triton.kernels.cpu.attention import decode_attention, decode_attention_lse, decode_workspace_bytes
+from flexgen_triton.kernels.cpu.sparse_attention import sparse_decode_attention, sparse_workspace_bytes
 from flexgen_triton.kernels.formats import KVSegment, dequantize_kv, quantize_kv
 
 NAN = float("nan")

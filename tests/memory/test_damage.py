@@ -23,6 +23,7 @@ from tiny_models import Tiny
 from flexgen_triton import LLM, Policy, SamplingParams
 from flexgen_triton import llm as llm_module
 from flexgen_triton.memory import disk as disk_module
+from flexgen_triton.memory.disk_files import Bytes
 from flexgen_triton.memory.store import CHUNK, Store, StoreError
 from flexgen_triton.models.checkpoint import CheckpointError
 
@@ -235,7 +236,7 @@ def test_rows_on_disk_cost_each_chunk_once(
     scanned: list[tuple[str, int]] = []
     scan = disk_module.Scan.run
 
-    def noted(self: disk_module.Scan, bounce: disk_module.Bytes) -> None:
+    def noted(self: disk_module.Scan, bounce: Bytes) -> None:
         scanned.extend((self.file.name, at) for at in range(self.offset, self.offset + self.nbytes, CHUNK))
         scan(self, bounce)
 

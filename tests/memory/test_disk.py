@@ -16,9 +16,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexgen_triton.memory import disk as disk_module
+from flexgen_triton.memory import disk_files
 from flexgen_triton.memory.arena import ALIGN, Arena
-from flexgen_triton.memory.disk import BOUNCE_BYTES, DiskFile, DiskQueue, Read, Scan, Write, align_down
+from flexgen_triton.memory.disk import BOUNCE_BYTES, DiskQueue, Read, Scan, Write
+from flexgen_triton.memory.disk_files import DiskFile, align_down
 
 EXTENT = 4 * ALIGN
 SIZE = 11 * EXTENT + 1234  # ends in the middle of a page
@@ -61,7 +62,7 @@ def refuse_direct(monkeypatch: pytest.MonkeyPatch) -> None:
             raise OSError(errno.EINVAL, "no O_DIRECT here")
         return real(fd, command, argument)
 
-    monkeypatch.setattr(disk_module.fcntl, "fcntl", refusing)
+    monkeypatch.setattr(disk_files.fcntl, "fcntl", refusing)
 
 
 @pytest.fixture(params=["direct", "buffered"], scope="module")

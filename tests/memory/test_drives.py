@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flexgen_triton.memory.disk import DiskFile
+from flexgen_triton.memory.disk_files import DiskFile
 from flexgen_triton.memory.drives import Drive, Storage, concern, storage, takes_direct
 
 NVME = Drive("nvme1n1", "Amazon EC2 NVMe Instance Storage", False)

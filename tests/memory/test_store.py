@@ -14,16 +14,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexgen_triton.memory.store import (
-    CHUNK,
-    MANIFEST,
-    Store,
-    StoreError,
+from flexgen_triton.memory.safetensors_format import (
     TensorEntry,
     pack_header,
     read_safetensors_header,
     write_safetensors,
 )
+from flexgen_triton.memory.store import CHUNK, MANIFEST, Store, StoreError
 from flexgen_triton.plan.placement import ALIGN, Extent
 
 TABLE = [("a.weight", "float16", (300, 1000)), ("a.bias", "float16", (7,)), ("b", "float16", (0, 4))]

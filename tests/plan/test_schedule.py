@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from flexgen_triton.models.family import model_spec
 from flexgen_triton.models.opt import opt_config
-from flexgen_triton.plan.generator import Generator, Ring
+from flexgen_triton.plan.generator import Generator
 from flexgen_triton.plan.link import Linker, simulate
 from flexgen_triton.plan.plan import Plan, make_plan
 from flexgen_triton.plan.policy import Policy
+from flexgen_triton.plan.ring import Ring
 from flexgen_triton.plan.schedule import Lane, Op, Slot
 from flexgen_triton.plan.spec import Batch, Workload
 

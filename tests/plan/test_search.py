@@ -19,9 +19,11 @@ from flexgen_triton.plan.placement import Tier
 from flexgen_triton.plan.plan import make_plan
 from flexgen_triton.plan.policy import Policy, PolicyError
 from flexgen_triton.plan.predict import EXACT_STEPS, predict, sample_steps
+from flexgen_triton.plan.problem import Problem, available
 from flexgen_triton.plan.relax import ATTENDED, KINDS, Relaxation, with_shares
-from flexgen_triton.plan.search import FEW_STEPS, Problem, available, frontier, modest, search, worth
+from flexgen_triton.plan.search import FEW_STEPS, frontier, modest, search
 from flexgen_triton.plan.spec import Workload
+from flexgen_triton.plan.worth import worth
 
 MIB = 1 << 20
 TINY = model_spec(opt_config(256, 6, 4, 1024, vocab=2000, positions=512), "tiny", "float16")

@@ -8,6 +8,7 @@ import torch
 from flexgen_triton.kernels import attention_decode, sizes
 from flexgen_triton.kernels.cpu import attention as cpu_attention
 from flexgen_triton.kernels.cpu import jit as cpu_jit
+from flexgen_triton.kernels.cpu import sparse_attention as cpu_sparse_attention
 from flexgen_triton.memory.arena import Arena, rss
 from flexgen_triton.memory.store import CHUNK
 from flexgen_triton.models.family import model_spec
@@ -29,7 +30,8 @@ def test_the_plan_counts_with_the_kernels_and_stores_own_sizes():
 @pytest.mark.parametrize(("hidden", "heads"), [(128, 2), (240, 3), (65 * 4, 4), (512, 2)])
 @pytest.mark.parametrize(("prompt_len", "size"), [(1, 1), (200, 7)])
 def test_attention_on_the_host_has_the_room_it_asks_for(hidden, heads, prompt_len, size, sparsity, monkeypatch):
-    monkeypatch.setattr(cpu_attention, "num_threads", lambda: cpu_jit.MAX_THREADS)
+    for module in (cpu_attention, cpu_sparse_attention):
+        monkeypatch.setattr(module, "num_threads", lambda: cpu_jit.MAX_THREADS)
     spec = model_spec(opt_config(hidden, 2, heads, 64, vocab=99), "tiny", "float16")
     policy = Policy(size, 1, 100, 0, 0, 100, 100, 0, cpu_cache_compute=True, attn_sparsity=sparsity)
     plan = make_plan(spec, policy, Workload.uniform(prompt_len, 5, size, 1), host_is_apart=True)
@@ -37,7 +39,7 @@ def test_attention_on_the_host_has_the_room_it_asks_for(hidden, heads, prompt_le
     shape = (size, heads, spec.head_dim)
     asked = cpu_attention.decode_workspace_bytes(*shape)
     if sparsity < 1:
-        asked = cpu_attention.sparse_workspace_bytes(*shape, blocks, plan.kept(blocks))
+        asked = cpu_sparse_attention.sparse_workspace_bytes(*shape, blocks, plan.kept(blocks))
     assert asked <= plan.footprint.temporaries["hosted"]
 
 

@@ -153,8 +153,8 @@ def sparse_decode_attention(
 
             attend_on_gpu(q, _kv_segments(segments), keep, max_keep=max_keep, out=out, empty=scratch.take)
         else:
-            from ...kernels.cpu.attention import sparse_decode_attention as attend
-            from ...kernels.cpu.attention import sparse_workspace_bytes
+            from ...kernels.cpu.sparse_attention import sparse_decode_attention as attend
+            from ...kernels.cpu.sparse_attention import sparse_workspace_bytes
 
             tokens = sum(len(s.k[0]) * s.k[0].shape[3] for s in segments)
             nbytes = sparse_workspace_bytes(*q.shape, tokens, max_keep)
