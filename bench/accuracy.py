@@ -31,8 +31,8 @@ from transformers import AutoTokenizer, OPTForCausalLM
 sys.path.insert(0, str(rows.ROOT))
 sys.path.insert(0, str(rows.ROOT / "tests"))
 
+from demo_corpus import first_documents
 from reference_opt import Options, ReferenceOPT, grouped_along_k, grouped_along_n
-from train_demo import first_documents
 
 from flexgen_triton.demo import DEMO_DIR, heldout
 from flexgen_triton.kernels.formats import WHOLE
