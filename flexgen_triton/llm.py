@@ -276,10 +276,10 @@ class LLM:
         pairs = zip(each, as_params(sampling_params, len(each)), strict=True)
         prepared = [self._translator.prepare(prompt, p, f"prompt {n}") for n, (prompt, p) in enumerate(pairs)]
         answers = [self._translator.answer(n, p, self.eos_ids) for n, p in enumerate(prepared)]
-        requests = [r for a in answers for r in a.requests]
-        if requests:
-            self._settle(prepared, len(requests), max(r.params.max_tokens for r in requests))
-            self.last_report = self.engine.generate(requests, progress=self._phase("generate"))
+        sequences = [s for a in answers for s in a.sequences]
+        if sequences:
+            self._settle(prepared, len(sequences), max(s.params.max_tokens for s in sequences))
+            self.last_report = self.engine.generate(sequences, progress=self._phase("generate"))
         return [self._translator.output(a) for a in answers]
 
     def request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> PreparedPrompt:
@@ -305,36 +305,36 @@ class LLM:
     ) -> Generator[RequestOutput, None, None]:
         self._check_usable()
         self.totals = totals = Totals()
-        owners: dict[int, Answer] = {}  # by the identity of a request that has not been handed back
+        owners: dict[int, Answer] = {}  # by the identity of a sequence that has not been handed back
 
         def answers() -> Iterator[Answer]:
             for number, item in enumerate(prompts):
                 prepared = item if isinstance(item, PreparedPrompt) else self.request(*as_pair(item))
                 yield self._translator.answer(number, prepared, self.eos_ids, partial=partial)
 
-        def requests(source: Iterable[Answer]) -> Iterator[TokenSequence]:
+        def sequences(source: Iterable[Answer]) -> Iterator[TokenSequence]:
             for answer in source:
-                owners.update((id(r), answer) for r in answer.requests)
-                yield from answer.requests
+                owners.update((id(s), answer) for s in answer.sequences)
+                yield from answer.sequences
 
         source = answers()
         first = list(itertools.islice(source, MIN_WAITING + 1))
         if not first:
             return
-        count = sum(len(a.requests) for a in first) if len(first) <= MIN_WAITING else None
+        count = sum(len(a.sequences) for a in first) if len(first) <= MIN_WAITING else None
         asked = typical_length([a.prepared.params.max_tokens for a in first])
         totals.choice = self._settle([a.prepared for a in first], count, asked)
-        waiting = requests(itertools.chain(first, source))
+        waiting = sequences(itertools.chain(first, source))
         first = []
-        for request in self.engine.stream(waiting, totals, partial=partial, progress=self._phase("generate")):
-            answer = owners.get(id(request))
+        for sequence in self.engine.stream(waiting, totals, partial=partial, progress=self._phase("generate")):
+            answer = owners.get(id(sequence))
             if answer is None:  # it has ended since this step
                 continue
-            if request.finished:
-                del owners[id(request)]
-                totals.answer(len(request.prompt), len(request.tokens))
-            has_failed = any(r.error for r in answer.requests)  # which is told once, when the others have ended too
-            if (partial and not has_failed) or not any(id(r) in owners for r in answer.requests):
+            if sequence.finished:
+                del owners[id(sequence)]
+                totals.answer(len(sequence.prompt), len(sequence.tokens))
+            has_failed = any(s.error for s in answer.sequences)  # which is told once, when the others have ended too
+            if (partial and not has_failed) or not any(id(s) in owners for s in answer.sequences):
                 yield self._translator.output(answer)
 
     def token_ids(self, prompt: Prompt, name: str = "the prompt") -> list[int]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import cycle
 from random import Random
 
@@ -155,4 +155,4 @@ def _queue_rates(file: Readable, buffer: Tensor, clock: Clock, budget_s: float) 
         for threads in DISK_THREADS:
             with DiskQueue(threads, extent) as queue:
                 task = _disk_task(queue, file, whole, write=False)
-                yield extent, threads, clock.curve([replace(task, size=1)], each).points[0][1]
+                yield extent, threads, clock.rate(task, each)

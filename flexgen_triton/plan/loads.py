@@ -70,23 +70,18 @@ class Loads:
                 if self.program.serial or (issued == quota and not filling):
                     return
                 issued += 1
-            if n not in self._weight_slots and not self._open_weights(n, traffic, force=n <= instance):
-                return
-            yield from self._weight_part(n, part, traffic)
+            old: tuple[Slot, ...] = ()
+            if n not in self._weight_slots:
+                if n > instance and not self._rings["weight"].fits(traffic.slot):
+                    return
+                self._weight_slots[n], old = self._rings["weight"].take(traffic.slot)
+            yield from self._weight_part(n, part, traffic, old)
             last = part + 1 == len(traffic.disk_parts)
             self._weight_next = (n + 1, 0) if last else (n, part + 1)
 
-    def _open_weights(self, n: int, traffic: WeightTraffic, *, force: bool) -> bool:
-        ring = self._rings["weight"]
-        if not force and not ring.fits(traffic.slot):
-            return False
-        self._weight_slots[n], self._weight_old = ring.take(traffic.slot)
-        return True
-
-    def _weight_part(self, n: int, part: int, traffic: WeightTraffic) -> Iterator[Op]:
+    def _weight_part(self, n: int, part: int, traffic: WeightTraffic, old: tuple[Slot, ...]) -> Iterator[Op]:
         i, bundle = divmod(n, self._visits.num_bundles)
         visit = (i, self._visits.starts[bundle], self._live[0])
-        old = self._weight_old if part == 0 else ()
         disk, host = traffic.disk_parts[part], traffic.host_parts[part]
         yield from self._bring("weight", visit, part, self._weight_slots[n], old, disk=disk, host=host)
 

@@ -29,7 +29,7 @@ def prompt_bytes(traffic: Traffic) -> int:
     In place, memory counts when it is first written: what the cache does not yet hold after the prompts is taken off,
     but for what the heap keeps of that.
     """
-    prompts = _rows_bytes(traffic, max(b.prompt_tokens for b in traffic.workload.batches))
+    prompts = _prompt_rows_bytes(traffic, max(b.prompt_tokens for b in traffic.workload.batches))
     return max(prompts - (0 if traffic.host_is_apart else unfilled_bytes(traffic)), min(prompts, HEAP_BYTES))
 
 
@@ -128,7 +128,7 @@ def _token_staging_bytes(traffic: Traffic) -> int:
     return max(g.cache.sent.size for g in traffic.groups) * traffic.cache_layout.token_bytes
 
 
-def _rows_bytes(traffic: Traffic, rows: int) -> int:
+def _prompt_rows_bytes(traffic: Traffic, rows: int) -> int:
     """Temporaries of an MLP or an attention over `rows` packed rows, whichever needs more.
 
     On a CPU products of 16-bit matrices are fp32, [rows, ffn] widened beside the 16-bit one; an activation

@@ -171,8 +171,9 @@ class Engine:
     ) -> RunReport:
         """Generate every sequence and fill in its tokens and finish reason.
 
-        `keep_logits(requests of a GPU batch, logits [B, V])` is called at every token step. Raises PolicyError when the
-        prompts do not fit the model's positions or the memory there is; OSError when the disk cannot hold the cache.
+        `keep_logits(sequences of a GPU batch, logits [B, V])` is called at every token step. Raises PolicyError when
+        the prompts do not fit the model's positions or the memory there is; OSError when the disk cannot hold the
+        cache.
         """
         self._begin()
         rounds = divide(sequences, self.policy.gpu_batch_size, self.policy.num_gpu_batches)

@@ -44,13 +44,13 @@ class Answer:
 
     number: int
     prepared: PreparedPrompt
-    requests: list[TokenSequence]
+    sequences: list[TokenSequence]
     texts: list[TextStream | None]
     arrival_time: float
 
     @property
     def finished(self) -> bool:
-        return all(r.finished for r in self.requests)
+        return all(s.finished for s in self.sequences)
 
 
 class Translator:
@@ -62,7 +62,7 @@ class Translator:
 
     def __init__(self, spec: ModelSpec, directory: Path | None, *, seed: int) -> None:
         self._spec, self._directory, self._seed = spec, directory, seed
-        self._drawn = 0  # seeds given to requests without one
+        self._drawn = 0  # seeds given to prompts without one
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self.has_tokenizer = has_tokenizer(directory)
         if self.has_tokenizer and directory:
@@ -123,15 +123,15 @@ class Translator:
         if seed is None:
             self._drawn += 1
             seed = xxhash.xxh3_64_intdigest(f"{self._seed} {self._drawn}".encode())
-        requests, texts = [], []
+        sequences, texts = [], []
         for n in range(params.n):
             watched = params.stop or (partial and self.has_tokenizer)
             text = TextStream(self._decoder(params), params.stop, params.min_tokens) if watched else None
             once = params if n == 0 else replace(params, prompt_logprobs=None)  # the prompt is the same
             watch = text.add if text else None
-            requests.append(TokenSequence(prepared.token_ids, once, seed + n, eos, watch))
+            sequences.append(TokenSequence(prepared.token_ids, once, seed + n, eos, watch))
             texts.append(text)
-        return Answer(number, prepared, requests, texts, time.time())
+        return Answer(number, prepared, sequences, texts, time.time())
 
     def _decoder(self, params: SamplingParams) -> Callable[[Sequence[int]], str]:
         tokenizer, skip = self.tokenizer, params.skip_special_tokens
@@ -141,10 +141,10 @@ class Translator:
 
     def output(self, answer: Answer) -> RequestOutput:
         """The output of a prompt's sequences as they are, ended or not."""
-        requests, prepared = answer.requests, answer.prepared
-        failed = next((r for r in requests if r.error), None)
-        outputs = [self._completion(n, r, t) for n, (r, t) in enumerate(zip(requests, answer.texts, strict=True))]
-        first = requests[0]
+        sequences, prepared = answer.sequences, answer.prepared
+        failed = next((s for s in sequences if s.error), None)
+        outputs = [self._completion(n, s, t) for n, (s, t) in enumerate(zip(sequences, answer.texts, strict=True))]
+        first = sequences[0]
         scored = None
         if prepared.params.prompt_logprobs is not None and failed is None:
             scored = [None, *(self._named(p) for p in first.prompt_logprobs)]
@@ -156,39 +156,39 @@ class Translator:
             scored,
             RequestMetrics(
                 answer.arrival_time,
-                _earliest(r.first_scheduled_time for r in requests),
-                _earliest(r.first_token_time for r in requests),
-                max(r.finished_time or 0.0 for r in requests) if answer.finished else None,
+                _earliest(s.first_scheduled_time for s in sequences),
+                _earliest(s.first_token_time for s in sequences),
+                max(s.finished_time or 0.0 for s in sequences) if answer.finished else None,
             ),
             failed.error if failed else None,
             failed.error_code if failed else None,
         )
 
-    def _completion(self, index: int, request: TokenSequence, text: TextStream | None) -> CompletionOutput:
+    def _completion(self, index: int, sequence: TokenSequence, text: TextStream | None) -> CompletionOutput:
         logprobs = None
-        if request.params.logprobs is not None:
-            logprobs = [self._named(p) for p in request.logprobs]
+        if sequence.params.logprobs is not None:
+            logprobs = [self._named(p) for p in sequence.logprobs]
         return CompletionOutput(
             index,
-            self._text(request, text),
-            list(request.tokens),
-            request.finish_reason,
-            request.stop_reason,
-            sum(p[t].logprob for p, t in zip(logprobs, request.tokens, strict=True)) if logprobs else None,
+            self._text(sequence, text),
+            list(sequence.tokens),
+            sequence.finish_reason,
+            sequence.stop_reason,
+            sum(p[t].logprob for p, t in zip(logprobs, sequence.tokens, strict=True)) if logprobs else None,
             logprobs,
         )
 
-    def _text(self, request: TokenSequence, text: TextStream | None) -> str:
+    def _text(self, sequence: TokenSequence, text: TextStream | None) -> str:
         """The completion as text, without what ended it unless that was asked for."""
         if not self.has_tokenizer:
             return ""
-        params, tokens = request.params, request.tokens
+        params, tokens = sequence.params, sequence.tokens
         keep = params.include_stop_str_in_output
-        if text is not None and not request.finished:
+        if text is not None and not sequence.finished:
             return text.text
-        if text is not None and text.stopped_at is not None and isinstance(request.stop_reason, str):
-            return text.text[: text.stopped_at + (len(request.stop_reason) if keep else 0)]
-        if request.finish_reason == "stop" and not keep:
+        if text is not None and text.stopped_at is not None and isinstance(sequence.stop_reason, str):
+            return text.text[: text.stopped_at + (len(sequence.stop_reason) if keep else 0)]
+        if sequence.finish_reason == "stop" and not keep:
             tokens = tokens[:-1]
         return self._decoder(params)(tokens)
 
